@@ -1,0 +1,19 @@
+"""The command group. Each command is a file of its own; those that start processes import them only when they run."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import click
+
+from penstock.bin import broker, gateway, infer, models, up, worker
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(version("penstock"), prog_name="penstock")
+def cli() -> None:
+    """An inference server for ONNX models on bare metal."""
+
+
+for command in (up.up, broker.broker, worker.worker, gateway.gateway, infer.infer, models.models):
+    cli.add_command(command)

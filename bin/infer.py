@@ -1,0 +1,121 @@
+"""``penstock infer``"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from penstock.bin import options
+from penstock.client import Client, PenstockError, Result
+from penstock.wire.models import ModelSpec
+from penstock.wire.tensors import DTYPES
+
+
+@click.command()
+@click.argument("model")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--version", default="", help="Of the model.  [default: the newest]")
+@options.runtime_dir
+@click.option("--server", metavar="tcp://HOST:PORT", default=None, help="Ask a server over TCP instead.")
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def infer(
+    model: str,
+    inputs: Sequence[str],
+    version: str,
+    runtime_dir: Path | None,
+    server: str | None,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Run MODEL once on INPUT and print its outputs.
+
+    INPUT is a .npy file (for a model with one input), NAME=FILE.npy for each input, a .npz file with an array for
+    each, or a .json file: a v2 request or an object of lists by name. "-" is JSON from standard input.
+    """
+    try:
+        with Client(server or runtime_dir, timeout=timeout) as client:
+            spec = _spec(client, model, version)
+            result = client.infer(model, read_inputs(inputs, spec), version=version)
+    except (PenstockError, InputError) as error:
+        click.echo(f"penstock: {error}", err=True)
+        sys.exit(1)
+    if as_json:
+        click.echo(json.dumps({name: _plain(array) for name, array in result.items()}))
+    else:
+        _print(result)
+
+
+class InputError(Exception):
+    """An input file that cannot be used; the message names it."""
+
+
+def _spec(client: Client, model: str, version: str) -> ModelSpec | None:
+    """What the model takes, where it is known; the call itself says what is wrong where it is not."""
+    states = [state for state in client.models() if state.name == model and version in ("", state.version)]
+    return next((state.spec for state in states if state.spec is not None), None)
+
+
+def read_inputs(inputs: Sequence[str], spec: ModelSpec | None) -> dict[str, Any]:
+    """Arrays by name. Raises InputError."""
+    only = spec.inputs[0].name if spec is not None and len(spec.inputs) == 1 else ""
+    arrays: dict[str, Any] = {}
+    for given in inputs:
+        name, equals, path = given.partition("=")
+        if not equals or given.endswith((".npz", ".json")):
+            name, path = "", given
+        for found, array in _read(path, name or only).items():
+            if not found:
+                raise InputError(f"{path} holds one array, and the model has several inputs; write NAME={path}")
+            arrays[found] = array
+    return arrays
+
+
+def _read(path: str, name: str) -> dict[str, Any]:
+    try:
+        if path == "-":
+            return _from_json(json.load(sys.stdin))
+        if path.endswith(".json"):
+            return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        loaded = np.load(path, allow_pickle=False)
+        return {name: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a .npy, .npz or JSON file: {error}") from None
+
+
+def _from_json(value: Any) -> dict[str, Any]:
+    """A v2 request's inputs, or lists by name. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    if not isinstance(value.get("inputs"), list):
+        return value
+    try:
+        return {
+            each["name"]: np.array(each["data"], DTYPES[each["datatype"]]).reshape(each["shape"])
+            for each in value["inputs"]
+        }
+    except (KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"its inputs are not those of a v2 request ({error!r})") from None
+
+
+def _plain(array: np.ndarray[Any, Any]) -> Any:
+    if array.dtype.kind == "O":
+        return [element.decode("utf-8", "replace") for element in array.ravel()]
+    return array.tolist()
+
+
+def _print(result: Result) -> None:
+    for name, array in result.items():
+        click.echo(f"{name} {array.dtype} {list(array.shape)}")
+        click.echo(np.array2string(array, precision=4, suppress_small=True, threshold=200))
+        if array.dtype.kind == "f" and array.ndim == 2 and array.shape[1] > 1:
+            click.echo(f"largest at {', '.join(map(str, array.argmax(axis=1)[:20]))}")

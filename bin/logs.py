@@ -1,0 +1,90 @@
+"""Log lines: text for people, JSON for machines, and never more than so many of a kind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from typing import Any, Final
+
+FORMATS: Final = ("text", "json")
+_REPEATS_MAX: Final = 10  # lines of one event and level in one interval; the rest are counted
+_INTERVAL_S: Final = 10.0
+
+
+def set_up(role: str, form: str, level: str) -> None:
+    """Log to standard error. ``role`` stands in every line; ``form`` is one of FORMATS."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter(role) if form == "json" else _TextFormatter(role))
+    handler.addFilter(RepeatFilter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+
+
+class RepeatFilter(logging.Filter):
+    """Lets so many lines of a kind through in an interval; the first of the next interval says how many it held back.
+
+    A flood of bad requests must not become a flood of lines.
+    """
+
+    def __init__(self, repeats_max: int = _REPEATS_MAX, interval_s: float = _INTERVAL_S) -> None:
+        super().__init__()
+        self._repeats_max = repeats_max
+        self._interval_s = interval_s
+        self._seen: dict[tuple[str, str, int], tuple[float, int]] = {}  # since when, how many
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key = (record.name, str(record.msg), record.levelno)
+        since, count = self._seen.get(key, (record.created, 0))
+        if record.created - since >= self._interval_s:
+            if count > self._repeats_max:
+                held_back = {"held_back": count - self._repeats_max}
+                record.__dict__["fields"] = {**getattr(record, "fields", {}), **held_back}
+            since, count = record.created, 0
+        self._seen[key] = since, count + 1
+        return count < self._repeats_max
+
+
+class _TextFormatter(logging.Formatter):
+    """``12:34:56.789 W broker: requests refused count=3 code=overloaded``"""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        words = [f"{stamp}.{int(record.msecs):03d} {record.levelname[0]} {self._role}: {record.getMessage()}"]
+        words += [f"{key}={_quoted(value)}" for key, value in getattr(record, "fields", {}).items()]
+        line = " ".join(words)
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _JsonFormatter(logging.Formatter):
+    """One object a line: time (RFC 3339, UTC), level, process, pid, event, and the fields of the event."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "process": self._role,
+            "pid": os.getpid(),
+            "event": record.getMessage(),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if text and text.isprintable() and " " not in text and '"' not in text else json.dumps(text)

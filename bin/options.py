@@ -1,0 +1,99 @@
+"""Options that several commands share, and what they become."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from penstock.bin import logs
+from penstock.broker.options import BrokerOptions
+from penstock.gateway.options import GatewayOptions
+from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
+from penstock.worker.config import ConfigError, convert, read_toml
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PR_SET_PDEATHSIG: Final = 1
+
+EXIT_CANNOT_SERVE: Final = 2  # a file that cannot be served, or nothing that can; also click's code for bad usage
+
+runtime_dir = click.option(
+    "--runtime-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    help="Where the processes of one server find each other.  [default: $XDG_RUNTIME_DIR/penstock]",
+)
+config_file = click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=None,
+    help="Limits of the server, in TOML: sections [broker] and [gateway].",
+)
+log_format = click.option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
+log_level = click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
+http = click.option("--http", metavar="HOST:PORT", default="127.0.0.1:8000", show_default=True, help="Port 0: any.")
+bind = click.option(
+    "--bind",
+    metavar="tcp://HOST:PORT",
+    default="",
+    help="Also listen on TCP, for workers and clients that do not share this host's runtime directory. Loopback only.",
+)
+device = click.option("--device", default="cpu", show_default=True, help="What models run on.")
+# The launcher's own: end when it does, however it ends.
+parent = click.option("--parent", type=int, default=0, hidden=True)
+
+
+def process_options(command: F) -> F:
+    """What every long-running command takes."""
+    for option in (parent, log_level, log_format, runtime_dir):
+        command = option(command)
+    return command
+
+
+def broker_address(given: Path | str | None) -> BrokerAddress:
+    """Where the broker is. Raises click.UsageError."""
+    try:
+        return parse_broker(given if given is not None else default_runtime_dir())
+    except EndpointError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def check_device(device: str) -> str:
+    """Raises click.UsageError for what models cannot run on yet."""
+    if device != "cpu":
+        raise click.UsageError(f"--device {device}: this version runs models on the CPU only; leave it out")
+    return device
+
+
+def load_options(path: Path | None) -> tuple[BrokerOptions, GatewayOptions]:
+    """The sections of a configuration file. Raises click.UsageError naming file, key and what is expected."""
+    if path is None:
+        return BrokerOptions(), GatewayOptions()
+    try:
+        values = read_toml(path)
+        for section in values:
+            if section not in ("broker", "gateway") or not isinstance(values[section], dict):
+                raise ConfigError(f"{path}: '{section}' is not a section; known are [broker] and [gateway]")
+        return (
+            convert(values.get("broker", {}), BrokerOptions, f"{path}: [broker]"),
+            convert(values.get("gateway", {}), GatewayOptions, f"{path}: [gateway]"),
+        )
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel send SIGTERM when the launcher ends, even if it is killed."""
+    if not parent:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGTERM)

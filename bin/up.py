@@ -1,0 +1,76 @@
+"""``penstock up``"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from penstock.bin import options
+from penstock.bin.bundled import BUNDLED_MODELS
+
+
+@click.command()
+@click.argument("models", type=click.Path(path_type=Path), default=BUNDLED_MODELS)
+@options.http
+@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True)
+@click.option("--gateways", type=click.IntRange(1, 256), default=1, show_default=True)
+@options.device
+@options.bind
+@options.config_file
+@options.runtime_dir
+@options.log_format
+@options.log_level
+def up(
+    models: Path,
+    http: str,
+    workers: int,
+    gateways: int,
+    device: str,
+    bind: str,
+    config: Path | None,
+    runtime_dir: Path | None,
+    log_format: str,
+    log_level: str,
+) -> None:
+    """Serve MODELS: a model repository (NAME/VERSION/model.onnx) or one .onnx file. Without it, the bundled digits
+    model.
+
+    Prints "penstock ready: URL" once the models are loaded and HTTP answers. Ctrl-C or SIGTERM finishes what is under
+    way and stops. Exit code 2: the models cannot be served.
+    """
+    from penstock.bin import logs
+    from penstock.bin.launcher import Launcher, LaunchError, Plan
+    from penstock.wire.endpoints import EndpointError
+    from penstock.worker.repository import RepositoryError, find_models
+
+    address = options.broker_address(runtime_dir)
+    if address.runtime is None:
+        raise click.UsageError("--runtime-dir is a directory; a TCP address goes with --bind")
+    options.check_device(device)
+    options.load_options(config)  # what is wrong with it is said once, here
+    logs.set_up("launcher", log_format, log_level)
+    try:
+        files = find_models(models)
+        if all(file.problem for file in files):
+            raise RepositoryError("; ".join(file.problem for file in files))
+        plan = Plan(
+            models=models,
+            http=http,
+            workers=workers,
+            gateways=gateways,
+            device=device,
+            bind=bind,
+            config=config,
+            runtime=address.runtime,
+            log_format=log_format,
+            log_level=log_level,
+        )
+        sys.exit(Launcher(plan, lambda url: click.echo(f"penstock ready: {url}")).run())
+    except RepositoryError as error:
+        click.echo(f"penstock: {error}", err=True)
+        sys.exit(options.EXIT_CANNOT_SERVE)
+    except (EndpointError, LaunchError) as error:
+        click.echo(f"penstock: {error}", err=True)
+        sys.exit(1)

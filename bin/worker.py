@@ -1,0 +1,57 @@
+"""``penstock worker``"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from penstock.bin import options
+from penstock.bin.bundled import BUNDLED_MODELS
+
+
+@click.command()
+@click.argument("models", type=click.Path(path_type=Path), default=BUNDLED_MODELS)
+@click.option("--name", default="", help="What it is called in logs and metrics.  [default: its device]")
+@options.device
+@click.option(
+    "--broker", metavar="tcp://HOST:PORT", default=None, help="Join a broker over TCP instead of by --runtime-dir."
+)
+@options.bind
+@options.process_options
+def worker(
+    models: Path,
+    name: str,
+    device: str,
+    broker: str | None,
+    bind: str,
+    runtime_dir: Path | None,
+    log_format: str,
+    log_level: str,
+    parent: int,
+) -> None:
+    """Run a worker: it loads MODELS (a repository or an .onnx file), forms batches and runs them.
+
+    With --bind its results can be heard over TCP, port 0 for any. Exit code 2: nothing could be loaded.
+    """
+    from penstock.bin.run import run
+    from penstock.worker.process import WorkerProcess, WorkerSettings
+    from penstock.worker.repository import RepositoryError
+
+    settings = WorkerSettings(
+        broker=options.broker_address(broker or runtime_dir),
+        models=models,
+        name=name,
+        device=options.check_device(device),
+        bind=bind,
+    )
+    try:
+        process, served = run(name or "worker", log_format, log_level, parent, lambda: WorkerProcess(settings))
+    except RepositoryError as error:
+        click.echo(f"penstock: {error}", err=True)
+        sys.exit(options.EXIT_CANNOT_SERVE)
+    if not served:
+        for failure in process.failures:
+            click.echo(f"penstock: {failure}", err=True)
+        sys.exit(options.EXIT_CANNOT_SERVE)

@@ -1,0 +1,1 @@
+"""Decides which worker runs what, and when. Never looks inside a tensor."""

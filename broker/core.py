@@ -1,0 +1,378 @@
+"""The broker's decisions: what happens comes in as events, what to do goes out as commands.
+
+No socket, clock or thread: ``handle(event, now)`` is all there is, so that every interleaving can be written down as a
+test. Requests that arrive between two ticks are assigned together at the second, which keeps messages few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from penstock.broker.assign import Assigner
+from penstock.broker.events import (
+    Command,
+    Drain,
+    End,
+    Event,
+    FromCaller,
+    FromWorker,
+    Garbage,
+    Gone,
+    Log,
+    Sweep,
+    Tick,
+    ToCaller,
+    ToWorker,
+)
+from penstock.broker.ledger import Ledger
+from penstock.broker.lots import Lot
+from penstock.broker.options import BrokerOptions
+from penstock.broker.peers import CallerPeer, WorkerPeer
+from penstock.broker.registry import Registry
+from penstock.wire.messages import (
+    INLINE_MAX_BYTES,
+    MAX_REQUESTS,
+    Ask,
+    Assign,
+    Attached,
+    Beat,
+    Bye,
+    CallerHello,
+    Done,
+    Expect,
+    HelloWanted,
+    Leaving,
+    Message,
+    Metrics,
+    Models,
+    Payload,
+    Refusals,
+    Snapshot,
+    Submit,
+    Tasks,
+    Welcome,
+    WorkerAddress,
+    WorkerHello,
+    WorkerModels,
+    Workers,
+)
+from penstock.wire.metrics import Meters
+
+_SWEEP_S = 0.25
+
+
+class Core:
+    """One epoch of the broker. Times are seconds of the caller's monotonic clock."""
+
+    def __init__(self, options: BrokerOptions, epoch: int, now: float) -> None:
+        self.options = options
+        self.epoch = epoch
+        self.callers: dict[bytes, CallerPeer] = {}
+        self.workers: dict[bytes, WorkerPeer] = {}
+        self.registry = Registry(options.models_max)
+        self.meters = Meters()
+        self._assigner = Assigner()
+        self.ledger = Ledger(options, self.registry, self._assigner, self.meters)
+        self._assign_from = now + options.rejoin_grace_s
+        self._open = False  # that time has come
+        self._models_changed = False
+        self._workers_changed = False
+        self._free_at = float("inf")  # when acknowledgments travel even if no work does
+        self._sweep_at = now
+        self._commands: list[Command] = []
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """What follows from an event. Raises nothing that a peer could cause."""
+        match event:
+            case FromCaller(peer, message):
+                self._from_caller(peer, message, now)
+            case FromWorker(peer, message):
+                self._from_worker(peer, message, now)
+            case Tick():
+                self._tick(now)
+            case Gone(peer, reason):
+                self._gone(peer, reason, now)
+            case Garbage(process, peer, reason):
+                self.meters.value("penstock_bad_messages", process).value += 1
+                self._log("warning", "bad message dropped", process=process, peer=peer.hex(), reason=reason)
+            case Drain():
+                self.ledger.draining = True
+            case End():
+                self.ledger.end_all(self.callers.values())
+                self._send_refusals()
+                self._commands += [ToCaller(number, Bye(self.epoch)) for number in self.callers]
+                self._commands += [ToWorker(number, Bye(self.epoch)) for number in self.workers]
+            case _:
+                raise AssertionError(f"unexpected event {event!r}")
+        commands, self._commands = self._commands, []
+        return commands
+
+    def due(self) -> float:
+        """When the next Tick is needed even if nothing happens before."""
+        grace = float("inf") if self._open else self._assign_from
+        return min(grace, self._sweep_at, self._free_at, self.ledger.next_deadline)
+
+    # --- callers ---
+
+    def _from_caller(self, peer: bytes, message: Message, now: float) -> None:
+        caller = self.callers.get(peer)
+        if isinstance(message, CallerHello):
+            self._caller_hello(peer, message, now)
+            return
+        if caller is None or message.epoch != self.epoch:
+            self._commands.append(ToCaller(peer, HelloWanted(self.epoch)))
+            return
+        caller.heard = now
+        match message:
+            case Submit():
+                self.ledger.submit(caller, message, now)
+            case Beat():
+                if caller.name:
+                    caller.samples = message.samples
+                self._commands.append(ToCaller(peer, Beat(self.epoch)))
+            case Ask(serial=serial):
+                self._commands.append(ToCaller(peer, Metrics(self.epoch, serial, self._snapshots())))
+            case Bye():
+                self._caller_gone(caller)
+            case _:
+                raise AssertionError(f"a caller does not send {message!r}")
+
+    def _caller_hello(self, peer: bytes, hello: CallerHello, now: float) -> None:
+        before = self.callers.get(peer)
+        if before is not None:
+            self._caller_gone(before)
+        if len(self.callers) >= self.options.callers_max:
+            self._log("error", "caller turned away: too many are connected", limit=self.options.callers_max)
+            return
+        name = _free_name(hello.name, [caller.name for caller in self.callers.values()]) if hello.name else ""
+        caller = self.callers[peer] = CallerPeer(peer, name, hello.local, now)
+        self._commands.append(ToCaller(peer, Welcome(self.epoch, name)))
+        self._log("info" if name else "debug", "caller joined", name=name, caller=peer.hex(), pid=hello.pid)
+        for worker in self.workers.values():
+            self._commands.append(ToWorker(worker.id, Expect(self.epoch, (peer,))))
+        self._tell_workers(caller)
+        if self._open:
+            self._commands.append(ToCaller(peer, Models(self.epoch, self.registry.states())))
+
+    def _caller_gone(self, caller: CallerPeer) -> None:
+        del self.callers[caller.id]
+        self.ledger.caller_gone(caller)
+        for worker in self.workers.values():
+            worker.forget_caller(caller.id)
+            self._commands.append(ToWorker(worker.id, Expect(self.epoch, (), (caller.id,))))
+        self._log("info" if caller.name else "debug", "caller left", name=caller.name, caller=caller.id.hex())
+
+    def _tell_workers(self, caller: CallerPeer) -> None:
+        known = [(worker.id, worker.endpoint_for(caller)) for worker in self.workers.values()]
+        addresses = [WorkerAddress(number, endpoint) for number, endpoint in known if endpoint]
+        self._commands.append(ToCaller(caller.id, Workers(self.epoch, addresses)))
+
+    # --- workers ---
+
+    def _from_worker(self, peer: bytes, message: Message, now: float) -> None:
+        worker = self.workers.get(peer)
+        if isinstance(message, WorkerHello):
+            self._worker_hello(peer, message, now)
+            return
+        if worker is None or message.epoch != self.epoch:
+            self._commands.append(ToWorker(peer, HelloWanted(self.epoch)))
+            return
+        worker.heard = now
+        match message:
+            case Done(done=done):
+                self.ledger.done(worker, done)
+            case Beat():
+                worker.samples = message.samples
+                self._commands.append(ToWorker(peer, Beat(self.epoch)))
+            case Attached(caller=number, attached=attached):
+                if attached and number in self.callers:
+                    worker.callers.add(number)
+                    self._assigner.room_came(worker)
+                else:
+                    worker.callers.discard(number)
+            case WorkerModels(models=models):
+                worker.set_models(models)
+                self._declare(worker, now)
+            case Leaving():
+                worker.leaving = True
+                self._declare(worker, now)
+                self._log("info", "worker is leaving", worker=worker.name)
+            case Bye():
+                self._worker_gone(worker, "", now)
+            case _:
+                raise AssertionError(f"a worker does not send {message!r}")
+
+    def _worker_hello(self, peer: bytes, hello: WorkerHello, now: float) -> None:
+        before = self.workers.get(peer)
+        if before is not None:
+            self._worker_gone(before, "it started over", now)
+        if len(self.workers) >= self.options.workers_max:
+            self._log("error", "worker turned away: too many are connected", limit=self.options.workers_max)
+            return
+        name = _free_name(hello.name or hello.device, [worker.name for worker in self.workers.values()])
+        worker = WorkerPeer(
+            peer,
+            name,
+            hello.device,
+            hello.endpoints,
+            hello.instances,
+            self.options.unacknowledged_bytes_max,
+            now,
+        )
+        self.workers[peer] = worker
+        worker.set_models(hello.models)
+        worker.callers.update(number for number in hello.callers if number in self.callers)
+        self._commands.append(ToWorker(peer, Welcome(self.epoch, name)))
+        self._commands.append(ToWorker(peer, Expect(self.epoch, tuple(self.callers))))
+        self._log("info", "worker joined", worker=name, device=hello.device, pid=hello.pid)
+        self._workers_changed = True
+        self._declare(worker, now)
+
+    def _worker_gone(self, worker: WorkerPeer, reason: str, now: float) -> None:
+        del self.workers[worker.id]
+        self.registry.withdraw(worker, now)
+        held = self.ledger.worker_gone(worker)
+        self._workers_changed = self._models_changed = True
+        self._commands.append(Sweep())
+        if reason:
+            self._log("warning", "worker lost", worker=worker.name, reason=reason, requests_held=held)
+        else:
+            self._log("info", "worker left", worker=worker.name)
+
+    def _declare(self, worker: WorkerPeer, now: float) -> None:
+        for queue in self.registry.declare(worker, now):
+            self.ledger.model_gone(queue)
+        self._assigner.room_came(worker)
+        self._models_changed = True
+
+    # --- time ---
+
+    def _tick(self, now: float) -> None:
+        if not self._open and now >= self._assign_from:
+            self._open = self._models_changed = True
+        self.ledger.expire(now)
+        if now >= self._sweep_at:
+            if now - self._sweep_at > 1.0:
+                self._was_away(now)
+            self._sweep_at = now + _SWEEP_S
+            self._drop_silent(now)
+            self.ledger.sweep(self.callers.values(), now)
+        if self._open:
+            given = self._assigner.assign()
+            self.ledger.hand_out(given)
+            for worker, lots in given.items():
+                for at in range(0, len(lots), MAX_REQUESTS):
+                    self._send_work(worker, lots[at : at + MAX_REQUESTS], now)
+        self._send_news(now)
+        if self.ledger.refusals:
+            self._send_refusals()
+        if self._workers_changed:
+            self._workers_changed = False
+            for caller in self.callers.values():
+                self._tell_workers(caller)
+        if self._models_changed and self._open:
+            self._models_changed = False
+            states = self.registry.states()
+            for number in self.callers:
+                self._commands.append(ToCaller(number, Models(self.epoch, states)))
+
+    def _send_work(self, worker: WorkerPeer, lots: list[Lot], now: float) -> None:
+        """One message: the work, and whatever else the worker has to hear."""
+        groups: list[Tasks] = []
+        inline: list[bytes] = []
+        frames: list[Payload] = []
+        for lot in lots:
+            waited_us = int((now - lot.accepted) * 1e6)
+            timeouts_us = tuple([max(0, us - waited_us) for us in lot.timeouts_us])
+            groups.append(Tasks(lot.form, lot.caller.id, lot.attempt, waited_us, lot.ids, timeouts_us))
+            if lot.form.nbytes <= INLINE_MAX_BYTES:
+                inline.append(lot.payload)
+            else:
+                frames += lot.payload
+        freed, cancelled = worker.take_freed(), worker.take_cancelled()
+        self.ledger.news.pop(worker, None)
+        message = Assign(self.epoch, groups, freed, cancelled, blob=b"".join(inline), frames=frames)
+        self._commands.append(ToWorker(worker.id, message))
+
+    def _send_news(self, now: float) -> None:
+        """Cancels at once; freed results with the next work, or when they have waited long enough."""
+        news = self.ledger.news
+        if not news:
+            self._free_at = float("inf")
+            return
+        waited = now >= self._free_at
+        for worker in [worker for worker in news if waited or worker.has_cancels]:
+            self._send_work(worker, [], now)
+        if not news:
+            self._free_at = float("inf")
+        elif waited or self._free_at == float("inf"):
+            self._free_at = now + self.options.free_delay_s
+
+    def _send_refusals(self) -> None:
+        refusals, self.ledger.refusals = self.ledger.refusals, {}
+        for caller, refused in refusals.items():
+            for at in range(0, len(refused), MAX_REQUESTS):
+                self._commands.append(ToCaller(caller.id, Refusals(self.epoch, refused[at : at + MAX_REQUESTS])))
+            first = refused[0]
+            self._log(
+                "warning",
+                "requests refused",
+                caller=caller.name or caller.id.hex(),
+                count=len(refused),
+                request=f"{caller.id.hex()}:{first.id}",
+                code=first.code,
+                reason=first.message,
+            )
+
+    def _drop_silent(self, now: float) -> None:
+        """Peers that have not been heard for too long. (On one host the end of a control connection tells sooner.)"""
+        earliest = now - self.options.silence_max_s
+        for peer in self._peers():
+            if peer.heard < earliest:
+                self._gone(peer.id, f"silent for {now - peer.heard:.1f} s", now)
+
+    def _peers(self) -> list[CallerPeer | WorkerPeer]:
+        return [*self.workers.values(), *self.callers.values()]
+
+    def _was_away(self, now: float) -> None:
+        """This process was itself stopped or starved: it cannot tell who was silent meanwhile."""
+        for peer in self._peers():
+            peer.heard = now
+
+    def _gone(self, peer: bytes, reason: str, now: float) -> None:
+        worker, caller = self.workers.get(peer), self.callers.get(peer)
+        if worker is not None:
+            self._worker_gone(worker, reason, now)
+        if caller is not None:
+            self._caller_gone(caller)
+
+    # --- to be seen ---
+
+    def _snapshots(self) -> Sequence[Snapshot]:
+        value = self.meters.value
+        value("penstock_workers").value = len(self.workers)
+        value("penstock_callers").value = len(self.callers)
+        value("penstock_held_bytes").value = self.ledger.bytes
+        for key, queue in self.registry.queues.items():
+            value("penstock_queue_requests", *key).value = queue.requests
+        running = self.ledger.running(self.callers.values())
+        for key in self.registry.queues:
+            value("penstock_running_requests", *key).value = running.get(key, 0)
+        peers = [peer for peer in self._peers() if peer.name]
+        return [
+            Snapshot("broker", self.meters.samples()),
+            *(Snapshot(peer.name, tuple(peer.samples)) for peer in peers),
+        ]
+
+    def _log(self, level: str, event: str, **fields: object) -> None:
+        self._commands.append(Log(level, event, fields))
+
+
+def _free_name(wished: str, taken: Sequence[str]) -> str:
+    """The wished name, or where another has it, the first free one of wished-1, wished-2, ...: names label metrics, so
+    there must never be more of them than peers."""
+    name, number = wished, 0
+    while name in taken:
+        number += 1
+        name = f"{wished}-{number}"
+    return name

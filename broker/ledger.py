@@ -1,0 +1,336 @@
+"""Every request that the broker has accepted and not forgotten: how it comes in, moves on and ends.
+
+What ends a request for its caller here is a Refusal; results do not pass through the broker. A request's payload is
+kept until the request is acknowledged, since DONE is not delivery: a result can die with its worker after DONE was
+heard.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from penstock.broker.assign import Assigner, Given
+from penstock.broker.lots import ASSIGNED, DONE, ENDED, QUEUED, Lot
+from penstock.broker.options import BrokerOptions
+from penstock.broker.peers import CallerPeer, WorkerPeer
+from penstock.broker.queues import ModelKey, ModelQueue
+from penstock.broker.registry import Registry
+from penstock.wire.codec import ids_in
+from penstock.wire.errors import (
+    BAD_INPUT,
+    DEADLINE,
+    DRAINING,
+    LOST,
+    NOT_FOUND,
+    OVERLOADED,
+    UNAVAILABLE,
+    PenstockError,
+)
+from penstock.wire.lots import lots_of
+from penstock.wire.messages import INLINE_MAX_BYTES, Finished, Form, Payload, Refusal, Requests, Submit
+from penstock.wire.metrics import Meters
+
+
+class Ledger:
+    """The requests of one epoch. Callers of its methods pass the time, in seconds of a monotonic clock."""
+
+    def __init__(self, options: BrokerOptions, registry: Registry, assigner: Assigner, meters: Meters) -> None:
+        self._options = options
+        self._registry = registry
+        self._assigner = assigner
+        self._meters = meters
+        self.requests = 0  # that have not ended
+        self.bytes = 0  # of their payloads
+        self.draining = False
+        self.news: dict[WorkerPeer, None] = {}  # have to hear of cancels or freed results
+        self.refusals: dict[CallerPeer, list[Refusal]] = {}
+        self._fresh: list[Lot] = []  # queued since the last tick
+        self._deadlines: list[tuple[float, int, Lot]] = []  # a heap of what waits
+        self._entered = 0  # numbers the heap's entries, so that lots need no order
+
+    # --- in ---
+
+    def submit(self, caller: CallerPeer, message: Submit, now: float) -> None:
+        """Take in what a caller says: acknowledgments first, since they make room."""
+        if message.acks:
+            self.acknowledge(caller, message.acks)
+        for lot in lots_of(caller.requests, message.cancels):
+            self._count_failure(lot.model.key, "cancelled", len(lot.ids))
+            self._drop(lot)
+        last_id = caller.last_id
+        for group, start in zip(message.groups, message.starts, strict=True):
+            if min(group.ids) > last_id and caller.requests.keys().isdisjoint(group.ids):
+                self._admit(caller, group, message, start, now)
+            else:
+                # A worker may still hold the ones that had these ids: their answers could not be told apart.
+                self._refuse_ids(caller, group.ids, PenstockError(BAD_INPUT, "request ids must grow, and these do not"))
+            caller.last_id = max(caller.last_id, *group.ids)
+
+    def _admit(self, caller: CallerPeer, group: Requests, message: Submit, start: int, now: float) -> None:
+        form, ids, timeouts_us = group.form, group.ids, group.timeouts_us
+        try:
+            model = self._registry.find(form.model, form.version)
+            self._check(model, form, caller, now)
+        except PenstockError as error:
+            self._refuse_ids(caller, ids, error)
+            key = (
+                (form.model, form.version) if error.code != NOT_FOUND else ("", "")
+            )  # labels are ours, not the caller's
+            self._count_failure(key, error.code, len(ids))
+            return
+        if not form.version:
+            form = form._replace(version=model.key[1])  # a worker is told which one it was
+        room = self._room(model, caller, form)
+        if room < len(ids):
+            room = max(0, room)
+            self._refuse_ids(caller, ids[room:], _full(model))
+            self._count_failure(model.key, OVERLOADED, len(ids) - room)
+            ids, timeouts_us = ids[:room], timeouts_us[:room]
+            if not ids:
+                return
+        count, size = len(ids), form.nbytes
+        payload: Payload
+        if size > INLINE_MAX_BYTES:
+            payload = message.frames[start : start + count]
+        elif len(message.blob) == count * size:
+            payload = message.blob
+        else:
+            payload = message.blob[start : start + count * size]
+        lot = Lot(caller, model, form, ids, timeouts_us, payload, now)
+        caller.requests.update(dict.fromkeys(ids, lot))
+        model.push(lot)
+        self.requests += count
+        self.bytes += count * size
+        self._fresh.append(lot)
+        self._assigner.requests_came(model)
+        self._meters.value("penstock_requests", *model.key).value += count
+
+    def _check(self, model: ModelQueue, form: Form, caller: CallerPeer, now: float) -> None:
+        """Whether requests of this form can be accepted at all. Raises PenstockError."""
+        name, spec = form.model, model.spec
+        if self.draining:
+            raise PenstockError(DRAINING, "the server is shutting down; try again on another, or shortly", 1.0)
+        if spec is None:
+            state = self._registry.state(model.key)
+            raise PenstockError(UNAVAILABLE, f"model '{name}' is not ready ({state.state}): {state.reason}", 1.0)
+        if not model.workers:
+            if now - model.unserved_since > self._options.unserved_grace_s:
+                raise PenstockError(UNAVAILABLE, f"no worker serves model '{name}' at present", 1.0)
+        elif not caller.local and not any(worker.endpoint_for(caller) for worker in model.workers):
+            raise PenstockError(
+                UNAVAILABLE,
+                f"no worker that serves model '{name}' publishes over TCP; start workers with --bind tcp://HOST:0",
+            )
+        if form.rows > spec.max_batch_size:
+            raise PenstockError(
+                BAD_INPUT, f"inference request batch-size must be <= {spec.max_batch_size} for '{name}'"
+            )
+
+    def _room(self, model: ModelQueue, caller: CallerPeer, form: Form) -> int:
+        """How many more requests of this form there is room for."""
+        options = self._options
+        room = min(
+            options.queue_requests_max - model.requests,
+            options.held_requests_max - self.requests,
+            options.caller_requests_max - len(caller.requests),
+        )
+        return min(room, (options.held_bytes_max - self.bytes) // form.nbytes) if form.nbytes else room
+
+    # --- on ---
+
+    def hand_out(self, given: Given) -> None:
+        """Mark requests as assigned."""
+        for worker, lots in given.items():
+            for lot in lots:
+                lot.move("assign")
+                lot.attempt += 1
+                lot.worker = worker
+                worker.hold(lot)
+        for lot in self._fresh:
+            if lot.state == QUEUED:
+                self._watch(lot)
+        self._fresh.clear()
+
+    def done(self, worker: WorkerPeer, finished: Sequence[Finished]) -> None:
+        """A worker has published results, or skipped what was cancelled. What it says of others' requests is
+        ignored."""
+        for caller, attempt, nbytes, ids in finished:
+            for lot in lots_of(worker.held.get(caller, {}), ids):
+                if lot.attempt != attempt or lot.state == DONE:
+                    continue
+                worker.add_rows(lot.model.key, -lot.rows)
+                if lot.move("done") == DONE:
+                    lot.kept_bytes = nbytes
+                    worker.keep(caller, nbytes * len(lot.ids))
+                else:
+                    self._release(worker, lot)
+        self._assigner.room_came(worker)
+
+    def worker_gone(self, worker: WorkerPeer) -> int:
+        """Requests that a lost worker held, or whose result it had not delivered, wait again, first in their line.
+
+        Returns how many there were.
+        """
+        held = [lot for lots in worker.held.values() for lot in dict.fromkeys(lots.values())]
+        worker.held.clear()
+        for lot in reversed(held):
+            lot.worker = None
+            lot.kept_bytes = 0
+            if lot.move("lose") == ENDED:
+                self._forget(lot)
+                continue
+            lot.model.push_front(lot)
+            if lot.attempt >= self._options.attempts_max:
+                self._refuse(
+                    lot, LOST, f"{lot.attempt} workers were lost while they held the request, one after another"
+                )
+                continue
+            self._meters.value("penstock_retries", *lot.model.key).value += len(lot.ids)
+            self._assigner.requests_came(lot.model)
+            self._watch(lot)
+        self.news.pop(worker, None)
+        self._assigner.worker_went(worker)
+        return sum(len(lot.ids) for lot in held)
+
+    # --- out ---
+
+    def acknowledge(self, caller: CallerPeer, ranges: Sequence[int]) -> None:
+        """A caller has its results: what is left to do for them is to have their workers forget them."""
+        requests = caller.requests
+        for lot in lots_of(requests, ids_in(ranges, requests)):
+            for number in lot.ids:
+                del requests[number]
+            worker = lot.worker
+            if lot.move("acknowledge") != ENDED:
+                # DONE is still to come, and frees the result; unless the answer came from a worker that was thought
+                # lost.
+                if worker is not None and lot.attempt > 1:
+                    worker.cancel(lot)
+                    self.news[worker] = None
+            elif worker is None:
+                lot.model.remove(lot)
+                self._forget(lot)
+            else:
+                self._release(worker, lot)
+
+    def caller_gone(self, caller: CallerPeer) -> None:
+        for lot in dict.fromkeys(caller.requests.values()):
+            self._drop(lot)
+        self.refusals.pop(caller, None)
+
+    def model_gone(self, model: ModelQueue) -> None:
+        """No worker declares it any more: what waits for it ends."""
+        for lot in model.lots():
+            self._refuse(lot, UNAVAILABLE, f"model '{model.key[0]}' was removed while the request waited")
+        self._assigner.model_went(model)
+
+    def expire(self, now: float) -> None:
+        """End what has waited past its deadline."""
+        heap = self._deadlines
+        while heap and heap[0][0] <= now:
+            lot = heapq.heappop(heap)[2]
+            if lot.state != QUEUED:
+                continue
+            limits = zip(lot.ids, lot.timeouts_us, strict=True)
+            late = [number for number, us in limits if lot.accepted + us * 1e-6 <= now]
+            if not late:  # those that were have left it
+                self._watch(lot)
+                continue
+            if len(late) < len(lot.ids):
+                rest, lot = lot, lot.split(late)
+                self._watch(rest)
+            name = lot.model.key[0]
+            served = "" if lot.model.workers else ", which no worker serves at present"
+            self._refuse(
+                lot, DEADLINE, f"time was up after {now - lot.accepted:.3f} s in the queue of '{name}'{served}"
+            )
+
+    def sweep(self, callers: Iterable[CallerPeer], now: float) -> None:
+        """What time alone decides, and need not be exact: models without workers, results nobody acknowledges."""
+        for model in self._registry.queues.values():
+            waits = model.requests and not model.workers
+            if waits and now - model.unserved_since > self._options.unserved_grace_s:
+                for lot in model.lots():
+                    self._refuse(lot, UNAVAILABLE, f"no worker serves model '{model.key[0]}' at present")
+        latest = now - self._options.acknowledge_grace_s
+        for caller in callers:
+            for lot in [lot for lot in set(caller.requests.values()) if lot.last_deadline < latest]:
+                self._drop(lot)
+        if len(self._deadlines) > 1000 + 2 * self.requests:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state == QUEUED]
+            heapq.heapify(self._deadlines)
+
+    def end_all(self, callers: Iterable[CallerPeer]) -> None:
+        """The broker is about to end: whoever still waits for a worker is told so."""
+        for caller in callers:
+            for lot in dict.fromkeys(caller.requests.values()):
+                if lot.state == QUEUED:
+                    self._refuse(lot, DRAINING, "the server shut down before the request ran; try again shortly")
+
+    def running(self, callers: Iterable[CallerPeer]) -> Counter[ModelKey]:
+        """Requests that workers have not finished, by model."""
+        lots = (lot for caller in callers for lot in caller.requests.values())
+        return Counter(lot.model.key for lot in lots if lot.state == ASSIGNED)
+
+    @property
+    def next_deadline(self) -> float:
+        return self._deadlines[0][0] if self._deadlines else float("inf")
+
+    def _watch(self, lot: Lot) -> None:
+        self._entered += 1
+        heapq.heappush(self._deadlines, (lot.first_deadline, self._entered, lot))
+
+    def _drop(self, lot: Lot) -> None:
+        """The caller wants nothing more of requests."""
+        for number in lot.ids:
+            del lot.caller.requests[number]
+        worker = lot.worker
+        if lot.move("drop") != ENDED:
+            assert worker is not None
+            worker.cancel(lot)
+            self.news[worker] = None
+        elif worker is None:
+            lot.model.remove(lot)
+            self._forget(lot)
+        else:
+            self._release(worker, lot)
+
+    def _refuse(self, lot: Lot, code: str, sentence: str) -> None:
+        """End requests that wait, and tell their caller why."""
+        lot.move("refuse")
+        lot.model.remove(lot)
+        for number in lot.ids:
+            del lot.caller.requests[number]
+        self._count_failure(lot.model.key, code, len(lot.ids))
+        self._forget(lot)
+        self._refuse_ids(lot.caller, lot.ids, PenstockError(code, sentence))
+
+    def _refuse_ids(self, caller: CallerPeer, ids: Iterable[int], error: PenstockError) -> None:
+        after_ms = int(error.retry_after_s * 1000)
+        refusals = self.refusals.setdefault(caller, [])
+        refusals.extend(Refusal(number, error.code, error.message, after_ms) for number in ids)
+
+    def _release(self, worker: WorkerPeer, lot: Lot) -> None:
+        """Ended for its caller and on its worker: both forget it."""
+        was_full = lot.caller.id in worker.full
+        worker.release(lot)
+        if was_full:
+            self._assigner.room_came(worker)
+        self.news[worker] = None
+        self._forget(lot)
+
+    def _forget(self, lot: Lot) -> None:
+        self.requests -= len(lot.ids)
+        self.bytes -= len(lot.ids) * lot.form.nbytes
+        lot.payload = None
+
+    def _count_failure(self, key: ModelKey, reason: str, count: int) -> None:
+        self._meters.value("penstock_request_failures", *key, reason).value += count
+
+
+def _full(model: ModelQueue) -> PenstockError:
+    return PenstockError(
+        OVERLOADED, f"Exceeds maximum queue size: {model.requests} requests wait for model '{model.key[0]}'", 1.0
+    )

@@ -1,0 +1,134 @@
+"""The life of a request in the broker: one table, and nothing else moves a request from state to state.
+
+A request ends twice: for its caller (acknowledged, refused, or no longer wanted) and on its worker (DONE). Until both
+have happened it is kept; ABANDONED is the time in between, when the caller has no more interest and the worker still
+has it. The picture in ARCHITECTURE.md is drawn from TABLE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from penstock.wire.lots import pick, pick_payload, places_of
+from penstock.wire.messages import Form, Payload
+
+if TYPE_CHECKING:
+    from penstock.broker.peers import CallerPeer, WorkerPeer
+    from penstock.broker.queues import ModelQueue
+
+QUEUED: Final = "QUEUED"  # waits for a worker
+ASSIGNED: Final = "ASSIGNED"  # a worker has it
+DONE: Final = "DONE"  # the worker has published its result, which its caller has not acknowledged
+ABANDONED: Final = "ABANDONED"  # a worker has it, its caller wants nothing more of it
+ENDED: Final = "ENDED"
+
+TABLE: Final[dict[str, dict[str, str]]] = {
+    "assign": {QUEUED: ASSIGNED},
+    "done": {ASSIGNED: DONE, ABANDONED: ENDED},
+    # An acknowledgment may overtake DONE, or come for the result of a worker that was thought lost.
+    "acknowledge": {QUEUED: ENDED, ASSIGNED: ABANDONED, DONE: ENDED},
+    "drop": {QUEUED: ENDED, ASSIGNED: ABANDONED, DONE: ENDED},  # cancelled, expired, or its caller is gone
+    "lose": {ASSIGNED: QUEUED, DONE: QUEUED, ABANDONED: ENDED},  # its worker is gone
+    "refuse": {QUEUED: ENDED},
+}
+
+
+class IllegalTransition(Exception):
+    """A defect: an event that cannot happen to a request in its state."""
+
+
+class Lot:
+    """Requests of one form that came in one message and are in the same state. Compared by identity.
+
+    ``payload``: their tensors (see pick_payload). ``accepted``: when they came, seconds of the broker's monotonic
+    clock; ``timeouts_us``: how long after that each may take. ``attempt``: how often they have been assigned.
+    ``kept_bytes``: what their worker keeps of each one's result.
+    """
+
+    __slots__ = (
+        "accepted",
+        "attempt",
+        "caller",
+        "form",
+        "ids",
+        "in_line",
+        "kept_bytes",
+        "model",
+        "payload",
+        "state",
+        "timeouts_us",
+        "worker",
+    )
+
+    def __init__(
+        self,
+        caller: CallerPeer,
+        model: ModelQueue,
+        form: Form,
+        ids: tuple[int, ...],
+        timeouts_us: tuple[int, ...],
+        payload: Payload,
+        accepted: float,
+    ) -> None:
+        self.caller = caller
+        self.model = model
+        self.form = form
+        self.ids = ids
+        self.timeouts_us = timeouts_us
+        self.payload = payload
+        self.accepted = accepted
+        self.state = QUEUED
+        self.attempt = 0
+        self.worker: WorkerPeer | None = None
+        self.kept_bytes = 0
+        self.in_line = False  # the queue's own mark
+
+    @property
+    def rows(self) -> int:
+        return self.form.rows * len(self.ids)
+
+    @property
+    def first_deadline(self) -> float:
+        return self.accepted + min(self.timeouts_us) * 1e-6
+
+    @property
+    def last_deadline(self) -> float:
+        return self.accepted + max(self.timeouts_us) * 1e-6
+
+    def move(self, event: str) -> str:
+        """Take the transition for ``event`` and return the new state. Raises IllegalTransition."""
+        try:
+            self.state = TABLE[event][self.state]
+        except KeyError:
+            raise IllegalTransition(f"'{event}' cannot happen to {self!r}") from None
+        return self.state
+
+    def split(self, part: Sequence[int]) -> Lot:
+        """Part with some requests, but not all. The indexes of their caller and worker follow; a queue does not."""
+        inside, outside = places_of(self.ids, part)
+        other = Lot(
+            self.caller,
+            self.model,
+            self.form,
+            pick(self.ids, inside),
+            pick(self.timeouts_us, inside),
+            pick_payload(self.payload, self.form.nbytes, inside),
+            self.accepted,
+        )
+        other.state = self.state
+        other.attempt = self.attempt
+        other.worker = self.worker
+        other.kept_bytes = self.kept_bytes
+        self.ids = pick(self.ids, outside)
+        self.timeouts_us = pick(self.timeouts_us, outside)
+        self.payload = pick_payload(self.payload, self.form.nbytes, outside)
+        index = dict.fromkeys(other.ids, other)
+        if self.state != ABANDONED:
+            self.caller.requests.update(index)
+        if self.worker is not None:
+            self.worker.held[self.caller.id].update(index)
+        return other
+
+    def __repr__(self) -> str:
+        return f"<requests {self.caller.id.hex()}:{self.ids} {self.state} attempt {self.attempt}>"

@@ -1,0 +1,26 @@
+"""Every limit of the broker, with its unit. They travel as one value from the command line to the core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerOptions:
+    queue_requests_max: int = 16_384  # that wait for one model
+    held_requests_max: int = 131_072  # that are not acknowledged yet, over all models
+    held_bytes_max: int = 4 << 30  # of their tensors in messages
+    caller_requests_max: int = 65_536  # of one caller, not acknowledged yet
+    unacknowledged_bytes_max: int = 256 << 20  # results that one worker keeps for one caller
+    attempts_max: int = 3  # workers that may be lost under one request
+
+    beat_s: float = 1.0  # how often peers say that they live
+    silence_max_s: float = 5.0  # after which a peer is taken for dead
+    rejoin_grace_s: float = 0.25  # a new broker waits so long for the peers of the old one before it assigns
+    unserved_grace_s: float = 10.0  # requests wait so long for a worker to come back before they are refused
+    acknowledge_grace_s: float = 10.0  # past its deadline, after which a result nobody acknowledged is dropped
+    free_delay_s: float = 0.01  # acknowledgments wait so long for work to travel with
+
+    callers_max: int = 4096
+    workers_max: int = 4096
+    models_max: int = 4096  # names and versions together

@@ -1,0 +1,163 @@
+"""What the broker knows of the processes around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from penstock.broker.lots import Lot
+from penstock.broker.queues import ModelKey
+from penstock.wire.codec import ranges
+from penstock.wire.messages import MAX_REQUESTS, Freed
+from penstock.wire.metrics import Sample
+from penstock.wire.models import READY, ModelState
+
+
+class CallerPeer:
+    """A gateway or a client."""
+
+    def __init__(self, number: bytes, name: str, local: bool, now: float) -> None:
+        self.id = number
+        self.name = name
+        self.local = local  # it reaches Unix sockets of this host
+        self.heard = now
+        self.requests: dict[int, Lot] = {}  # those that have not ended for it
+        self.last_id = -1  # of its requests: ids only grow
+        self.samples: Sequence[Sample] = ()
+
+
+class WorkerPeer:
+    """A worker, what it serves, and what it holds.
+
+    It takes work for at most one batch more than it has instances, so that it never waits for the broker between two
+    batches while everything else can still be cancelled, reordered or given to another.
+    """
+
+    def __init__(
+        self,
+        number: bytes,
+        name: str,
+        device: str,
+        endpoints: Sequence[str],
+        instances: int,
+        kept_bytes_max: int,
+        now: float,
+    ) -> None:
+        self.id = number
+        self.name = name
+        self.device = device
+        self.endpoints = endpoints
+        self.window = instances + 1  # batches
+        self._kept_bytes_max = kept_bytes_max
+        self.heard = now
+        self.leaving = False
+        self.models: dict[ModelKey, ModelState] = {}
+        self.callers: set[bytes] = set()  # those that hear it
+        self.batches = 0  # at least so many are needed for the rows that it has not finished
+        self._rows: dict[ModelKey, int] = {}
+        self._sizes: dict[ModelKey, int] = {}  # rows of a batch
+        self.held: dict[bytes, dict[int, Lot]] = {}  # by caller: not finished, or not acknowledged
+        self.kept_bytes: dict[bytes, int] = {}  # by caller: results that it keeps until they are acknowledged
+        self.full: set[bytes] = set()  # callers that get nothing more here until they have acknowledged some
+        self._freed: dict[bytes, list[int]] = {}
+        self._cancelled: dict[bytes, list[int]] = {}
+        self.samples: Sequence[Sample] = ()
+
+    def endpoint_for(self, caller: CallerPeer) -> str | None:
+        """Where ``caller`` can hear this worker, if it can."""
+        for endpoint in self.endpoints:
+            if endpoint.startswith("tcp://") or caller.local:
+                return endpoint
+        return None
+
+    def set_models(self, models: Sequence[ModelState]) -> None:
+        self.models = {(state.name, state.version): state for state in models}
+        self._sizes |= {key: state.spec.max_batch_size for key, state in self.models.items() if state.spec}
+        self.batches = sum(-(-rows // self._sizes[key]) for key, rows in self._rows.items())
+
+    def serves(self, key: ModelKey) -> bool:
+        state = self.models.get(key)
+        return state is not None and state.state == READY and not self.leaving
+
+    def room(self, key: ModelKey) -> int:
+        """How many more rows of a model that it serves it takes."""
+        size = self._sizes[key]
+        rows = self._rows.get(key, 0)
+        others = self.batches - -(-rows // size)
+        return (self.window - others) * size - rows
+
+    def add_rows(self, key: ModelKey, rows: int) -> None:
+        """Count rows in, or with a negative number out."""
+        size = self._sizes[key]
+        before = self._rows.get(key, 0)
+        after = before + rows
+        self.batches += -(-after // size) - -(-before // size)
+        if after:
+            self._rows[key] = after
+        else:
+            self._rows.pop(key, None)
+
+    def hold(self, lot: Lot) -> None:
+        held = self.held.get(lot.caller.id)
+        if held is None:
+            held = self.held[lot.caller.id] = {}
+        held.update(dict.fromkeys(lot.ids, lot))
+
+    def release(self, lot: Lot) -> None:
+        """Forget requests, and have the worker forget their results."""
+        caller = lot.caller.id
+        held = self.held[caller]
+        for number in lot.ids:
+            del held[number]
+        if not held:
+            del self.held[caller]
+        freed = self._freed.get(caller)
+        if freed is None:
+            self._freed[caller] = list(lot.ids)
+        else:
+            freed += lot.ids
+        if lot.kept_bytes:
+            left = self.kept_bytes[caller] = self.kept_bytes[caller] - lot.kept_bytes * len(lot.ids)
+            if not left:
+                del self.kept_bytes[caller]
+            if left < self._kept_bytes_max:
+                self.full.discard(caller)
+
+    def keep(self, caller: bytes, nbytes: int) -> None:
+        """Count bytes of results that it keeps for a caller."""
+        if nbytes:
+            kept = self.kept_bytes[caller] = self.kept_bytes.get(caller, 0) + nbytes
+            if kept >= self._kept_bytes_max:
+                self.full.add(caller)
+
+    def cancel(self, lot: Lot) -> None:
+        self._cancelled.setdefault(lot.caller.id, []).extend(lot.ids)
+
+    @property
+    def has_cancels(self) -> bool:
+        return bool(self._cancelled)
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._freed or self._cancelled)
+
+    def take_freed(self) -> list[Freed]:
+        freed, self._freed = self._freed, {}
+        return _as_ranges(freed)
+
+    def take_cancelled(self) -> list[Freed]:
+        cancelled, self._cancelled = self._cancelled, {}
+        return _as_ranges(cancelled)
+
+    def forget_caller(self, caller: bytes) -> None:
+        self.callers.discard(caller)
+        self._freed.pop(caller, None)
+        self._cancelled.pop(caller, None)
+
+
+def _as_ranges(ids_of: dict[bytes, list[int]]) -> list[Freed]:
+    found = []
+    for caller, ids in ids_of.items():
+        ids.sort()
+        for at in range(0, len(ids), MAX_REQUESTS):
+            found.append(Freed(caller, ranges(ids[at : at + MAX_REQUESTS])))
+    return found

@@ -1,0 +1,216 @@
+"""The broker as a process: one thread, one loop, which owns the sockets and obeys the core."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import select
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import zmq
+
+from penstock.broker.control import ControlServer
+from penstock.broker.core import Core
+from penstock.broker.events import (
+    Command,
+    Drain,
+    End,
+    Event,
+    FromCaller,
+    FromWorker,
+    Garbage,
+    Gone,
+    Log,
+    Sweep,
+    Tick,
+    ToCaller,
+    ToWorker,
+)
+from penstock.broker.options import BrokerOptions
+from penstock.wire.codec import pack, unpack
+from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir, check_loopback, parse_host_port
+from penstock.wire.errors import BadMessage
+from penstock.wire.messages import FROM_CALLER, FROM_WORKER, PEER_ID_BYTES, Carrier, Message
+from penstock.wire.process import StopSignal, fields, measure, notify
+from penstock.wire.sockets import Socket
+
+log = logging.getLogger("penstock.broker")
+
+_ROUND_MESSAGES: Final = 64  # read from one socket before the others have their turn
+_HIGH_WATER: Final = 100_000  # messages that may wait for one peer; windows and bounds keep it far below
+_MEASURE_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerSettings:
+    """Where a broker listens, and its limits. ``bind``: "" or ``tcp://HOST:PORT`` beside the runtime directory."""
+
+    runtime: RuntimeDir
+    bind: str = ""
+    drain_s: float = 10.0
+    options: BrokerOptions = field(default_factory=BrokerOptions)
+
+
+class BrokerProcess:
+    """``start`` binds, ``serve`` runs until a signal and drains, ``stop`` closes. EndpointError: cannot be bound."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._settings = settings
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._poll = select.poll()
+        self._opened: list[Socket] = []
+
+    def start(self) -> None:
+        runtime = self._settings.runtime
+        runtime.make()
+        self._guards = [Guard(path) for path in (runtime.callers, runtime.workers, runtime.control)]
+        runtime.sweep()
+        self._callers = self._bind(f"ipc://{runtime.callers}")
+        self._workers = self._bind(f"ipc://{runtime.workers}")
+        if self._settings.bind:
+            bind_tcp(self._settings.bind, self._callers, self._workers)
+        self._control = ControlServer(runtime.control)
+        self._stop_signal = StopSignal()
+        for readable in (self._control.listener, self._stop_signal.fileno()):
+            self._poll.register(readable, select.POLLIN)
+        self._core = Core(self._settings.options, secrets.randbits(63) | 1, time.monotonic())
+        self._measure_at = 0.0
+        log.info("broker started", extra=fields(runtime_dir=str(runtime.path), epoch=self._core.epoch))
+
+    def _bind(self, address: str) -> Socket:
+        socket = Socket(self._context, zmq.ROUTER, _HIGH_WATER)
+        self._opened.append(socket)
+        socket.raw.bind(address)
+        self._poll.register(socket.fileno(), select.POLLIN)
+        return socket
+
+    def serve(self) -> None:
+        notify("READY=1")
+        while not self._stop_signal.received:
+            self._turn(float("inf"))
+        notify("STOPPING=1")
+        self._obey(self._core.handle(Drain(), time.monotonic()))
+        until = time.monotonic() + self._settings.drain_s
+        log.info(
+            "broker draining",
+            extra=fields(requests=self._core.ledger.requests, limit_s=self._settings.drain_s),
+        )
+        while self._core.ledger.requests and time.monotonic() < until:
+            self._turn(until)
+        self._obey(self._core.handle(End(), time.monotonic()))
+        log.info("broker stopped", extra=fields(requests_left=self._core.ledger.requests))
+
+    def stop(self) -> None:
+        """Close everything; what was said last is still delivered."""
+        for socket in self._opened:
+            socket.close(1000)
+        self._control.close()
+        self._stop_signal.restore()
+        self._context.term()
+        for guard in self._guards:
+            guard.release()
+
+    def _turn(self, until: float) -> None:
+        """Read what there is; when there is nothing, sleep until there is, or until the core or ``until`` says."""
+        if self._callers.pending or self._workers.pending:
+            self._read()
+        else:
+            self._sleep(until)
+        self._obey(self._core.handle(Tick(), time.monotonic()))
+
+    def _read(self) -> None:
+        for heads, frames in self._callers.receive(2, _ROUND_MESSAGES):
+            self._hear("caller", FROM_CALLER, heads, frames)
+        for heads, frames in self._workers.receive(2, _ROUND_MESSAGES):
+            self._hear("worker", FROM_WORKER, heads, frames)
+
+    def _sleep(self, until: float) -> None:
+        now = time.monotonic()
+        if now >= self._measure_at:
+            self._measure_at = now + _MEASURE_S
+            measure(self._core.meters)
+        wait_s = min(self._core.due(), until) - now
+        for readable, _ in self._poll.poll(max(0.0, wait_s) * 1000):
+            if readable == self._callers.fileno():
+                self._callers.pending = True
+            elif readable == self._workers.fileno():
+                self._workers.pending = True
+            else:
+                self._read_control(readable)
+
+    def _hear(self, process: str, kinds: Mapping[int, type[Message]], heads: list[bytes], frames: list[Any]) -> None:
+        peer = heads[0]
+        event: Event
+        try:
+            if len(peer) != PEER_ID_BYTES or len(heads) != 2:
+                raise BadMessage(
+                    f"a peer has an identity of {PEER_ID_BYTES} bytes and sends messages of one frame or more"
+                )
+            message = unpack(heads[1], frames, kinds)
+            event = FromCaller(peer, message) if process == "caller" else FromWorker(peer, message)
+        except BadMessage as error:
+            event = Garbage(process, peer[:PEER_ID_BYTES], str(error))
+        self._obey(self._core.handle(event, time.monotonic()))
+
+    def _read_control(self, readable: int) -> None:
+        if readable == self._stop_signal.fileno():
+            self._stop_signal.clear()
+        elif readable == self._control.listener:
+            for fileno in self._control.accept():
+                self._poll.register(fileno, select.POLLIN)
+        elif readable in self._control:
+            event = self._control.read(readable)
+            if readable not in self._control:
+                self._poll.unregister(readable)
+            if event is not None:
+                self._obey(self._core.handle(event, time.monotonic()))
+
+    def _obey(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case ToCaller(peer, message):
+                    self._send(self._callers, peer, message)
+                case ToWorker(peer, message):
+                    self._send(self._workers, peer, message)
+                case Log(level, event, about):
+                    log.log(logging.getLevelNamesMapping()[level.upper()], event, extra=fields(**about))
+                case Sweep():
+                    self._settings.runtime.sweep()
+                case _:
+                    raise AssertionError(f"unexpected command {command!r}")
+
+    def _send(self, socket: Socket, peer: bytes, message: Message) -> None:
+        frames = message.frames if isinstance(message, Carrier) else ()
+        outcome = socket.send((peer, pack(message)), frames)
+        if outcome != "sent":
+            reason = "it takes no messages" if outcome == "full" else "it is not connected"
+            self._obey(self._core.handle(Gone(peer, reason), time.monotonic()))
+
+
+def bind_tcp(address: str, callers: Socket, workers: Socket) -> None:
+    """Listen on a TCP port for callers and on the next one for workers; port 0 finds two that are free.
+
+    Raises EndpointError: not loopback, or in use.
+    """
+    host, port = parse_host_port(address.removeprefix("tcp://"), address)
+    if not address.startswith("tcp://"):
+        raise EndpointError(f"--bind {address!r} is not of the form tcp://HOST:PORT")
+    check_loopback(host, "--bind")
+    shown = f"[{host}]" if ":" in host else host
+    for _ in range(100 if port == 0 else 1):
+        try:
+            callers.raw.bind(f"tcp://{shown}:{port or '*'}")
+            bound = int(callers.raw.get(zmq.LAST_ENDPOINT).rstrip(b"\0").rpartition(b":")[2])
+            try:
+                workers.raw.bind(f"tcp://{shown}:{bound + 1}")
+            except zmq.ZMQError:
+                callers.raw.unbind(f"tcp://{shown}:{bound}")
+                raise
+            log.info("listening on TCP", extra=fields(callers=f"tcp://{shown}:{bound}", workers=bound + 1))
+            return
+        except zmq.ZMQError as error:
+            reason = str(error)
+    raise EndpointError(f"cannot listen on {address} and the port after it: {reason}")

@@ -1,0 +1,92 @@
+"""Which models there are, which workers serve them, and which one a name and version mean."""
+
+from __future__ import annotations
+
+from penstock.broker.peers import WorkerPeer
+from penstock.broker.queues import ModelKey, ModelQueue
+from penstock.wire.errors import NOT_FOUND, UNAVAILABLE, PenstockError
+from penstock.wire.models import LOADING, READY, ModelState, newest
+from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
+
+
+class Registry:
+    """The models that workers have declared.
+
+    A worker's models stay known when it goes, under its name: it may be restarting, and a server that forgot them would
+    answer 404 and call itself ready. They go when a worker of that name declares others.
+    """
+
+    def __init__(self, models_max: int) -> None:
+        self.queues: dict[ModelKey, ModelQueue] = {}
+        self._versions: dict[str, set[str]] = {}
+        self._declared: dict[str, dict[ModelKey, ModelState]] = {}  # by the worker's name
+        self._models_max = models_max
+
+    def declare(self, worker: WorkerPeer, now: float) -> list[ModelQueue]:
+        """Take in what a worker says of its models, or that it is leaving. Returns the queues that have ended with
+        it."""
+        self._declared[worker.name] = dict(worker.models)
+        for key, state in worker.models.items():
+            queue = self.queues.get(key)
+            if queue is None and len(self.queues) < self._models_max:
+                queue = self.queues[key] = ModelQueue(key, None)
+                queue.unserved_since = now
+                self._versions.setdefault(key[0], set()).add(key[1])
+            if queue is not None and state.spec is not None:
+                queue.spec = state.spec
+        for key, queue in self.queues.items():
+            self._enlist(queue, worker, worker.serves(key), now)
+        known = {key for models in self._declared.values() for key in models}
+        return [self._forget(key) for key in list(self.queues) if key not in known]
+
+    def withdraw(self, worker: WorkerPeer, now: float) -> None:
+        """A worker has gone; its models stay known."""
+        for queue in self.queues.values():
+            self._enlist(queue, worker, False, now)
+
+    def find(self, name: str, version: str) -> ModelQueue:
+        """The queue for requests of this name and version ("": the newest that is served). Raises PenstockError."""
+        if not self._declared:
+            raise PenstockError(UNAVAILABLE, "no worker has joined this server yet; try again shortly")
+        versions = self._versions.get(name)
+        if versions is None:
+            raise PenstockError(NOT_FOUND, f"Request for unknown model: '{name}' is not found")
+        if not version:
+            served = [each for each in versions if self.queues[name, each].workers]
+            version = newest(served or list(versions))
+        elif version not in versions:
+            raise PenstockError(NOT_FOUND, f"Request for unknown model: '{name}' version {version} is not found")
+        return self.queues[name, version]
+
+    def state(self, key: ModelKey) -> ModelState:
+        """How a model fares on the server as a whole: as well as on the worker where it fares best."""
+        spec = self.queues[key].spec
+        told = [models[key] for models in self._declared.values() if key in models]
+        if self.queues[key].workers:
+            reason = next((state.reason for state in told if state.state == READY), "")
+            return ModelState(*key, READY, reason, spec)
+        loading = [state for state in told if state.state == LOADING]
+        failed = [state for state in told if state.state == UNAVAILABLE_STATE]
+        if loading:
+            return ModelState(*key, LOADING, loading[0].reason, spec)
+        reason = failed[0].reason if failed else "no worker serves it at present"
+        return ModelState(*key, UNAVAILABLE_STATE, reason, spec)
+
+    def states(self) -> list[ModelState]:
+        return [self.state(key) for key in sorted(self.queues)]
+
+    def _enlist(self, queue: ModelQueue, worker: WorkerPeer, serves: bool, now: float) -> None:
+        listed = worker in queue.workers
+        if serves and not listed:
+            queue.workers.append(worker)
+        elif listed and not serves:
+            queue.workers.remove(worker)
+            if not queue.workers:
+                queue.unserved_since = now
+
+    def _forget(self, key: ModelKey) -> ModelQueue:
+        name, version = key
+        self._versions[name].discard(version)
+        if not self._versions[name]:
+            del self._versions[name]
+        return self.queues.pop(key)

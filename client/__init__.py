@@ -1,0 +1,11 @@
+"""The client library, and the caller core that it shares with the gateway.
+
+>>> from penstock.client import Client
+>>> with Client() as client:
+...     scores = client.infer("digits", {"image": image})["scores"]
+"""
+
+from penstock.client.client import Client, Result
+from penstock.wire.errors import PenstockError
+
+__all__ = ["Client", "PenstockError", "Result"]

@@ -1,0 +1,384 @@
+"""A caller's decisions: events in, commands out; no socket, clock or thread. The gateway and the client library share
+it.
+
+Every call ends exactly once: with the first result or refusal that comes, when its time is up (whatever has happened
+to the broker), or when the broker that had it is gone. What comes later for the same id is dropped, and acknowledged
+all the same, so that the worker need not keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from penstock.client.calls import SENT, WAITING, Call
+from penstock.client.events import (
+    BrokerFound,
+    BrokerLost,
+    Command,
+    Complete,
+    Event,
+    Fail,
+    FromBroker,
+    FromWorker,
+    Garbage,
+    Hear,
+    Log,
+    Report,
+    Say,
+    Sink,
+    Tick,
+)
+from penstock.wire.codec import ranges, unpack_failure
+from penstock.wire.errors import (
+    DEADLINE,
+    INTERNAL,
+    LOST,
+    NOT_FOUND,
+    OVERLOADED,
+    UNAVAILABLE,
+    BadMessage,
+    PenstockError,
+)
+from penstock.wire.membership import Membership
+from penstock.wire.messages import (
+    FAILED,
+    INLINE_MAX_BYTES,
+    MAX_REQUESTS,
+    PARTIAL,
+    Ask,
+    Beat,
+    Bye,
+    CallerHello,
+    Form,
+    HelloWanted,
+    Message,
+    Metrics,
+    Models,
+    Payload,
+    Refusals,
+    Requests,
+    Results,
+    Submit,
+    Welcome,
+    Workers,
+)
+from penstock.wire.metrics import Meters
+from penstock.wire.models import READY, ModelSpec, ModelState, newest
+
+_SWEEP_S: Final = 0.1  # how often calls are looked through for those whose time is up
+# The broker and the workers say why time was up: their word is waited for so long past the deadline.
+_LATE_S: Final = 0.2
+_ACKNOWLEDGE_S: Final = 0.003  # acknowledgments wait so long for requests to travel with
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a caller is. ``name``: "" for one that has no metrics. ``address``: the broker's, for what users are told."""
+
+    id: bytes
+    name: str
+    pid: int
+    local: bool
+    address: str
+    calls_max: int = 65_536
+
+
+class Caller:
+    """One caller. Times are seconds of the shell's monotonic clock.
+
+    ``models``: what the server serves, by name and version; None until the broker has said.
+    """
+
+    def __init__(self, identity: Identity) -> None:
+        self.identity = identity
+        self.membership = Membership(identity.local)
+        self.meters = Meters()
+        self.name = identity.name  # the one that the broker has given it
+        self.models: dict[str, dict[str, ModelState]] | None = None
+        self._found: dict[tuple[str, str], ModelSpec] = {}  # what ``find`` has found, until the models change
+        self.calls: dict[int, Call] = {}
+        self._waiting: list[Call] = []
+        self._acks: list[int] = []
+        self._cancels: list[int] = []
+        self._acknowledge_at = float("inf")
+        self._sweep_at = 0.0
+        self._last_id = 0
+        self._last_serial = 0
+        self._endpoints: set[str] = set()
+        self._commands: list[Command] = []
+
+    # --- what the shell asks for ---
+
+    def submit(self, form: Form, payload: Payload, timeout_s: float, sink: Sink, now: float) -> int:
+        """Take a request, which ``flush`` sends. Returns its id. Raises PenstockError when too many are under way."""
+        if len(self.calls) >= self.identity.calls_max:
+            raise PenstockError(OVERLOADED, f"{len(self.calls)} requests of this process are under way", 1.0)
+        self._last_id += 1
+        call = Call(self._last_id, form, payload, timeout_s, now + timeout_s, sink)
+        self.calls[call.id] = call
+        self._waiting.append(call)
+        return call.id
+
+    def cancel(self, number: int) -> None:
+        """Nobody wants the result of a request any more; its sink is not called."""
+        call = self.calls.pop(number, None)
+        if call is None:
+            return
+        if call.state == SENT:
+            self._cancels.append(number)
+        call.move("end")
+
+    def ask_metrics(self) -> tuple[int, Say]:
+        """What to say to get the whole server's metrics, and the serial that the answer will have."""
+        self._last_serial += 1
+        return self._last_serial, Say(Ask(self.membership.epoch, self._last_serial))
+
+    def find(self, name: str, version: str = "") -> ModelSpec:
+        """What callers need to know of a model, "" for its newest version that is served. Raises PenstockError."""
+        spec = self._found.get((name, version))
+        if spec is None:
+            spec = self._search(name, version)
+            self._found[name, version] = spec
+        return spec
+
+    def _search(self, name: str, version: str) -> ModelSpec:
+        if self.models is None:
+            raise PenstockError(UNAVAILABLE, f"no broker answers at {self.identity.address} yet", 1.0)
+        if not self.models:
+            raise PenstockError(UNAVAILABLE, "no worker has joined this server yet; try again shortly", 1.0)
+        versions = self.models.get(name)
+        if versions is None:
+            raise PenstockError(NOT_FOUND, f"Request for unknown model: '{name}' is not found")
+        if version:
+            state = versions.get(version)
+        else:
+            ready = [each for each, state in versions.items() if state.state == READY]
+            state = versions[newest(ready or list(versions))]
+        if state is None:
+            raise PenstockError(NOT_FOUND, f"Request for unknown model: '{name}' version {version} is not found")
+        if state.spec is None:
+            raise PenstockError(UNAVAILABLE, f"model '{name}' is not ready ({state.state}): {state.reason}", 1.0)
+        return state.spec
+
+    def is_ready(self) -> bool:
+        """Whether every model of the server can be asked."""
+        return (
+            self.membership.joined
+            and bool(self.models)
+            and all(state.state == READY for versions in (self.models or {}).values() for state in versions.values())
+        )
+
+    def flush(self, now: float) -> list[Submit]:
+        """Messages for all that there is to say about requests; none while no broker has welcomed this caller."""
+        if not self.membership.joined:
+            return []
+        self._acknowledge_at = float("inf")
+        waiting, self._waiting = self._waiting, []
+        acks, self._acks = self._acks, []
+        cancels, self._cancels = self._cancels, []
+        messages = []
+        if len(waiting) <= MAX_REQUESTS and len(acks) <= MAX_REQUESTS and len(cancels) <= MAX_REQUESTS:
+            messages.append(self._as_message(waiting, acks, cancels, now))
+        else:
+            for at in range(0, max(len(waiting), len(acks), len(cancels)), MAX_REQUESTS):
+                part = slice(at, at + MAX_REQUESTS)
+                messages.append(self._as_message(waiting[part], acks[part], cancels[part], now))
+        return messages
+
+    def due(self) -> float:
+        """When the next Tick is needed even if nothing happens before."""
+        sweep = self._sweep_at if self.calls else float("inf")
+        return min(self.membership.due(), self._acknowledge_at, sweep)
+
+    def wants_flush(self, now: float) -> bool:
+        return bool(self._waiting or self._cancels) or now >= self._acknowledge_at
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """What follows from an event. Raises nothing that a peer could cause."""
+        match event:
+            case FromWorker(message):
+                self._results(message, now)
+            case FromBroker(message):
+                self._from_broker(message, now)
+            case BrokerFound():
+                self.membership.found()
+            case BrokerLost(reason):
+                self._lost(reason)
+            case Garbage(process, reason):
+                self.meters.value("penstock_bad_messages", process).value += 1
+                self._log("warning", "bad message dropped", process=process, reason=reason)
+            case Tick():
+                self._tick(now)
+            case _:
+                raise AssertionError(f"unexpected event {event!r}")
+        commands, self._commands = self._commands, []
+        return commands
+
+    # --- what comes ---
+
+    def _results(self, message: Results, now: float) -> None:
+        if self._acknowledge_at == float("inf"):
+            self._acknowledge_at = now + _ACKNOWLEDGE_S
+        calls, commands = self.calls, self._commands
+        for group, start in zip(message.groups, message.starts, strict=True):
+            status, size, body, queue_us, ids = group
+            self._acks += ids
+            if status == FAILED:
+                self._failures(ids, body)
+                continue
+            for at, number in enumerate(ids):
+                call = calls.get(number)
+                if call is None or call.state != SENT:
+                    continue
+                if status == PARTIAL:
+                    call.move("partial")
+                    continue
+                del calls[number]
+                call.move("end")
+                payload: Payload
+                if size <= INLINE_MAX_BYTES:
+                    begin = start + at * size
+                    payload = message.blob[begin : begin + size]
+                else:
+                    payload = message.frames[start + at]
+                commands.append(Complete(call.sink, body, payload, message.batch, queue_us, message.worker))
+
+    def _failures(self, ids: Sequence[int], body: bytes) -> None:
+        try:
+            code, sentence, after_ms = unpack_failure(body)
+        except BadMessage as error:
+            code, sentence, after_ms = INTERNAL, f"a worker failed, and its reason cannot be read: {error}", 0
+        for number in ids:
+            self._fail(number, PenstockError(code, sentence, after_ms / 1000))
+
+    def _from_broker(self, message: Message, now: float) -> None:
+        membership = self.membership
+        match message:
+            case Welcome(epoch=epoch):
+                if membership.epoch not in (0, epoch):
+                    self._lost("the broker restarted")
+                membership.welcomed(epoch, now)
+                self.name = message.name
+                self._log("debug", "joined the broker", name=message.name)
+                return
+            case HelloWanted():
+                if membership.joined:
+                    self._lost("the broker restarted")
+                    membership.found()
+                return
+        if message.epoch != membership.epoch:
+            return
+        membership.heard(now)
+        match message:
+            case Refusals(refusals=refusals):
+                for number, code, sentence, after_ms in refusals:
+                    self._fail(number, PenstockError(code, sentence, after_ms / 1000))
+            case Models(models=models):
+                self._set_models(models)
+            case Workers(workers=workers):
+                self._hear_only({address.endpoint for address in workers})
+            case Metrics():
+                self._commands.append(Report(message))
+            case Beat():
+                pass
+            case Bye():
+                self._lost("the broker shut down")
+            case _:
+                raise AssertionError(f"a broker does not send {message!r}")
+
+    def _set_models(self, models: Sequence[ModelState]) -> None:
+        known: dict[str, dict[str, ModelState]] = {}
+        for state in models:
+            known.setdefault(state.name, {})[state.version] = state
+        self.models = known
+        self._found.clear()
+
+    def _hear_only(self, endpoints: set[str]) -> None:
+        self._commands += [Hear(endpoint, True) for endpoint in sorted(endpoints - self._endpoints)]
+        self._commands += [Hear(endpoint, False) for endpoint in sorted(self._endpoints - endpoints)]
+        self._endpoints = endpoints
+
+    def _lost(self, reason: str) -> None:
+        """The broker that had the requests knows them no more. Those that were not sent yet wait for the next."""
+        if self.membership.joined:
+            self._log("warning", "broker gone; looking for it", reason=reason)
+        self.membership.lost()
+        for number in [call.id for call in self.calls.values() if call.state == SENT]:
+            self._fail(number, PenstockError(LOST, f"{reason} while it held the request; send it again", 0.5))
+        self._acks.clear()
+        self._cancels.clear()
+        self._acknowledge_at = float("inf")
+
+    def _tick(self, now: float) -> None:
+        if now >= self._sweep_at:
+            self._sweep_at = now + _SWEEP_S
+            latest = now - _LATE_S
+            for call in [call for call in self.calls.values() if call.deadline < latest]:
+                self._expire(call)
+            if not self.membership.joined:
+                self._waiting = [call for call in self._waiting if call.state == WAITING]
+        match self.membership.say(now):
+            case "hello":
+                identity = self.identity
+                self._say(CallerHello(0, identity.name, identity.pid, identity.local))
+            case "beat":
+                self._say(Beat(self.membership.epoch))
+            case "lost":
+                self._lost("the broker fell silent")
+
+    def _expire(self, call: Call) -> None:
+        if call.state == WAITING and not self.membership.joined:
+            sentence = (
+                f"no Penstock broker answered at {self.identity.address} within {call.timeout_s:g} s; "
+                "is 'penstock up' running there, and as the same user?"
+            )
+            error = PenstockError(UNAVAILABLE, sentence)
+        else:
+            error = PenstockError(DEADLINE, f"no result for model '{call.form.model}' within {call.timeout_s:g} s")
+            if call.state == SENT:
+                self._cancels.append(call.id)
+        self._fail(call.id, error)
+
+    def _fail(self, number: int, error: PenstockError) -> None:
+        call = self.calls.pop(number, None)
+        if call is not None:
+            call.move("end")
+            self._commands.append(Fail(call.sink, error))
+
+    # --- what goes ---
+
+    def _as_message(self, calls: list[Call], acks: list[int], cancels: list[int], now: float) -> Submit:
+        by_form: dict[int, list[Call]] = {}
+        for call in calls:
+            if call.state != WAITING:
+                continue  # cancelled, or out of time, before it went
+            call.move("send")
+            group = by_form.get(id(call.form))
+            if group is None:
+                by_form[id(call.form)] = [call]
+            else:
+                group.append(call)
+        groups: list[Requests] = []
+        inline: list[Payload] = []
+        frames: list[Payload] = []
+        for same in by_form.values():
+            form = same[0].form
+            ids = tuple([call.id for call in same])
+            # Late ones go too, with the least time there is: the broker's refusal says why.
+            timeouts = tuple([max(1, int((call.deadline - now) * 1e6)) for call in same])
+            groups.append(Requests(form, ids, timeouts))
+            into = inline if form.nbytes <= INLINE_MAX_BYTES else frames
+            for call in same:
+                into.append(call.payload)
+                call.payload = None
+        acks.sort()
+        epoch = self.membership.epoch
+        return Submit(epoch, groups, ranges(acks), cancels, blob=b"".join(inline), frames=frames)
+
+    def _say(self, message: Message) -> None:
+        self._commands.append(Say(message))
+
+    def _log(self, level: str, event: str, **fields: Any) -> None:
+        self._commands.append(Log(level, event, fields))

@@ -1,0 +1,50 @@
+"""The life of a request at its caller: one table, and nothing else moves a call from state to state."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from penstock.client.events import Sink
+from penstock.wire.messages import Form, Payload
+
+WAITING: Final = "WAITING"  # goes with the next message to the broker
+SENT: Final = "SENT"
+ENDED: Final = "ENDED"  # with a result, an error, or because nobody wants it any more
+
+TABLE: Final[dict[str, dict[str, str]]] = {
+    "send": {WAITING: SENT},
+    "partial": {SENT: SENT},  # more of its result will follow
+    "end": {WAITING: ENDED, SENT: ENDED},
+}
+
+
+class IllegalTransition(Exception):
+    """A defect: an event that cannot happen to a call in its state."""
+
+
+class Call:
+    """A request that its caller waits for. ``deadline``: seconds of this process's monotonic clock."""
+
+    __slots__ = ("deadline", "form", "id", "payload", "sink", "state", "timeout_s")
+
+    def __init__(
+        self, number: int, form: Form, payload: Payload, timeout_s: float, deadline: float, sink: Sink
+    ) -> None:
+        self.id = number
+        self.form = form
+        self.payload = payload
+        self.timeout_s = timeout_s
+        self.deadline = deadline
+        self.sink = sink
+        self.state = WAITING
+
+    def move(self, event: str) -> str:
+        """Take the transition for ``event`` and return the new state. Raises IllegalTransition."""
+        try:
+            self.state = TABLE[event][self.state]
+        except KeyError:
+            raise IllegalTransition(f"'{event}' cannot happen to {self!r}") from None
+        return self.state
+
+    def __repr__(self) -> str:
+        return f"<call {self.id} {self.state}>"

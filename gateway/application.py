@@ -1,0 +1,334 @@
+"""The routes and their handlers: the Open Inference Protocol v2 and /metrics.
+
+A handler answers its exchange, at once or from a callback. Errors are PenstockError, turned into statuses here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from typing import Final, TypeAlias, TypeVar
+
+import orjson
+
+from penstock.client.caller import Caller
+from penstock.client.events import Complete
+from penstock.gateway.compression import choose, compress, decompress
+from penstock.gateway.connection import Exchange
+from penstock.gateway.inference import Parser, Query, render, render_body, wrap
+from penstock.gateway.options import GatewayOptions
+from penstock.gateway.reports import CONTENT_TYPE, Reports
+from penstock.gateway.routes import Route, RouteError, Routes
+from penstock.wire import errors
+from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
+from penstock.wire.messages import Payload
+from penstock.wire.metrics import Value
+from penstock.wire.models import READY, ModelSpec
+from penstock.wire.process import fields
+from penstock.wire.tensors import Buffer
+
+log = logging.getLogger("penstock.gateway")
+
+STATUSES: Final = {
+    errors.BAD_INPUT: 400,
+    errors.NOT_FOUND: 404,
+    errors.TOO_LARGE: 413,
+    errors.UNSUPPORTED: 501,
+    errors.OVERLOADED: 503,
+    errors.DRAINING: 503,
+    errors.UNAVAILABLE: 503,
+    errors.LOST: 503,
+    errors.DEADLINE: 504,
+    errors.CANCELLED: 499,
+    errors.MODEL_FAILED: 500,
+    errors.INTERNAL: 500,
+}
+_ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
+_JOIN_MAX_BYTES: Final = 64 * 1024  # a larger payload is written behind the head instead of being copied
+_ASIDE_MIN_BYTES: Final = 128 * 1024  # what is larger is compressed and expanded on a thread
+_LENGTH_DIGITS_MAX: Final = 12
+
+T = TypeVar("T")
+Handler: TypeAlias = "Callable[[Exchange, Target], None]"
+
+
+class Application:
+    """Answers a gateway's requests. ``flush`` is called once after requests have been submitted."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        caller: Caller,
+        options: GatewayOptions,
+        reports: Reports,
+        flush: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self.caller = caller
+        self.options = options
+        self._reports = reports
+        self.flush = flush
+        self._parser = Parser()
+        self._responses: dict[int, Value] = {}
+        self._seconds = caller.meters.histogram("penstock_http_request_seconds")
+        self._server = {"name": "penstock", "version": version("penstock"), "extensions": ["binary_tensor_data"]}
+        routes: list[Route[Handler]] = [
+            Route("GET", "/v2", self._metadata),
+            Route("GET", "/v2/health/live", self._live),
+            Route("GET", "/v2/health/ready", self._ready),
+            Route("GET", "/metrics", self._metrics),
+        ]
+        for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            routes += [
+                Route("GET", model, self._model_metadata),
+                Route("GET", model + "/ready", self._model_ready),
+                Route("POST", model + "/infer", self._infer),
+            ]
+        self._routes: Routes[Handler] = Routes(routes)
+
+    def handle(self, exchange: Exchange) -> None:
+        """Answer a request, now or later."""
+        head = exchange.request.head
+        try:
+            target = head.target
+            if target is None:
+                handler, arguments = self._routes.find(head.method, head.url)
+                target = head.target = Target(handler, arguments, head.headers)
+            target.handler(exchange, target)
+        except PenstockError as error:
+            self.fail(exchange, error)
+        except RouteError as error:
+            allow = f"Allow: {', '.join(error.allow)}\r\n".encode() if error.allow else b""
+            self._count(error.status)
+            exchange.answer_error(error.status, error.sentence, allow)
+        except Exception:
+            # A defect of ours must end one request, not the connections of everybody else.
+            log.exception("request handler failed", extra=fields(url=repr(head.url)))
+            self._count(500)
+            exchange.answer_error(500, "an internal error; it is in the gateway's log")
+
+    def refused(self, status: int, sentence: str) -> None:
+        """A connection was answered without a request."""
+        self._count(status)
+        log.info("connection refused", extra=fields(status=status, reason=sentence))
+
+    def fail(self, exchange: Exchange, error: PenstockError, identifier: str = "") -> None:
+        """Answer with an error."""
+        status = STATUSES[error.code]
+        extra = b""
+        if status == 503:
+            extra = b"Retry-After: %d\r\n" % max(1, math.ceil(error.retry_after_s))
+        elif status == 501:
+            extra = _ACCEPT_ENCODING
+        sentence = f"[request id: {identifier}] {error.message}" if identifier else error.message
+        self._count(status)
+        exchange.answer_error(status, sentence, extra)
+
+    def _count(self, status: int) -> None:
+        counter = self._responses.get(status)
+        if counter is None:
+            counter = self._responses[status] = self.caller.meters.value("penstock_http_responses", str(status))
+        counter.value += 1
+
+    def _answer_json(self, exchange: Exchange, value: object) -> None:
+        self._count(200)
+        exchange.answer(200, orjson.dumps(value))
+
+    # --- the server and its models ---
+
+    def _metadata(self, exchange: Exchange, target: Target) -> None:
+        self._answer_json(exchange, self._server)
+
+    def _live(self, exchange: Exchange, target: Target) -> None:
+        self._count(200)
+        exchange.answer(200)
+
+    def _ready(self, exchange: Exchange, target: Target) -> None:
+        caller = self.caller
+        if caller.is_ready():
+            self._count(200)
+            exchange.answer(200)
+            return
+        if not caller.membership.joined:
+            reason = "no broker answers"
+        else:
+            states = [state for versions in (caller.models or {}).values() for state in versions.values()]
+            waits = [f"{state.name} ({state.state})" for state in states if state.state != READY]
+            reason = f"not ready: {', '.join(waits[:10])}" if waits else "no worker has joined"
+        self._count(503)
+        exchange.answer_error(503, f"Server not ready: {reason}", b"Retry-After: 1\r\n")
+
+    def _find(self, target: Target) -> ModelSpec:
+        return self.caller.find(target.model, target.version)
+
+    def _model_metadata(self, exchange: Exchange, target: Target) -> None:
+        spec = self._find(target)
+        known = (self.caller.models or {}).get(spec.name, {})
+        self._answer_json(
+            exchange,
+            {
+                "name": spec.name,
+                "versions": [target.version] if target.version else sorted(known),
+                "platform": spec.platform,
+                "inputs": [each._asdict() for each in spec.inputs],
+                "outputs": [each._asdict() for each in spec.outputs],
+            },
+        )
+
+    def _model_ready(self, exchange: Exchange, target: Target) -> None:
+        versions = (self.caller.models or {}).get(target.model, {})
+        states = [state for version, state in versions.items() if target.version in ("", version)]
+        if self.caller.membership.joined and any(state.state == READY for state in states):
+            self._count(200)
+            exchange.answer(200)
+        else:
+            self._count(400)
+            exchange.answer_error(400, "Model version not ready")
+
+    # --- inference ---
+
+    def _infer(self, exchange: Exchange, target: Target) -> None:
+        body = exchange.request.body
+        if not target.encoding:
+            self._submit(exchange, target, body)
+            return
+        expand = partial(decompress, body, target.encoding, self.options.body_bytes_max)
+        self._aside(exchange, len(body), expand, partial(self._submit, exchange, target))
+
+    def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
+        try:
+            query, payload = self._parser.parse(self._find(target), body, target.header_length)
+            _Inference(self, exchange, query).start(payload)
+        except PenstockError as error:
+            self._count_failure(target, error.code)
+            raise
+        self.flush()
+
+    def finish(self, exchange: Exchange, query: Query, answer: Complete, seconds: float) -> None:
+        """Answer an inference request with its result."""
+        self._seconds.observe(seconds)
+        encoding = exchange.request.head.target.accepts
+        try:
+            if not encoding:
+                self._send(exchange, *render(answer.body, answer.payload, query.style, query.id))
+                return
+            json, binary = render_body(answer.body, answer.payload, query.style, query.id)
+        except (BadMessage, PenstockError) as error:
+            code = error.code if isinstance(error, PenstockError) else errors.INTERNAL
+            self.fail(exchange, PenstockError(code, str(error)), query.id)
+            return
+        if len(json) + len(binary) < self.options.compress_bytes_min:
+            self._send(exchange, wrap(json, len(binary), b"", bool(binary)), binary)
+            return
+
+        def compressed(body: bytes) -> None:
+            self._count(200)
+            extra = b"Content-Encoding: %b\r\nVary: Accept-Encoding\r\n" % encoding.encode()
+            if binary:
+                extra += b"Inference-Header-Content-Length: %d\r\n" % len(json)
+            exchange.answer(200, body, b"application/octet-stream" if binary else b"application/json", extra)
+
+        self._aside(exchange, len(json) + len(binary), partial(compress, json + binary, encoding), compressed)
+
+    def _send(self, exchange: Exchange, head: bytes, tail: Payload) -> None:
+        self._count(200)
+        if len(tail) <= _JOIN_MAX_BYTES:
+            exchange.send(200, head + tail)
+        else:
+            exchange.send(200, head, tail)
+
+    def _aside(self, exchange: Exchange, size: int, work: Callable[[], T], then: Callable[[T], None]) -> None:
+        """Do work on ``size`` bytes and then something with its result: on a thread, when it would keep others
+        waiting."""
+        if size <= _ASIDE_MIN_BYTES:
+            then(work())
+            return
+
+        def done(future: asyncio.Future[T]) -> None:
+            if exchange.abandoned:
+                future.exception()
+                return
+            try:
+                then(future.result())
+            except PenstockError as error:
+                self.fail(exchange, error)
+
+        self._loop.run_in_executor(None, work).add_done_callback(done)
+
+    def _count_failure(self, target: Target, code: str) -> None:
+        """Count a request that went no further than this gateway. Only names that the server has become labels."""
+        versions = (self.caller.models or {}).get(target.model, {})
+        labels = (target.model, target.version if target.version in versions else "") if versions else ("", "")
+        self.caller.meters.value("penstock_request_failures", *labels, code).value += 1
+
+    # --- metrics ---
+
+    def _metrics(self, exchange: Exchange, target: Target) -> None:
+        def report(text: bytes) -> None:
+            self._count(200)
+            exchange.answer(200, text, CONTENT_TYPE)
+
+        self._reports.ask(report)
+
+
+class Target:
+    """What a request's head means here. ``header_length``: bytes of JSON in front of binary tensors, None without any.
+    ``encoding``: of the body, "" as it is. ``accepts``: the encoding that the answer should have.
+
+    Raises PenstockError for headers that say nothing that can be.
+    """
+
+    __slots__ = ("accepts", "encoding", "handler", "header_length", "model", "version")
+
+    def __init__(self, handler: Handler, arguments: Mapping[str, str], headers: Mapping[str, bytes]) -> None:
+        self.handler = handler
+        self.model = arguments.get("model", "")
+        self.version = arguments.get("version", "")
+        self.header_length = _header_length(headers.get("inference-header-content-length"))
+        encoding = headers.get("content-encoding", b"identity").decode("latin-1")
+        self.encoding = "" if encoding.lower() == "identity" else encoding
+        self.accepts = choose(headers.get("accept-encoding", b"").decode("latin-1"))
+
+
+def _header_length(value: bytes | None) -> int | None:
+    if value is None:
+        return None
+    if not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
+        raise PenstockError(BAD_INPUT, "Inference-Header-Content-Length is not a number of bytes")
+    return int(value)
+
+
+class _Inference:
+    """An inference request under way: where its answer goes."""
+
+    __slots__ = ("_application", "_exchange", "_number", "_query", "_start")
+
+    def __init__(self, application: Application, exchange: Exchange, query: Query) -> None:
+        self._application = application
+        self._exchange = exchange
+        self._query = query
+
+    def start(self, payload: Payload) -> None:
+        """Raises PenstockError when too much is under way."""
+        application, query, now = self._application, self._query, time.monotonic()
+        self._start = now
+        timeout_s = query.timeout_s or application.options.request_timeout_s
+        self._number = application.caller.submit(query.form, payload, timeout_s, self, now)
+        self._exchange.gone = self
+
+    def complete(self, answer: Complete) -> None:
+        self._application.finish(self._exchange, self._query, answer, time.monotonic() - self._start)
+
+    def fail(self, error: PenstockError) -> None:
+        self._application.fail(self._exchange, error, self._query.id)
+
+    def __call__(self) -> None:
+        """The client has hung up: nobody else wants the result."""
+        self._application.caller.cancel(self._number)
+        self._application.flush()

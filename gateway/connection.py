@@ -1,0 +1,369 @@
+"""One HTTP connection: bytes from the transport to the reader, requests to the application, answers back in their
+order.
+
+An asyncio.BufferedProtocol with plain callbacks: a Task and a Future for each request would cost a third more. Reads
+go into one buffer that all connections share (get_buffer, read and buffer_updated follow each other without a break),
+large bodies straight into a buffer of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol, cast
+
+import orjson
+
+from penstock.gateway.options import GatewayOptions
+from penstock.gateway.reader import BODY, HEAD, IDLE, Budget, Head, HttpError, Reader, Request
+from penstock.gateway.wheel import Wheel
+from penstock.wire.tensors import Buffer
+
+_SHARED: Final = memoryview(bytearray(256 * 1024))
+
+REASONS: Final = {
+    200: "OK",
+    202: "Accepted",
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    413: "Content Too Large",
+    415: "Unsupported Media Type",
+    417: "Expectation Failed",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    499: "Client Closed Request",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
+}
+_STATUS_LINES: Final = {status: f"HTTP/1.1 {status} {reason}\r\n".encode() for status, reason in REASONS.items()}
+
+
+_NO_HEAD: Final = Head(b"", b"", {}, 0, False, False)  # of what could not be read
+
+
+class Application(Protocol):
+    """What answers requests."""
+
+    def handle(self, exchange: Exchange, /) -> None:
+        """Answer, now or later, by ``exchange.answer`` or ``exchange.send``. Must not raise."""
+
+    def refused(self, status: int, sentence: str, /) -> None:
+        """A connection was answered without a request."""
+
+
+class Exchange:
+    """A request and its one answer. ``gone`` is called when the client leaves before it has been answered."""
+
+    __slots__ = ("_connection", "_response", "_tail", "gone", "request", "status")
+
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self.request = request
+        self.status = 0
+        self.gone: Callable[[], None] | None = None
+        self._connection: Connection | None = connection
+        self._response: bytes | None = None
+        self._tail: Buffer = b""
+
+    def send(self, status: int, response: bytes, tail: Buffer = b"") -> None:
+        """Answer with a whole response, which says nothing of the connection: for a connection that is kept alive.
+
+        ``tail``: the end of the body, where it is too large to be copied behind the rest.
+        """
+        connection = self._connection
+        if connection is None:
+            return
+        self.status = status
+        self._response = response
+        self._tail = tail
+        connection.answered(self)
+
+    def answer(
+        self, status: int, body: bytes = b"", content_type: bytes = b"application/json", extra: bytes = b""
+    ) -> None:
+        """Answer with a body. ``extra``: more header lines, each with its CRLF."""
+        self.send(status, _response(status, body, content_type, extra))
+
+    def answer_error(self, status: int, sentence: str, extra: bytes = b"") -> None:
+        self.answer(status, error_body(sentence), extra=extra)
+
+    @property
+    def abandoned(self) -> bool:
+        return self._connection is None
+
+
+def _response(status: int, body: bytes, content_type: bytes, extra: bytes) -> bytes:
+    kind = b"Content-Type: %b\r\n" % content_type if body else b""
+    return b"%b%b%bContent-Length: %d\r\n\r\n%b" % (_STATUS_LINES[status], kind, extra, len(body), body)
+
+
+def error_body(sentence: str) -> bytes:
+    return orjson.dumps({"error": sentence})
+
+
+class Connection(asyncio.BufferedProtocol):
+    """``deadline``: when it is to be ended if nothing happens, in the loop's time; infinite while a request is
+    answered."""
+
+    def __init__(self, http: Http) -> None:
+        self.deadline = float("inf")
+        self._http = http
+        self._reader = Reader(http.options, http.budget, http.heads)
+        self._exchanges: deque[Exchange] = deque()  # in the order of their requests; the first is answered first
+        self._transport: asyncio.Transport | None = None
+        self._last = False  # no further request is taken
+        self._lingering = False  # all is said; what still comes is thrown away
+        self._reading_paused = False
+        self._writing_paused = False
+        self._phase = IDLE  # the one that the deadline is for
+
+    # --- asyncio calls these ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
+        http = self._http
+        self.deadline = http.loop.time() + http.options.keep_alive_s
+        http.wheel.add(self)
+        if len(http.wheel) > http.options.connections_max:
+            self._refuse(HttpError(503, f"{len(http.wheel) - 1} connections are open; try again shortly"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._http.forget(self)
+        self._reader.close()
+        for exchange in self._exchanges:
+            self._drop(exchange)
+            if exchange._response is None and exchange.gone is not None:
+                exchange.gone()
+        self._exchanges.clear()
+
+    def get_buffer(self, hint: int) -> memoryview:
+        direct = self._reader.direct
+        return _SHARED if direct is None else direct
+
+    def buffer_updated(self, count: int) -> None:
+        if self._lingering:
+            return
+        reader = self._reader
+        if reader.direct is not None:
+            reader.filled(count)
+        else:
+            reader.feed(_SHARED[:count])
+        if reader.requests:
+            self._take_requests()
+        if reader.error is not None:
+            self._refuse(reader.error)
+        elif reader.phase != self._phase or reader.wants_continue:
+            self._enter(reader.phase)
+
+    def eof_received(self) -> bool:
+        """The client sends nothing more; it may still read what it has asked for."""
+        self._last = True
+        return bool(self._exchanges) and not self._lingering
+
+    def pause_writing(self) -> None:
+        """The client does not read fast enough: read no more from it until it has."""
+        self._writing_paused = True
+        self.deadline = self._http.loop.time() + self._http.options.write_timeout_s
+        self._pause_reading()
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        self._set_deadline()
+        self._resume_reading()
+
+    # --- requests ---
+
+    def _take_requests(self) -> None:
+        requests, self._reader.requests = self._reader.requests, []
+        http = self._http
+        for request in requests:
+            if self._last:
+                http.budget.give_back(request.charged)
+                continue
+            exchange = Exchange(self, request)
+            self._exchanges.append(exchange)
+            if not request.head.keep_alive or http.draining:
+                self._last = True
+            http.application.handle(exchange)
+        self._phase = IDLE
+        if self._exchanges:
+            self.deadline = float("inf")  # the answers have deadlines of their own
+            if len(self._exchanges) >= http.options.pipelined_max:
+                self._pause_reading()
+        else:
+            self._set_deadline()
+
+    def _enter(self, phase: str) -> None:
+        """The reader has come to another part of a request."""
+        if self._reader.wants_continue and not self._exchanges and self._transport is not None:
+            self._reader.wants_continue = False
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if phase != self._phase:
+            self._phase = phase
+            self._set_deadline()
+
+    def _set_deadline(self) -> None:
+        options, now = self._http.options, self._http.loop.time()
+        if self._phase == HEAD:
+            self.deadline = now + options.head_timeout_s
+        elif self._phase == BODY:
+            self.deadline = now + options.body_timeout_s + self._reader.body_left / options.body_bytes_per_s_min
+        elif self._exchanges:
+            self.deadline = float("inf")
+        else:
+            self.deadline = now + options.keep_alive_s
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        assert self._transport is not None
+        if self._writing_paused or self._lingering:
+            self._transport.abort()
+        elif self._phase == HEAD:
+            self._refuse(HttpError(408, f"the head did not come within {self._http.options.head_timeout_s:g} s"))
+        elif self._phase == BODY:
+            self._refuse(HttpError(408, "the body came too slowly"))
+        else:
+            self._transport.close()
+
+    def _refuse(self, error: HttpError) -> None:
+        """Answer with an error, behind whatever is still to be answered, and end the connection."""
+        if self._transport is None:
+            return
+        self._reader.close()
+        self._last = True
+        self._phase = IDLE
+        self._http.application.refused(error.status, error.sentence)
+        exchange = Exchange(self, Request(_NO_HEAD, b"", 0))
+        self._exchanges.append(exchange)
+        extra = b"Retry-After: 1\r\n" if error.status == 503 else b""
+        exchange.answer_error(error.status, error.sentence, extra)
+
+    # --- answers ---
+
+    def answered(self, exchange: Exchange) -> None:
+        """An exchange has its answer: write it, and those behind it that waited for it."""
+        exchanges, transport = self._exchanges, self._transport
+        if exchanges[0] is not exchange or transport is None:
+            return
+        while exchanges and (response := exchanges[0]._response) is not None:
+            first = exchanges.popleft()
+            self._drop(first)
+            head, tail = first.request.head, first._tail
+            if head.method == b"HEAD":
+                response, tail = response[: response.index(b"\r\n\r\n") + 4], b""
+            last = self._last and not exchanges
+            if last or head.http10:
+                response = _with_connection(response, b"close" if last else b"keep-alive")
+            transport.write(response)
+            if tail:
+                transport.write(tail)
+            if last:
+                self._finish()
+                return
+        if self._reading_paused and len(exchanges) < self._http.options.pipelined_max:
+            self._resume_reading()
+        if not exchanges and not self._writing_paused:
+            self._set_deadline()
+            if self._reader.wants_continue:
+                self._enter(self._reader.phase)
+
+    def _drop(self, exchange: Exchange) -> None:
+        """The exchange has nothing to do with this connection any more."""
+        self._http.budget.give_back(exchange.request.charged)
+        exchange._connection = None
+        exchange.request.body = b""
+
+    def _finish(self) -> None:
+        """Everything is said. Closing at once would reset the connection under a client that is still sending, and
+        with it the answer that says why (RFC 9112, 9.6)."""
+        assert self._transport is not None
+        if self._reader.phase == IDLE or not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        self._lingering = True
+        self._transport.write_eof()
+        self.deadline = self._http.loop.time() + self._http.options.linger_s
+        self._writing_paused = False
+        self._resume_reading()
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused and self._transport is not None and not self._transport.is_closing():
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        ready = self._lingering or (
+            not self._writing_paused and len(self._exchanges) < self._http.options.pipelined_max
+        )
+        if ready and self._reading_paused and self._transport is not None and not self._transport.is_closing():
+            self._reading_paused = False
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def drain(self) -> None:
+        """The gateway is about to end: answer what has come, and close when there is nothing to answer any more."""
+        if self._exchanges:
+            self._last = True
+
+
+def _with_connection(response: bytes, value: bytes) -> bytes:
+    """A response that says what becomes of its connection."""
+    status, _, rest = response.partition(b"\r\n")
+    return b"%b\r\nConnection: %b\r\n%b" % (status, value, rest)
+
+
+class Http:
+    """What all connections of a gateway share. ``draining``: connections close after their answer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, options: GatewayOptions, application: Application) -> None:
+        self.loop = loop
+        self.options = options
+        self.application = application
+        self.budget = Budget(options.bodies_bytes_max)
+        self.heads: dict[bytes, Head] = {}
+        self.wheel: Wheel[Connection] = Wheel()
+        self.draining = False
+        self.drained = asyncio.Event()  # draining, and no connection is left
+        self._turning: asyncio.TimerHandle | None = None
+
+    def connection(self) -> Connection:
+        """For create_server."""
+        return Connection(self)
+
+    def turn(self, turn_s: float = 0.5) -> None:
+        """End what is late, from now on and until ``stop``; the whole wheel is looked at once in ``turn_s`` seconds."""
+        for connection in self.wheel.advance(self.loop.time()):
+            connection.expire()
+        self._turning = self.loop.call_later(turn_s / 4, self.turn, turn_s)
+
+    def drain(self) -> None:
+        """Close connections as soon as they have nothing under way; idle ones may still bring one request."""
+        self.draining = True
+        for connection in self.wheel.items():
+            connection.drain()
+        self._note_drained()
+
+    def forget(self, connection: Connection) -> None:
+        """A connection has ended."""
+        self.wheel.discard(connection)
+        self._note_drained()
+
+    def _note_drained(self) -> None:
+        if self.draining and not len(self.wheel):
+            self.drained.set()
+
+    def stop(self) -> None:
+        if self._turning is not None:
+            self._turning.cancel()
+        for connection in self.wheel.items():
+            connection.abort()

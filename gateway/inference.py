@@ -1,0 +1,296 @@
+"""An inference request of the v2 protocol: from its body to a form and a payload, and from an answer to a response.
+
+The JSON part of a binary request is the same for every request of a client that does not send ids, and so is the head
+of its response: both are looked up by their bytes, and parsed or built only the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from penstock.client.arrays import make_form
+from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
+from penstock.wire.codec import unpack_outcome
+from penstock.wire.errors import BAD_INPUT, PenstockError
+from penstock.wire.messages import MAX_PRIORITY, MAX_TIMEOUT_US, Form, Outcome, Payload
+from penstock.wire.models import Layout, ModelSpec, Tensor, check_declaration
+from penstock.wire.tensors import Buffer
+
+_KNOWN_MAX: Final = 1024
+_KNOWN_BYTES_MAX: Final = 4096  # of a JSON part that is remembered
+_ID_MAX: Final = 1024  # characters
+_NAME_MAX: Final = 256  # characters
+
+
+class Style(NamedTuple):
+    """How outputs are to be answered: those named in ``exceptions`` the other way than ``binary`` says."""
+
+    binary: bool
+    exceptions: frozenset[str] = frozenset()
+
+    def is_binary(self, name: str) -> bool:
+        return self.binary != (name in self.exceptions)
+
+
+class Query(NamedTuple):
+    """What a request's JSON says: everything but its tensors. ``timeout_s``: 0 for the default.
+
+    ``reusable``: another request with the same JSON and other binary tensors means the same, as long as the model
+    stays.
+    """
+
+    spec: ModelSpec
+    form: Form
+    style: Style
+    id: str
+    timeout_s: float
+    reusable: bool
+
+
+class Parser:
+    """Parses bodies for models, and remembers the JSON parts that come again and again."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str, bytes], Query] = {}
+
+    def parse(self, spec: ModelSpec, body: Buffer, header_length: int | None) -> tuple[Query, Payload]:
+        """``header_length``: bytes of JSON before the binary tensors, None when all is JSON. Raises PenstockError."""
+        if header_length is None:
+            return _parse(spec, body, memoryview(b""))
+        if not 0 < header_length <= len(body):
+            raise PenstockError(
+                BAD_INPUT, f"Inference-Header-Content-Length is {header_length}, and the body has {len(body)} bytes"
+            )
+        if header_length > _KNOWN_BYTES_MAX:
+            return _parse(spec, body[:header_length], memoryview(body)[header_length:])
+        key = (spec.name, spec.version, bytes(body[:header_length]))
+        query = self._known.get(key)
+        if query is not None and query.spec is spec and query.form.nbytes == len(body) - header_length:
+            return query, body[header_length:]
+        query, payload = _parse(spec, key[2], memoryview(body)[header_length:])
+        if query.reusable:
+            if len(self._known) >= _KNOWN_MAX:
+                self._known.clear()
+            self._known[key] = query
+        return query, payload
+
+
+def _parse(spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Query, Payload]:
+    request = _object(loads(text), "the request")
+    identifier = request.get("id", "")
+    if type(identifier) is not str or len(identifier) > _ID_MAX:
+        raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
+    parameters = _object(request.get("parameters", {}), "'parameters'")
+    outputs, style = _read_outputs(request.get("outputs", []), parameters)
+    _check_style(spec, outputs, style)
+    tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
+    priority = _integer(parameters, "priority", MAX_PRIORITY)
+    timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
+    form = make_form(spec, Layout(tuple(tensors), tuple(outputs)), len(payload), priority)
+    return Query(spec, form, style, identifier, timeout_us / 1e6, all_binary and not identifier), payload
+
+
+def _read_inputs(inputs: Any, binary: memoryview) -> tuple[list[Tensor], Payload, bool]:
+    """The tensors of a request and where they lie, and whether all of them came as binary."""
+    if type(inputs) is not list:
+        raise PenstockError(BAD_INPUT, "the request has no list 'inputs'")
+    tensors: list[Tensor] = []
+    parts: list[Buffer] = []
+    at = taken = 0
+    all_binary = True
+    for each in inputs:
+        name, datatype, shape = _declaration(_object(each, "an input"))
+        size = _binary_size(each, name)
+        if size is None:
+            all_binary = False
+            if "data" not in each:
+                raise PenstockError(BAD_INPUT, f"input '{name}' has neither data nor a binary_data_size")
+            part: Buffer = pack_data(name, datatype, shape, each["data"])
+        else:
+            if "data" in each:
+                raise PenstockError(BAD_INPUT, f"input '{name}' has both data and a binary_data_size")
+            if size > len(binary) - taken:
+                raise PenstockError(
+                    BAD_INPUT, f"input '{name}' claims {size} bytes of binary data, and {len(binary) - taken} are left"
+                )
+            part = binary[taken : taken + size]
+            taken += size
+        tensors.append(Tensor(name, datatype, shape, at, len(part)))
+        parts.append(part)
+        at += len(part)
+    if taken != len(binary):
+        raise PenstockError(
+            BAD_INPUT, f"the request carries {len(binary)} bytes of binary data, and its inputs claim {taken}"
+        )
+    # Inputs that are all binary lie side by side already.
+    return tensors, binary if all_binary else b"".join(parts), all_binary
+
+
+def _declaration(each: dict[str, Any]) -> tuple[str, str, tuple[int, ...]]:
+    name, datatype, shape = each.get("name"), each.get("datatype"), each.get("shape")
+    if type(name) is not str or len(name) > _NAME_MAX:
+        raise PenstockError(BAD_INPUT, f"an input's 'name' is a string of at most {_NAME_MAX} characters")
+    if type(datatype) is not str:
+        raise PenstockError(BAD_INPUT, f"input '{name}' has no 'datatype'")
+    if type(shape) is not list:
+        raise PenstockError(BAD_INPUT, f"input '{name}' has no list 'shape'")
+    check_declaration(name, datatype, shape)
+    return name, datatype, tuple(shape)
+
+
+def _binary_size(each: dict[str, Any], name: str) -> int | None:
+    size = _object(each.get("parameters", {}), f"'parameters' of input '{name}'").get("binary_data_size")
+    if size is not None and (type(size) is not int or size < 0):
+        raise PenstockError(BAD_INPUT, f"binary_data_size of input '{name}' is a whole number, 0 or more")
+    return size
+
+
+def _read_outputs(outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], Style]:
+    default = _flag(parameters, "binary_data_output", False)
+    if type(outputs) is not list:
+        raise PenstockError(BAD_INPUT, "'outputs' is a list")
+    names: list[str] = []
+    exceptions: set[str] = set()
+    for each in outputs:
+        name = _object(each, "an output").get("name")
+        if type(name) is not str or len(name) > _NAME_MAX:
+            raise PenstockError(BAD_INPUT, f"an output's 'name' is a string of at most {_NAME_MAX} characters")
+        names.append(name)
+        own = _object(each.get("parameters", {}), f"'parameters' of output '{name}'")
+        if "classification" in own:
+            raise PenstockError(BAD_INPUT, f"output '{name}': the classification extension is not there")
+        if _flag(own, "binary_data", default) != default:
+            exceptions.add(name)
+    return names, Style(default, frozenset(exceptions))
+
+
+def _check_style(spec: ModelSpec, outputs: Sequence[str], style: Style) -> None:
+    for each in spec.outputs:
+        if each.datatype in BINARY_ONLY and (not outputs or each.name in outputs) and not style.is_binary(each.name):
+            raise PenstockError(
+                BAD_INPUT,
+                f"output '{each.name}' is {each.datatype}, which JSON cannot carry; ask for it with binary_data",
+            )
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise PenstockError(BAD_INPUT, f"{what} is not a JSON object")
+    return value
+
+
+def _flag(parameters: dict[str, Any], key: str, default: bool) -> bool:
+    value = parameters.get(key, default)
+    if type(value) is not bool:
+        raise PenstockError(BAD_INPUT, f"parameter '{key}' is true or false")
+    return value
+
+
+def _integer(parameters: dict[str, Any], key: str, high: int) -> int:
+    value = parameters.get(key, 0)
+    if type(value) is not int or not 0 <= value <= high:
+        raise PenstockError(BAD_INPUT, f"parameter '{key}' is a whole number from 0 to {high}")
+    return value
+
+
+# --- answers ---
+
+
+class _Output(NamedTuple):
+    """An output in a response. ``before``: its JSON up to its data, or the whole of it when it is binary."""
+
+    before: bytes
+    binary: bool
+    datatype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class _Head(NamedTuple):
+    """What answers of one shape and style have in common. ``start``: JSON up to the outputs, without an id."""
+
+    start: bytes
+    outputs: list[_Output]
+    response: bytes  # head and JSON of a response without an id, when all outputs are binary; else empty
+    whole: bool  # the payload is just the binary outputs, in their order
+
+
+_HEADS_MAX: Final = 4096
+_BINARY_HEAD: Final = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n"
+    b"%bInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n%b"
+)
+_JSON_HEAD: Final = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\n\r\n%b"
+
+
+@lru_cache(maxsize=_HEADS_MAX)
+def _head(body: bytes, style: Style) -> _Head:
+    """Raises BadMessage for a body that is no packed Outcome."""
+    outcome = unpack_outcome(body)
+    start = b'{"model_name":%b,"model_version":%b,"outputs":[' % (
+        orjson.dumps(outcome.model),
+        orjson.dumps(outcome.version),
+    )
+    outputs = [_output(tensor, style.is_binary(tensor.name)) for tensor in outcome.tensors]
+    response = b""
+    if all(output.binary for output in outputs):
+        json = start + b",".join(output.before for output in outputs) + b"]}"
+        nbytes = sum(output.nbytes for output in outputs)
+        response = _BINARY_HEAD % (b"", len(json), len(json) + nbytes, json)
+    return _Head(start, outputs, response, _lies_in_order(outcome))
+
+
+def _output(tensor: Tensor, binary: bool) -> _Output:
+    described = orjson.dumps({"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape})
+    tail = b',"parameters":{"binary_data_size":%d}}' % tensor.nbytes if binary else b',"data":'
+    return _Output(described[:-1] + tail, binary, tensor.datatype, tensor.shape, tensor.offset, tensor.nbytes)
+
+
+def _lies_in_order(outcome: Outcome) -> bool:
+    at = 0
+    for tensor in outcome.tensors:
+        if tensor.offset != at:
+            return False
+        at += tensor.nbytes
+    return True
+
+
+def render(body: bytes, payload: Payload, style: Style, identifier: str) -> tuple[bytes, Payload]:
+    """An answer as an HTTP response: its head and JSON, and the binary outputs that follow.
+
+    Raises BadMessage or PenstockError for an answer that cannot be rendered.
+    """
+    head = _head(body, style)
+    if head.response and head.whole and not identifier:
+        return head.response, payload
+    json, binary = render_body(body, payload, style, identifier)
+    return wrap(json, len(binary), b"", style.binary or bool(binary)), binary
+
+
+def render_body(body: bytes, payload: Payload, style: Style, identifier: str) -> tuple[bytes, bytes]:
+    """An answer's JSON and its binary outputs."""
+    head = _head(body, style)
+    view = memoryview(payload)
+    parts: list[bytes] = []
+    binary: list[memoryview] = []
+    for before, is_binary, datatype, shape, offset, nbytes in head.outputs:
+        data = view[offset : offset + nbytes]
+        if is_binary:
+            parts.append(before)
+            binary.append(data)
+        else:
+            parts.append(b"%b%b}" % (before, dump_data(datatype, shape, data)))
+    start = b'{"id":%b,%b' % (orjson.dumps(identifier), head.start[1:]) if identifier else head.start
+    return b"%b%b]}" % (start, b",".join(parts)), b"".join(binary)
+
+
+def wrap(json: bytes, binary_bytes: int, extra: bytes, binary: bool) -> bytes:
+    """The head of a response and its JSON, before ``binary_bytes`` more. ``extra``: more header lines."""
+    if binary:
+        return _BINARY_HEAD % (extra, len(json), len(json) + binary_bytes, json)
+    return _JSON_HEAD % (extra, len(json), json)

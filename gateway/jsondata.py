@@ -1,0 +1,120 @@
+"""Tensors in JSON: the ``data`` of an input to bytes, the bytes of an output to ``data``.
+
+JSON has no FP16 and BF16 (they travel as binary only), and no NaN or infinities: those are written, and read, as the
+tokens NaN, Infinity and -Infinity that Python's json module and most others know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import orjson
+
+from penstock.wire.errors import BAD_INPUT, PenstockError
+from penstock.wire.tensors import DTYPES, Buffer, decode, element_count, pack_strings
+
+BINARY_ONLY: Final = frozenset({"FP16", "BF16"})
+_FLOATS: Final = frozenset({"FP32", "FP64"})
+_NUMBERS: Final = {int, float}
+
+
+def loads(text: Buffer) -> Any:
+    """JSON, with the tokens NaN, Infinity and -Infinity where they occur. Raises PenstockError for what is none."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raw = bytes(text)
+        if b"NaN" in raw or b"Infinity" in raw:
+            try:
+                return json.loads(raw)
+            except (ValueError, RecursionError):
+                pass  # then the first error says it better
+        raise PenstockError(BAD_INPUT, f"the request is not JSON: {error}") from None
+
+
+def pack_data(name: str, datatype: str, shape: Sequence[int], data: Any) -> bytes:
+    """The bytes of an input given in JSON, nested or flat. Raises PenstockError naming the input and what is wrong."""
+    if datatype in BINARY_ONLY:
+        raise PenstockError(
+            BAD_INPUT,
+            f"input '{name}' is {datatype}, which JSON cannot carry; send it with the binary tensor extension",
+        )
+    if type(data) is not list:
+        raise PenstockError(BAD_INPUT, f"the data of input '{name}' is not a list")
+    flat = _flatten(name, shape, data) if data and type(data[0]) is list else data
+    if len(flat) != element_count(shape):
+        raise PenstockError(
+            BAD_INPUT,
+            f"input '{name}' has {len(flat)} elements in its data; its shape {list(shape)} takes {element_count(shape)}",
+        )
+    kinds = set(map(type, flat))
+    if datatype == "BYTES":
+        _expect(name, datatype, kinds <= {str}, "strings", kinds)
+        return pack_strings(flat)
+    if datatype == "BOOL":
+        if kinds <= {int} and not set(flat) - {0, 1}:
+            return bytes(flat)
+        _expect(name, datatype, kinds <= {bool}, "true and false", kinds)
+        return bytes(flat)
+    if datatype in _FLOATS:
+        _expect(name, datatype, kinds <= _NUMBERS, "numbers", kinds)
+    else:
+        _expect(name, datatype, kinds <= {int}, "whole numbers", kinds)
+    try:
+        with np.errstate(over="raise"):
+            return np.array(flat, DTYPES[datatype]).tobytes()
+    except (OverflowError, FloatingPointError):
+        raise PenstockError(
+            BAD_INPUT, f"the data of input '{name}' has a number that does not fit {datatype}"
+        ) from None
+
+
+def _flatten(name: str, shape: Sequence[int], data: list[Any]) -> list[Any]:
+    """Nested lists as one, level by level as the shape has dimensions."""
+    level = data
+    for depth, size in enumerate(shape[1:], start=2):
+        if not level or type(level[0]) is not list:
+            return level  # flat from here on: the count decides
+        if any(type(part) is not list or len(part) != size for part in level):
+            raise PenstockError(
+                BAD_INPUT,
+                f"the data of input '{name}' is not {size} long everywhere in dimension {depth} of {list(shape)}",
+            )
+        level = [element for part in level for element in part]
+    return level
+
+
+def _expect(name: str, datatype: str, holds: bool, what: str, kinds: set[type]) -> None:
+    if not holds:
+        came = ", ".join(sorted(_JSON_NAMES.get(kind, kind.__name__) for kind in kinds))
+        raise PenstockError(BAD_INPUT, f"the data of input '{name}' holds {came}; {datatype} takes {what}")
+
+
+_JSON_NAMES: Final[dict[type, str]] = {
+    str: "strings",
+    bool: "booleans",
+    int: "whole numbers",
+    float: "numbers with a fraction",
+    list: "lists",
+    dict: "objects",
+    type(None): "null",
+}
+
+
+def dump_data(datatype: str, shape: Sequence[int], data: Buffer) -> bytes:
+    """The bytes of an output as a flat JSON list. Raises PenstockError for a string that is not UTF-8."""
+    array = decode(datatype, shape, data).reshape(-1)
+    if datatype == "BYTES":
+        try:
+            return orjson.dumps([element.decode() for element in array])
+        except UnicodeDecodeError:
+            raise PenstockError(
+                BAD_INPUT, "an output holds a string that is not UTF-8, which JSON cannot carry; ask for it as binary"
+            ) from None
+    dumped = orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
+    if b"null" in dumped:  # orjson's word for NaN and infinities
+        return json.dumps(array.tolist(), separators=(",", ":")).encode()
+    return dumped

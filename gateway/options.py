@@ -1,0 +1,26 @@
+"""Every limit of a gateway, with its unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayOptions:
+    head_bytes_max: int = 32 * 1024  # request line and headers: 431
+    headers_max: int = 100  # 431
+    body_bytes_max: int = 64 << 20  # of one request, also after decompression: 413
+    bodies_bytes_max: int = 1 << 30  # of all requests under way: 503
+    connections_max: int = 10_000  # 503
+    pipelined_max: int = 16  # requests of one connection that wait for an answer; more are not read
+
+    head_timeout_s: float = 10.0  # from a request's first byte to the end of its head: 408
+    body_timeout_s: float = 30.0  # for a body, beside what its size takes at the slowest rate: 408
+    body_bytes_per_s_min: int = 64 * 1024
+    keep_alive_s: float = 75.0  # a connection without a request is closed
+    write_timeout_s: float = 30.0  # a client that does not read its answer is cut off
+    linger_s: float = 2.0  # after a refusal, what the client still sends is read and thrown away
+
+    request_timeout_s: float = 30.0  # a request that names none: 504
+    report_timeout_s: float = 1.0  # for the broker's part of /metrics
+    compress_bytes_min: int = 512  # smaller answers are sent as they are

@@ -1,0 +1,203 @@
+"""A gateway as a process: uvloop, the listening socket, and the caller's sockets beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import uvloop
+import zmq
+
+from penstock.client.link import Link
+from penstock.gateway.application import Application
+from penstock.gateway.connection import Http
+from penstock.gateway.options import GatewayOptions
+from penstock.gateway.reports import Reports
+from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
+from penstock.wire.messages import Snapshot
+from penstock.wire.process import fields, measure, notify
+
+log = logging.getLogger("penstock.gateway")
+
+_BACKLOG: Final = 2048
+_SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """Where a gateway listens and whom it asks. ``http``: ``HOST:PORT``, or ``fd://N`` for an inherited socket."""
+
+    broker: BrokerAddress
+    http: str = "127.0.0.1:8000"
+    name: str = "gateway"
+    drain_s: float = 5.0
+    options: GatewayOptions = field(default_factory=GatewayOptions)
+
+
+def listen(http: str) -> socket.socket:
+    """A bound socket, which listens once it is told to; or one that was inherited. Raises EndpointError."""
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
+        return socket.socket(fileno=_SYSTEMD_FD)
+    if http.startswith("fd://"):
+        return socket.socket(fileno=int(http.removeprefix("fd://")))
+    host, port = parse_host_port(http)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise EndpointError(
+            f"cannot listen on {http}: {error.strerror}; choose another with --http HOST:PORT"
+        ) from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class GatewayProcess:
+    """``start`` binds, ``serve`` runs until a signal and drains. EndpointError: cannot listen."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+
+    def start(self) -> None:
+        self._listener = listen(self._settings.http)
+
+    def serve(self) -> None:
+        uvloop.run(self._serve())
+
+    def stop(self) -> None:
+        self._listener.close()
+
+    async def _serve(self) -> None:
+        settings, loop = self._settings, asyncio.get_running_loop()
+        stopped = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        context: zmq.Context[Any] = zmq.Context()
+        coupling = Coupling(loop, context, settings)
+        server = await loop.create_server(coupling.http.connection, sock=self._listener, backlog=_BACKLOG)
+        coupling.http.turn()
+        coupling.pump()
+        log.info("gateway listens", extra=fields(url=url_of(self._listener)))
+        notify("READY=1")
+        await stopped.wait()
+        notify("STOPPING=1")
+        await self._drain(server, coupling.http)
+        coupling.close()
+        context.term()
+
+    async def _drain(self, server: asyncio.AbstractServer, http: Http) -> None:
+        """Accept nothing more; answer what is under way, and wait for idle connections until the limit."""
+        server.close()
+        http.drain()
+        log.info("gateway draining", extra=fields(connections=len(http.wheel), limit_s=self._settings.drain_s))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(http.drained.wait(), self._settings.drain_s)
+        log.info("gateway stopped", extra=fields(connections_left=len(http.wheel)))
+        http.stop()
+
+
+class Coupling:
+    """The HTTP side and the caller's sockets on one loop.
+
+    Requests of one turn of the loop leave in one message; sockets are drained when their descriptors wake, and once
+    more after every send.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, context: zmq.Context[Any], settings: GatewaySettings) -> None:
+        self._loop = loop
+        self._link = Link(context, settings.broker, settings.name, lambda metrics: reports.arrived(metrics))
+        reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
+        application = Application(loop, self._link.caller, settings.options, reports, self._flush_soon)
+        self.http = Http(loop, settings.options, application)
+        self._flushing = False
+        self._control: int | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = float("inf")
+        for readable in self._link.filenos():
+            loop.add_reader(readable, self._readable, readable)
+
+    def _readable(self, fileno: int) -> None:
+        self._link.readable(fileno)
+        self.pump()
+
+    def pump(self) -> None:
+        """Handle everything that has come from the broker and the workers."""
+        if self._link.pump():
+            self._loop.call_soon(self.pump)  # there may be more; others have their turn first
+        if self._link.control_fileno != self._control:
+            self._watch_control()
+        self._set_timer()
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        self._link.flush()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        """Be called when the link is due. A timer that is early costs one turn; one for each change would cost more."""
+        due = self._link.due()
+        if self._timer is not None and self._timer_at <= due:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = due
+        self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), self._timed)
+
+    def _timed(self) -> None:
+        self._timer = None
+        self.pump()
+
+    def _watch_control(self) -> None:
+        if self._control is not None:
+            self._loop.remove_reader(self._control)
+        self._control = self._link.control_fileno
+        if self._control is not None:
+            self._loop.add_reader(self._control, self._read_control)
+
+    def _read_control(self) -> None:
+        self._link.read_control()
+        self._watch_control()
+        self.pump()
+
+    def _ask_broker(self) -> int | None:
+        if not self._link.caller.membership.joined:
+            return None
+        serial, say = self._link.caller.ask_metrics()
+        self._link.say(say.message)
+        self._loop.call_soon(self.pump)
+        return serial
+
+    def _snapshot(self) -> Snapshot:
+        caller = self._link.caller
+        caller.meters.value("penstock_http_connections").value = len(self.http.wheel)
+        caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
+        measure(caller.meters)
+        return Snapshot(caller.name, caller.meters.samples())
+
+    def close(self) -> None:
+        for readable in self._link.filenos():
+            self._loop.remove_reader(readable)
+        if self._control is not None:
+            self._loop.remove_reader(self._control)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._link.close()

@@ -1,0 +1,113 @@
+"""/metrics: the whole server's series as Prometheus text, from any gateway.
+
+The broker holds the latest snapshot of every process; prometheus-client writes them down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from penstock.wire.messages import Metrics, Snapshot
+from penstock.wire.metrics import COUNTER, FAMILIES, GAUGE, Family, Sample
+
+CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
+_WAITING_MAX: Final = 100  # scrapes at the same time; more get what this gateway knows by itself
+
+
+class Reports:
+    """Asks the broker for snapshots and renders them.
+
+    ``ask_broker``: sends the question and returns its serial, or None when there is no broker. ``own``: this process's
+    snapshot, which is all there is to report when no answer comes within ``timeout_s``.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        ask_broker: Callable[[], int | None],
+        own: Callable[[], Snapshot],
+        timeout_s: float,
+    ) -> None:
+        self._loop = loop
+        self._ask_broker = ask_broker
+        self._own = own
+        self._timeout_s = timeout_s
+        self._waiting: dict[int, tuple[Callable[[bytes], None], asyncio.TimerHandle]] = {}
+
+    def ask(self, report: Callable[[bytes], None]) -> None:
+        """Have ``report`` called with the text, at the latest after the timeout."""
+        serial = self._ask_broker() if len(self._waiting) < _WAITING_MAX else None
+        if serial is None:
+            report(render([], self._own(), broker=False))
+            return
+        self._waiting[serial] = report, self._loop.call_later(self._timeout_s, self._give_up, serial)
+
+    def arrived(self, metrics: Metrics) -> None:
+        waiting = self._waiting.pop(metrics.serial, None)
+        if waiting is not None:
+            report, timer = waiting
+            timer.cancel()
+            report(render(metrics.snapshots, self._own(), broker=True))
+
+    def _give_up(self, serial: int) -> None:
+        report, _ = self._waiting.pop(serial)
+        report(render([], self._own(), broker=False))
+
+
+def render(snapshots: Iterable[Snapshot], own: Snapshot, broker: bool) -> bytes:
+    """Prometheus text of all processes. ``own``: this gateway's, which is newer than what the broker has of it."""
+    registry = CollectorRegistry()
+    registry.register(_Collector([*(each for each in snapshots if each.name != own.name), own], broker))
+    return generate_latest(registry)
+
+
+class _Collector(Collector):
+    def __init__(self, snapshots: Sequence[Snapshot], broker: bool) -> None:
+        self._snapshots = snapshots
+        self._broker = broker
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("penstock_broker_up", "1 when the broker answers", float(self._broker))
+        samples: dict[str, list[tuple[str, Sample]]] = {}
+        for name, series in self._snapshots:
+            for sample in series:
+                samples.setdefault(sample.family, []).append((name, sample))
+        for family, about in FAMILIES.items():
+            if family in samples:
+                yield _metric(family, about, samples[family])
+
+
+def _metric(family: str, about: Family, samples: Sequence[tuple[str, Sample]]) -> Metric:
+    labels = [*about.labels, about.process] if about.process else list(about.labels)
+    metric: CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+    if about.kind == COUNTER:
+        metric = CounterMetricFamily(family, about.help, labels=labels)
+    elif about.kind == GAUGE:
+        metric = GaugeMetricFamily(family, about.help, labels=labels)
+    else:
+        metric = HistogramMetricFamily(family, about.help, labels=labels)
+    for process, (_, values, value) in samples:
+        full = [*values, process] if about.process else list(values)
+        if isinstance(value, tuple):
+            assert isinstance(metric, HistogramMetricFamily)
+            metric.add_metric(full, _buckets(about.bounds, value), value[-1])
+        else:
+            assert not isinstance(metric, HistogramMetricFamily)
+            metric.add_metric(full, value)
+    return metric
+
+
+def _buckets(bounds: Sequence[float], value: Sequence[float]) -> list[tuple[str, float]]:
+    """Cumulative counts by upper bound, as Prometheus wants them."""
+    total, buckets = 0.0, []
+    for bound, count in zip([*map(str, bounds), "+Inf"], value[:-1], strict=True):
+        total += count
+        buckets.append((bound, total))
+    return buckets

@@ -1,0 +1,558 @@
+"""Every message between processes: one class per kind, and nothing else goes over a socket.
+
+On the wire a message is a msgpack array ``[VERSION, TAG, EPOCH, fields...]`` in its first frame; tensors that are too
+large to ride inside it follow, a frame each. codec.py packs and unpacks, and checks everything a peer could get wrong.
+docs/protocol.md says the same for someone who writes a client in another language.
+
+What repeats from request to request (model, tensors, sizes) is a ``Form``, and requests that share one travel as a
+group: the form once, then a column each for what differs. Packing, checking and looking up a form's fields then costs
+per group, not per request, and a column of integers is checked without a loop (16 requests: 0.7 us each as records,
+0.2 in columns).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
+
+from penstock.wire.errors import CODES, BadMessage
+from penstock.wire.fields import (
+    U64_MAX,
+    Check,
+    binary,
+    flag,
+    integer,
+    one_of,
+    optional,
+    record,
+    sequence,
+    text,
+)
+from penstock.wire.metrics import Sample, check_samples
+from penstock.wire.models import MAX_TENSORS, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
+from penstock.wire.tensors import DATATYPES, MAX_DIMS, MAX_ELEMENTS
+
+VERSION: Final = 1
+
+PEER_ID_BYTES: Final = 8
+MAX_NAME: Final = 256  # characters of a model's, tensor's or process's name
+MAX_TENANT: Final = 64
+MAX_SENTENCE: Final = 4096
+MAX_ENDPOINT: Final = 256
+MAX_REQUESTS: Final = 4096  # in one message
+MAX_BODY_BYTES: Final = 256 * 1024  # a form's layout
+MAX_KEY_BYTES: Final = 4096
+MAX_PEERS: Final = 16_384
+MAX_MODELS: Final = 4096
+MAX_TIMEOUT_US: Final = 24 * 3600 * 1_000_000  # what callers let their users ask for
+MAX_PRIORITY: Final = 255
+
+# A payload of at most this many bytes rides in its message's blob; a larger one is a frame of its own, which is cheaper
+# to pass on than to copy.
+INLINE_MAX_BYTES: Final = 16 * 1024
+
+# How an answer ends, or does not end, a request.
+COMPLETE: Final = 0
+PARTIAL: Final = 1  # more will follow
+FAILED: Final = 2  # the body is a Failure
+
+BATCH_REASONS: Final = frozenset({"full", "delay", "idle", "deadline", "shape", "alone"})
+
+
+Payload: TypeAlias = Any  # bytes, memoryview or zmq.Frame: what has a length and can be sent
+
+
+class Form(NamedTuple):
+    """All of a request that others may share. ``body`` is a packed Layout, which the broker does not look into."""
+
+    model: str
+    version: str  # "" asks for the newest
+    priority: int  # 0 is the default, 1 the most urgent
+    tenant: str
+    rows: int
+    nbytes: int  # of the payload
+    key: bytes  # requests of different keys cannot share a batch
+    body: bytes
+
+
+class Requests(NamedTuple):
+    """Requests of one form on their way to the broker."""
+
+    form: Form
+    ids: tuple[int, ...]
+    timeouts_us: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.form.nbytes
+
+
+class Tasks(NamedTuple):
+    """Requests of one form and caller, which the broker accepted together, on their way to a worker.
+
+    ``attempt``: from 1; above 1 a request runs alone, because the worker that had it before is gone.
+    ``waited_us``: since the broker accepted them. ``timeouts_us``: what is left of each one's time.
+    """
+
+    form: Form
+    caller: bytes
+    attempt: int
+    waited_us: int
+    ids: tuple[int, ...]
+    timeouts_us: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.form.nbytes
+
+
+class Answers(NamedTuple):
+    """Answers of one shape. ``body`` is a packed Outcome, or a packed Failure where ``status`` is FAILED.
+
+    ``queue_us``: from their acceptance by the broker to the start of their batch.
+    """
+
+    status: int
+    nbytes: int  # of each payload
+    body: bytes
+    queue_us: int
+    ids: tuple[int, ...]
+
+
+class Outcome(NamedTuple):
+    """What answers of the same shape share."""
+
+    model: str
+    version: str
+    tensors: tuple[Tensor, ...]
+
+
+class Failure(NamedTuple):
+    code: str
+    message: str
+    retry_after_ms: int
+
+
+class Batch(NamedTuple):
+    """What an answer's batch was: for people who want to know why a request took as long as it did."""
+
+    serial: int
+    rows: int
+    reason: str
+    compute_us: int
+
+
+class Refusal(NamedTuple):
+    id: int
+    code: str
+    message: str
+    retry_after_ms: int
+
+
+class Finished(NamedTuple):
+    """Requests of one caller that a worker has finished. ``nbytes``: what it keeps of each until it is acknowledged."""
+
+    caller: bytes
+    attempt: int
+    nbytes: int
+    ids: tuple[int, ...]
+
+
+class Freed(NamedTuple):
+    """Requests of one caller that a worker may forget. ``ranges``: first id, last id, first id, last id, ..."""
+
+    caller: bytes
+    ranges: tuple[int, ...]
+
+
+class WorkerAddress(NamedTuple):
+    worker: bytes
+    endpoint: str
+
+
+class Snapshot(NamedTuple):
+    """The series of one process, under the name that the broker gave it."""
+
+    name: str
+    samples: tuple[Sample, ...]
+
+
+_u64: Final = integer(0, U64_MAX)
+_peer: Final = binary(PEER_ID_BYTES, PEER_ID_BYTES)
+_name: Final = text(MAX_NAME)
+_sentence: Final = text(MAX_SENTENCE)
+_shape: Final = sequence(integer(0, MAX_ELEMENTS), MAX_DIMS)
+_datatype: Final = one_of(DATATYPES)
+_tensor_spec: Final = record(TensorSpec, _name, _datatype, sequence(integer(-1, MAX_ELEMENTS), MAX_DIMS))
+_tensor_specs: Final = sequence(_tensor_spec, MAX_TENSORS)
+_model_spec: Final = record(ModelSpec, _name, _name, _name, _tensor_specs, _tensor_specs, flag, integer(1, 1 << 32))
+_models: Final = sequence(
+    record(ModelState, _name, _name, one_of(STATES), _sentence, optional(_model_spec)), MAX_MODELS
+)
+_tensor: Final = record(Tensor, _name, _datatype, _shape, _u64, _u64)
+_tensors: Final = sequence(_tensor, MAX_TENSORS)
+check_layout: Final = record(Layout, _tensors, sequence(_name, MAX_TENSORS))
+check_outcome: Final = record(Outcome, _name, _name, _tensors)
+check_failure: Final = record(Failure, one_of(CODES), _sentence, integer(0, 1 << 32))
+_form_fields: Final = record(
+    Form,
+    _name,
+    _name,
+    integer(0, MAX_PRIORITY),
+    text(MAX_TENANT),
+    integer(1, 1 << 32),
+    _u64,
+    binary(MAX_KEY_BYTES),
+    binary(MAX_BODY_BYTES),
+)
+_blob: Final = binary(1 << 31)
+
+# Forms that have been checked before: a look-up instead of eight checks. Bounded in number and in size.
+_known_forms: Final[dict[Any, Form]] = {}
+_KNOWN_FORMS_MAX: Final = 4096
+_KNOWN_BODY_MAX_BYTES: Final = 1024
+
+
+def _form(value: Any) -> Form:
+    try:
+        known = _known_forms.get(value)
+    except TypeError:  # it holds something that has no hash, so it cannot be a form
+        known = None
+    # Equal is not the same: 1 == 1.0 == True, so a form whose numbers are not int must not pass for one that is known.
+    if known is not None and type(value[2]) is type(value[4]) is type(value[5]) is int:
+        return known
+    form: Form = _form_fields(value)
+    if len(form.body) <= _KNOWN_BODY_MAX_BYTES:
+        if len(_known_forms) >= _KNOWN_FORMS_MAX:
+            _known_forms.clear()
+        _known_forms[form] = form
+    return form
+
+
+def _column(value: Any, length: int) -> tuple[int, ...]:
+    """Whole numbers of at most 64 bits."""
+    try:
+        if type(value) is tuple and len(value) == length:
+            array("Q", value)  # checks them all, at a third of what a loop or sets cost
+            return value
+    except (TypeError, OverflowError):
+        pass
+    raise BadMessage(f"a column is {length} whole numbers from 0 to {U64_MAX}")
+
+
+def _ranges(value: Any) -> tuple[int, ...]:
+    if type(value) is not tuple or len(value) > 2 * MAX_REQUESTS or len(value) % 2:
+        raise BadMessage(f"ranges are at most {MAX_REQUESTS} pairs of a first and a last id, in one sequence")
+    return _column(value, len(value)) if value else value
+
+
+def _cancels(value: Any) -> tuple[int, ...]:
+    if type(value) is not tuple or len(value) > MAX_REQUESTS:
+        raise BadMessage(f"at most {MAX_REQUESTS} ids can be cancelled at once")
+    return _column(value, len(value)) if value else value
+
+
+def _split(value: Any, count: int, what: str) -> tuple[Any, ...]:
+    if type(value) is not tuple or len(value) != count:
+        raise BadMessage(f"{what} have {count} fields")
+    return value
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if type(value) is not tuple or not 1 <= len(value) <= MAX_REQUESTS:
+        raise BadMessage(f"a group has from 1 to {MAX_REQUESTS} ids")
+    return _column(value, len(value))
+
+
+def _requests(value: Any) -> Requests:
+    form, ids, timeouts = _split(value, 3, "requests")
+    return Requests(_form(form), _ids(ids), _column(timeouts, len(ids)))
+
+
+def _tasks(value: Any) -> Tasks:
+    form, caller, attempt, waited, ids, timeouts = _split(value, 6, "tasks")
+    return Tasks(
+        _form(form),
+        _peer(caller),
+        _attempt(attempt),
+        _u64(waited),
+        _ids(ids),
+        _column(timeouts, len(ids)),
+    )
+
+
+def _answers(value: Any) -> Answers:
+    status, nbytes, body, queue, ids = _split(value, 5, "answers")
+    return Answers(_status(status), _u64(nbytes), _body(body), _u64(queue), _ids(ids))
+
+
+def _finished(value: Any) -> Finished:
+    caller, attempt, nbytes, ids = _split(value, 4, "finished requests")
+    return Finished(_peer(caller), _attempt(attempt), _u64(nbytes), _ids(ids))
+
+
+def _freed(value: Any) -> Freed:
+    caller, ranges = _split(value, 2, "freed requests")
+    return Freed(_peer(caller), _ranges(ranges))
+
+
+_attempt: Final = integer(1, 1 << 16)
+_status: Final = integer(COMPLETE, FAILED)
+_body: Final = binary(MAX_BODY_BYTES)
+_all_freed: Final = sequence(_freed, MAX_PEERS)
+
+
+@dataclass(slots=True)
+class Message:
+    """The base of all. ``CHECKS`` has one check for each field behind ``epoch`` that is packed."""
+
+    TAG: ClassVar[int]
+    CHECKS: ClassVar[tuple[Check, ...]] = ()
+
+    epoch: int  # which life of the broker the sender knows; 0: none yet
+
+
+@dataclass(slots=True)
+class Carrier(Message):
+    """A message with groups of items that have payloads.
+
+    Those of at most INLINE_MAX_BYTES lie in ``blob``, one behind the other, the others in ``frames``, in the order of
+    the groups and their ids. ``starts``, which unpacking fills in, has for each group the byte or the frame where it
+    begins.
+    """
+
+    groups: Sequence[Requests] | Sequence[Tasks] | Sequence[Answers]
+    blob: bytes = field(default=b"", kw_only=True)
+    frames: Sequence[Payload] = field(default=(), kw_only=True)
+    starts: Sequence[int] = field(default=(), kw_only=True)
+
+
+# --- from callers and workers to the broker ---
+
+
+@dataclass(slots=True)
+class CallerHello(Message):
+    """A caller's first words to an epoch. ``name``: what it would like to be called in metrics ("": no metrics).
+    ``local``: it can reach Unix sockets on the broker's host."""
+
+    TAG = 1
+    CHECKS = (_name, integer(0, 1 << 32), flag)
+
+    name: str
+    pid: int
+    local: bool
+
+
+@dataclass(slots=True)
+class Submit(Carrier):
+    """All that a caller has to say at one turn of its loop: ids whose result it has, ids that it no longer wants, and
+    new requests."""
+
+    TAG = 2
+    CHECKS = (sequence(_requests, MAX_REQUESTS), _ranges, _cancels, _blob)
+
+    groups: Sequence[Requests]
+    acks: Sequence[int] = ()  # ranges, as in Freed
+    cancels: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class Ask(Message):
+    """A caller wants the whole server's metrics; they come as Metrics with the same serial."""
+
+    TAG = 3
+    CHECKS = (_u64,)
+
+    serial: int
+
+
+@dataclass(slots=True)
+class Beat(Message):
+    """Said at least once a second, so that silence means death. Peers add their metrics; the broker answers with
+    one."""
+
+    TAG = 4
+    CHECKS = (check_samples,)
+
+    samples: Sequence[Sample] = ()
+
+
+@dataclass(slots=True)
+class Bye(Message):
+    """The sender is about to end and holds nothing any more."""
+
+    TAG = 5
+
+
+@dataclass(slots=True)
+class Leaving(Message):
+    """A worker takes nothing new, and ends when what it holds has been acknowledged."""
+
+    TAG = 6
+
+
+@dataclass(slots=True)
+class WorkerHello(Message):
+    """A worker's first words to an epoch. ``endpoints``: where it publishes results. ``instances``: how many batches it
+    runs at once. ``callers``: who has subscribed already."""
+
+    TAG = 7
+    CHECKS = (
+        _name,
+        _name,
+        integer(0, 1 << 32),
+        sequence(text(MAX_ENDPOINT), 8),
+        integer(1, 1 << 16),
+        _models,
+        sequence(_peer, MAX_PEERS),
+    )
+
+    name: str
+    device: str
+    pid: int
+    endpoints: Sequence[str]
+    instances: int
+    models: Sequence[ModelState]
+    callers: Sequence[bytes] = ()
+
+
+@dataclass(slots=True)
+class WorkerModels(Message):
+    """All the models of a worker; said again when any of them changes."""
+
+    TAG = 8
+    CHECKS = (_models,)
+
+    models: Sequence[ModelState]
+
+
+@dataclass(slots=True)
+class Attached(Message):
+    """A caller hears this worker's results from now on, or no longer does."""
+
+    TAG = 9
+    CHECKS = (_peer, flag)
+
+    caller: bytes
+    attached: bool
+
+
+@dataclass(slots=True)
+class Done(Message):
+    """Requests that this worker has finished: their results are published, or they were cancelled before."""
+
+    TAG = 10
+    CHECKS = (sequence(_finished, MAX_PEERS),)
+
+    done: Sequence[Finished]
+
+
+# --- from the broker ---
+
+
+@dataclass(slots=True)
+class Welcome(Message):
+    """The broker knows the peer now, by this name."""
+
+    TAG = 16
+    CHECKS = (_name,)
+
+    name: str
+
+
+@dataclass(slots=True)
+class HelloWanted(Message):
+    """The broker does not know the sender, or was spoken to with another epoch than this one: say hello."""
+
+    TAG = 17
+
+
+@dataclass(slots=True)
+class Models(Message):
+    """Every model of the server; said again when any of them changes."""
+
+    TAG = 18
+    CHECKS = (_models,)
+
+    models: Sequence[ModelState]
+
+
+@dataclass(slots=True)
+class Workers(Message):
+    """Every worker that a caller should subscribe to; said again when they change."""
+
+    TAG = 19
+    CHECKS = (sequence(record(WorkerAddress, _peer, text(MAX_ENDPOINT)), MAX_PEERS),)
+
+    workers: Sequence[WorkerAddress]
+
+
+@dataclass(slots=True)
+class Refusals(Message):
+    """Requests that end without having run."""
+
+    TAG = 20
+    CHECKS = (sequence(record(Refusal, _u64, one_of(CODES), _sentence, integer(0, 1 << 32)), MAX_REQUESTS),)
+
+    refusals: Sequence[Refusal]
+
+
+@dataclass(slots=True)
+class Metrics(Message):
+    TAG = 21
+    CHECKS = (_u64, sequence(record(Snapshot, _name, check_samples), MAX_PEERS))
+
+    serial: int
+    snapshots: Sequence[Snapshot]
+
+
+@dataclass(slots=True)
+class Expect(Message):
+    """Callers whose subscription a worker should accept, and callers that have gone."""
+
+    TAG = 22
+    CHECKS = (sequence(_peer, MAX_PEERS), sequence(_peer, MAX_PEERS))
+
+    callers: Sequence[bytes] = ()
+    gone: Sequence[bytes] = ()
+
+
+@dataclass(slots=True)
+class Assign(Carrier):
+    """Work for a worker; also what it need not keep or do any more."""
+
+    TAG = 23
+    CHECKS = (sequence(_tasks, MAX_REQUESTS), _all_freed, _all_freed, _blob)
+
+    groups: Sequence[Tasks]
+    freed: Sequence[Freed] = ()
+    cancelled: Sequence[Freed] = ()
+
+
+# --- from workers to callers ---
+
+
+@dataclass(slots=True)
+class Results(Carrier):
+    """Answers of one batch for one caller. On the socket a frame with the caller's id stands before it."""
+
+    TAG = 32
+    CHECKS = (
+        sequence(_answers, MAX_REQUESTS),
+        _peer,
+        record(Batch, _u64, integer(0, 1 << 32), one_of(BATCH_REASONS), _u64),
+        _blob,
+    )
+
+    groups: Sequence[Answers]
+    worker: bytes
+    batch: Batch
+
+
+FROM_CALLER: Final = {m.TAG: m for m in (CallerHello, Submit, Ask, Beat, Bye)}
+FROM_WORKER: Final = {m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Beat, Leaving, Bye)}
+TO_CALLER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Models, Workers, Refusals, Metrics, Beat, Bye)}
+TO_WORKER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Expect, Assign, Beat, Bye)}
+ON_PUBLICATION: Final = {m.TAG: m for m in (Results,)}

@@ -1,0 +1,175 @@
+"""What every process counts, and how a snapshot of it travels.
+
+A process adds to plain integers and short lists; twice a second it sends the whole of them to the broker, which keeps
+the latest of each process, so that any gateway can report the whole server. prometheus-client only writes the text:
+its own counters take a lock and some microseconds for each request.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Any, Final, NamedTuple
+
+from penstock.wire.errors import BadMessage
+from penstock.wire.fields import Check, number, sequence, text
+
+COUNTER: Final = "counter"
+GAUGE: Final = "gauge"
+HISTOGRAM: Final = "histogram"
+
+# Upper bounds of histogram buckets. Seconds: from a tiny model's microseconds to the longest wait that is allowed.
+SECONDS: Final = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+ROWS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+
+MAX_SAMPLES: Final = 100_000  # series in one process's snapshot
+MAX_LABEL: Final = 256
+
+
+class Family(NamedTuple):
+    """A metric. ``process`` names the label that holds which process it came from; the broker fills that in, so that no
+    process can speak for another."""
+
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    process: str = ""
+    bounds: tuple[float, ...] = ()
+
+
+_MODEL: Final = ("model", "version")
+
+FAMILIES: Final[dict[str, Family]] = {
+    # The broker's.
+    "penstock_requests": Family(COUNTER, "Requests that the broker accepted", _MODEL),
+    "penstock_retries": Family(COUNTER, "Requests given to another worker after one was lost", _MODEL),
+    "penstock_queue_requests": Family(GAUGE, "Requests that wait in the broker", _MODEL),
+    "penstock_running_requests": Family(GAUGE, "Requests that a worker holds", _MODEL),
+    "penstock_held_bytes": Family(GAUGE, "Bytes of tensors in messages that the broker holds"),
+    "penstock_workers": Family(GAUGE, "Workers that are connected"),
+    "penstock_callers": Family(GAUGE, "Gateways and clients that are connected"),
+    # A worker's.
+    "penstock_queue_seconds": Family(
+        HISTOGRAM,
+        "From a request's acceptance by the broker to the start of its batch",
+        _MODEL,
+        "worker",
+        SECONDS,
+    ),
+    "penstock_compute_seconds": Family(HISTOGRAM, "How long a batch ran", _MODEL, "worker", SECONDS),
+    "penstock_batch_rows": Family(HISTOGRAM, "Rows of a batch", _MODEL, "worker", ROWS),
+    "penstock_batches": Family(COUNTER, "Batches, by why they were closed", (*_MODEL, "reason"), "worker"),
+    "penstock_model_ready": Family(GAUGE, "1 when the worker serves the model", _MODEL, "worker"),
+    "penstock_unacknowledged_bytes": Family(GAUGE, "Results kept until acknowledged", (), "worker"),
+    # A gateway's.
+    "penstock_http_responses": Family(COUNTER, "HTTP responses", ("code",), "gateway"),
+    "penstock_http_request_seconds": Family(
+        HISTOGRAM, "From the end of an inference request to its response", (), "gateway", SECONDS
+    ),
+    "penstock_http_connections": Family(GAUGE, "Open HTTP connections", (), "gateway"),
+    "penstock_http_body_bytes": Family(GAUGE, "Bytes of request bodies in memory", (), "gateway"),
+    # Everybody's.
+    "penstock_request_failures": Family(
+        COUNTER,
+        "Requests that ended without a result, by reason, where they ended",
+        (*_MODEL, "reason"),
+        "process",
+    ),
+    "penstock_bad_messages": Family(
+        COUNTER, "Messages that no peer should send, by who sent them", ("peer",), "process"
+    ),
+    "penstock_process_cpu_seconds": Family(COUNTER, "Processor time", (), "process"),
+    "penstock_process_resident_bytes": Family(GAUGE, "Resident memory", (), "process"),
+}
+
+
+class Histogram:
+    """Counts of observations per bucket. ``counts`` has one place more than ``bounds``: what is above the last."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count a value, ``count`` times."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
+
+
+class Value:
+    """A counter or gauge: add to or set ``value``."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+
+class Sample(NamedTuple):
+    """One series. ``value`` is a number, or for a histogram its counts per bucket followed by their total."""
+
+    family: str
+    labels: tuple[str, ...]
+    value: float | tuple[float, ...]
+
+
+class Meters:
+    """The series of one process. Hold what ``value`` and ``histogram`` return: finding it again costs a look-up."""
+
+    def __init__(self) -> None:
+        self._series: dict[tuple[str, tuple[str, ...]], Value | Histogram] = {}
+
+    def value(self, family: str, *labels: str) -> Value:
+        series = self._find(family, labels)
+        assert isinstance(series, Value), f"{family} is a histogram"
+        return series
+
+    def histogram(self, family: str, *labels: str) -> Histogram:
+        series = self._find(family, labels)
+        assert isinstance(series, Histogram), f"{family} is not a histogram"
+        return series
+
+    def _find(self, family: str, labels: tuple[str, ...]) -> Value | Histogram:
+        series = self._series.get((family, labels))
+        if series is None:
+            about = FAMILIES[family]
+            assert len(labels) == len(about.labels), f"{family} has the labels {about.labels}"
+            series = Histogram(about.bounds) if about.kind == HISTOGRAM else Value()
+            self._series[family, labels] = series
+        return series
+
+    def samples(self) -> tuple[Sample, ...]:
+        return tuple(
+            Sample(
+                family,
+                labels,
+                series.value if isinstance(series, Value) else (*map(float, series.counts), series.total),
+            )
+            for (family, labels), series in self._series.items()
+        )
+
+
+def _value(value: Any) -> float | tuple[float, ...]:
+    return tuple(map(number, value)) if type(value) is tuple else number(value)
+
+
+def _sample(value: Any) -> Sample:
+    if type(value) is not tuple or len(value) != 3:
+        raise BadMessage("a sample is [family, labels, value]")
+    sample = Sample(_name(value[0]), _labels(value[1]), _value(value[2]))
+    about = FAMILIES.get(sample.family)
+    if about is None or len(about.labels) != len(sample.labels):
+        raise BadMessage(f"unknown metric {sample.family} with {len(sample.labels)} labels")
+    width = len(sample.value) if isinstance(sample.value, tuple) else 0
+    if width != (len(about.bounds) + 2 if about.kind == HISTOGRAM else 0):
+        raise BadMessage(f"a {about.kind} does not have {width} values")
+    return sample
+
+
+_name: Final[Check] = text(100)
+_labels: Final[Check] = sequence(text(MAX_LABEL), 8)
+check_samples: Final[Check] = sequence(_sample, MAX_SAMPLES)

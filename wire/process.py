@@ -1,0 +1,75 @@
+"""What every process of ours does to be started, watched and stopped: by ``penstock up`` and by systemd alike."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+from types import FrameType
+
+from penstock.wire.metrics import Meters
+
+
+class StopSignal:
+    """SIGTERM and SIGINT as a flag and a descriptor to poll; a handler that did more could run in the middle of
+    anything.
+
+    Must be made in the main thread. ``restore`` puts back what was before.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def clear(self) -> None:
+        """Take what the kernel wrote out of the descriptor, so that it is quiet again."""
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+
+    def restore(self) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._reader.close()
+        self._writer.close()
+
+
+def notify(state: str) -> None:
+    """Tell whoever started this process how it fares (sd_notify(3)); does nothing when nobody asked to know."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            channel.connect(address)
+            channel.send(state.encode())
+        except OSError:
+            return  # it has gone, and with it the interest
+
+
+def fields(**values: object) -> dict[str, object]:
+    """For a log call's ``extra``: what the line says beside its event, each under its own name."""
+    return {"fields": values}
+
+
+def measure(meters: Meters) -> None:
+    """Bring the series about this process up to date."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    meters.value("penstock_process_cpu_seconds").value = used.ru_utime + used.ru_stime
+    with open("/proc/self/statm", "rb") as file:
+        pages = int(file.read().split()[1])
+    meters.value("penstock_process_resident_bytes").value = pages * resource.getpagesize()

@@ -1,0 +1,448 @@
+"""A worker's decisions: events in, commands out; no socket, clock or thread.
+
+It holds three things: requests that wait or run (the batcher's), results that their callers have not acknowledged
+yet, and who hears them. A result is published once it is there, and again whenever its caller subscribes anew, so
+that a slow joiner, a reconnect and a lost message are one rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from penstock.wire.codec import ids_in, pack
+from penstock.wire.errors import DEADLINE, UNAVAILABLE, PenstockError
+from penstock.wire.lots import lots_of
+from penstock.wire.membership import Membership
+from penstock.wire.messages import (
+    BATCH_REASONS,
+    INLINE_MAX_BYTES,
+    MAX_PEERS,
+    Assign,
+    Attached,
+    Beat,
+    Bye,
+    Done,
+    Expect,
+    Finished,
+    Form,
+    HelloWanted,
+    Leaving,
+    Message,
+    Payload,
+    Results,
+    Welcome,
+    WorkerHello,
+    WorkerModels,
+)
+from penstock.wire.messages import Batch as BatchInfo
+from penstock.wire.metrics import Meters
+from penstock.wire.models import READY, ModelState
+from penstock.worker.batcher import Batch, Batcher, ModelKey, Rules
+from penstock.worker.events import (
+    BrokerFound,
+    BrokerLost,
+    Command,
+    Drain,
+    Event,
+    FromBroker,
+    Garbage,
+    Loaded,
+    Log,
+    Publish,
+    Run,
+    Say,
+    Subscribed,
+    Tick,
+    Unsubscribed,
+)
+from penstock.worker.execute import Executed, Publication, failure_answers
+from penstock.worker.lots import WAITING, Lot
+from penstock.worker.model import Model
+from penstock.worker.plan import Plan
+
+_PLANS_MAX: Final = 4096
+_NO_BATCH: Final = BatchInfo(0, 0, "alone", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a worker is. ``instances``: compute threads."""
+
+    id: bytes
+    name: str
+    device: str
+    pid: int
+    endpoints: tuple[str, ...]
+    instances: int
+    local: bool  # on the broker's host
+
+
+class Kept:
+    """A published message that some of its answers' callers have not acknowledged."""
+
+    __slots__ = ("frames", "head", "left", "nbytes")
+
+    def __init__(self, head: bytes, frames: Sequence[Payload]) -> None:
+        self.head = head
+        self.frames = frames
+        self.left = 0  # answers that have not been acknowledged
+        self.nbytes = len(head) + sum(map(len, frames))
+
+
+class _Series:
+    """A model's metrics, found once."""
+
+    def __init__(self, meters: Meters, key: ModelKey) -> None:
+        self.queue_seconds = meters.histogram("penstock_queue_seconds", *key)
+        self.compute_seconds = meters.histogram("penstock_compute_seconds", *key)
+        self.batch_rows = meters.histogram("penstock_batch_rows", *key)
+        self.batches = {reason: meters.value("penstock_batches", *key, reason) for reason in BATCH_REASONS}
+
+
+class Core:
+    """One life of a worker. Times are seconds of the caller's monotonic clock."""
+
+    def __init__(self, identity: Identity, models: Sequence[ModelState]) -> None:
+        self.identity = identity
+        self.membership = Membership(identity.local)
+        self.meters = Meters()
+        self.states: dict[ModelKey, ModelState] = {(state.name, state.version): state for state in models}
+        self.kept_bytes = 0
+        self._models: dict[ModelKey, Model] = {}
+        self._batcher = Batcher()
+        self._idle = identity.instances
+        self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
+        self._kept: dict[bytes, dict[int, Kept]] = {}  # by caller
+        self._callers: set[bytes] = set()  # those that the broker knows
+        self._subscriptions: dict[bytes, int] = {}  # connections that hear a caller's topic
+        self._plans: dict[Form, Plan] = {}
+        self._series: dict[ModelKey, _Series] = {}
+        self._done: list[Finished] = []
+        self._commands: list[Command] = []
+
+    @property
+    def holds_nothing(self) -> bool:
+        return not self._lots and not self._kept
+
+    def may_subscribe(self, caller: bytes) -> bool:
+        """Whether there is room for one more caller's topic."""
+        return caller in self._subscriptions or len(self._subscriptions) < MAX_PEERS
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """What follows from an event. Raises nothing that a peer or a model could cause."""
+        match event:
+            case FromBroker(message):
+                self._from_broker(message, now)
+            case Executed():
+                self._executed(event, now)
+            case Tick():
+                pass
+            case Loaded(state, model):
+                self._loaded(state, model)
+            case Subscribed(caller):
+                self._subscribed(caller)
+            case Unsubscribed(caller):
+                self._unsubscribed(caller)
+            case BrokerFound():
+                self.membership.found()
+            case BrokerLost(reason):
+                if self.membership.joined:
+                    self._log("warning", "broker gone; looking for it", reason=reason)
+                self.membership.lost()
+            case Garbage(process, reason):
+                self.meters.value("penstock_bad_messages", process).value += 1
+                self._log("warning", "bad message dropped", process=process, reason=reason)
+            case Drain():
+                self._say(Leaving(self.membership.epoch))
+            case _:
+                raise AssertionError(f"unexpected event {event!r}")
+        self._start(now)
+        self._speak(now)
+        commands, self._commands = self._commands, []
+        return commands
+
+    def due(self) -> float:
+        """When the next Tick is needed even if nothing happens before."""
+        batch = self._batcher.due() if self._idle else float("inf")
+        return min(batch, self.membership.due())
+
+    # --- the broker ---
+
+    def _from_broker(self, message: Message, now: float) -> None:
+        membership = self.membership
+        if isinstance(message, Welcome):
+            self._welcomed(message, now)
+            return
+        if isinstance(message, HelloWanted):
+            membership.unknown()
+            return
+        if message.epoch != membership.epoch:
+            return
+        membership.heard(now)
+        match message:
+            case Assign():
+                self._assigned(message, now)
+            case Expect(callers=callers, gone=gone):
+                self._expect(callers, gone)
+            case Beat():
+                pass
+            case Bye():
+                self._log("info", "broker is shutting down")
+                membership.lost()
+            case _:
+                raise AssertionError(f"a broker does not send {message!r}")
+
+    def _welcomed(self, message: Welcome, now: float) -> None:
+        """A broker that does not know what this worker holds: start from nothing. Batches that run end unheard."""
+        for index in self._lots.values():
+            for lot in dict.fromkeys(index.values()):
+                if lot.state == WAITING:
+                    lot.move("cancel")
+                    self._batcher.remove(lot, True)
+        self._lots.clear()
+        self._kept.clear()
+        self.kept_bytes = 0
+        self._callers.clear()
+        self.membership.welcomed(message.epoch, now)
+        self._log("info", "joined the broker", worker=message.name)
+
+    def _expect(self, callers: Sequence[bytes], gone: Sequence[bytes]) -> None:
+        for caller in callers:
+            self._callers.add(caller)
+            if caller in self._subscriptions:
+                self._say(Attached(self.membership.epoch, caller, True))
+        for caller in gone:
+            self._callers.discard(caller)
+            self._cancel(caller, list(self._lots.get(caller, ())))
+            self._free(caller, list(self._kept.get(caller, ())))
+
+    def _subscribed(self, caller: bytes) -> None:
+        self._subscriptions[caller] = self._subscriptions.get(caller, 0) + 1
+        if caller in self._callers:
+            self._say(Attached(self.membership.epoch, caller, True))
+        for kept in dict.fromkeys(self._kept.get(caller, {}).values()):
+            self._commands.append(Publish(caller, kept.head, kept.frames))
+
+    def _unsubscribed(self, caller: bytes) -> None:
+        left = self._subscriptions.get(caller, 0) - 1
+        if left > 0:
+            self._subscriptions[caller] = left
+        elif self._subscriptions.pop(caller, None) is not None and caller in self._callers:
+            self._say(Attached(self.membership.epoch, caller, False))
+
+    # --- requests ---
+
+    def _assigned(self, message: Assign, now: float) -> None:
+        for caller, ranges in message.freed:
+            self._free(caller, ids_in(ranges, self._kept.get(caller, {})))
+        for caller, ranges in message.cancelled:
+            self._cancel(caller, ids_in(ranges, self._lots.get(caller, {})))
+        for group, start in zip(message.groups, message.starts, strict=True):
+            form, caller, attempt = group.form, group.caller, group.attempt
+            try:
+                plan = self._plan(form)
+            except PenstockError as error:
+                self._refuse(caller, attempt, group.ids, error, group.waited_us)
+                continue
+            index = self._lots.get(caller)
+            if index is None:
+                index = self._lots[caller] = {}
+            ids = group.ids
+            if form.nbytes <= INLINE_MAX_BYTES:
+                payload: Payload = message.blob
+            else:
+                payload, start = message.frames[start : start + len(ids)], 0
+            lot = Lot(index, caller, attempt, plan, ids, group.timeouts_us, payload, start, group.waited_us, now)
+            index.update(dict.fromkeys(ids, lot))
+            self._batcher.add(lot)
+
+    def _plan(self, form: Form) -> Plan:
+        """Raises PenstockError when the form does not fit its model."""
+        plan = self._plans.get(form)
+        if plan is None:
+            model = self._models.get((form.model, form.version))
+            if model is None:
+                raise PenstockError(UNAVAILABLE, f"model '{form.model}' has just left this worker; try again", 0.1)
+            if len(self._plans) >= _PLANS_MAX:
+                self._plans.clear()
+            plan = self._plans[form] = Plan(model, form)
+        return plan
+
+    def _start(self, now: float) -> None:
+        """Batches for instances that are idle."""
+        while self._idle:
+            batch = self._batcher.next(now)
+            if batch is None:
+                return
+            for lot in batch.lots:
+                lot.move("start")
+            late = any(lot.first_deadline <= now for lot in batch.lots)
+            if late and not self._expire(batch, now):
+                self._batcher.ended(batch)
+                continue
+            self._idle -= 1
+            self._commands.append(Run(batch, self._models[batch.model]))
+
+    def _executed(self, event: Executed, now: float) -> None:
+        self._idle += 1
+        self._batcher.ended(event.batch)
+        self._measure(event)
+        for caller, publication in event.publications.items():
+            index = self._lots.get(caller)
+            if index is None:
+                continue  # a new broker, which knows nothing of it
+            heard = False
+            for group in publication.groups:
+                for lot in lots_of(index, group.ids):
+                    heard = True
+                    lot.move("finish")
+                    self._forget(lot)
+                    self._done.append(Finished(caller, lot.attempt, group.nbytes, lot.ids))
+            if heard:
+                self._publish(caller, publication, event.info)
+
+    def _publish(self, caller: bytes, publication: Publication, info: BatchInfo) -> None:
+        if caller not in self._callers:
+            return
+        message = Results(
+            self.membership.epoch,
+            publication.groups,
+            self.identity.id,
+            info,
+            blob=b"".join(publication.inline),
+            frames=publication.frames,
+        )
+        kept = Kept(pack(message), publication.frames)
+        held = self._kept.get(caller)
+        if held is None:
+            held = self._kept[caller] = {}
+        for group in publication.groups:
+            kept.left += len(group.ids)
+            held.update(dict.fromkeys(group.ids, kept))
+        self.kept_bytes += kept.nbytes
+        self._commands.append(Publish(caller, kept.head, kept.frames))
+
+    def _refuse(self, caller: bytes, attempt: int, ids: tuple[int, ...], error: PenstockError, queue_us: int) -> None:
+        """Answer requests that cannot run."""
+        answers = failure_answers(error.code, error.message, queue_us, ids)
+        self._publish(caller, Publication([answers]), _NO_BATCH)
+        self._done.append(Finished(caller, attempt, 0, ids))
+
+    def _expire(self, batch: Batch, now: float) -> bool:
+        """Take out of a batch what is too late already. Whether anything is left of it."""
+        left: list[Lot] = []
+        for lot in batch.lots:
+            ids = lot.late(now)
+            if not ids:
+                left.append(lot)
+                continue
+            late = lot
+            if len(ids) < len(lot.ids):
+                late = lot.split(ids)
+                left.append(lot)
+            late.move("expire")
+            self._forget(late)
+            name, version = batch.model
+            self.meters.value("penstock_request_failures", name, version, DEADLINE).value += len(ids)
+            queue_us = late.waited_us + int((now - late.arrived) * 1e6)
+            error = PenstockError(DEADLINE, f"time was up before the request's batch on '{name}' began")
+            self._refuse(late.caller, late.attempt, late.ids, error, queue_us)
+        batch.lots = left
+        return bool(left)
+
+    def _cancel(self, caller: bytes, ids: Sequence[int]) -> None:
+        """Take out what has not started; what runs goes on, and its answer is of no interest."""
+        index = self._lots.get(caller, {})
+        waiting = [number for number in ids if index[number].state == WAITING]
+        before = {number: index[number] for number in waiting}
+        for lot in lots_of(index, waiting):
+            whole = before[lot.ids[0]] is lot
+            lot.move("cancel")
+            self._batcher.remove(lot, whole)
+            self._forget(lot)
+            self._done.append(Finished(caller, lot.attempt, 0, lot.ids))
+
+    def _free(self, caller: bytes, ids: Sequence[int]) -> None:
+        held = self._kept.get(caller)
+        if held is None:
+            return
+        for number in ids:
+            kept = held.pop(number)
+            kept.left -= 1
+            if not kept.left:
+                self.kept_bytes -= kept.nbytes
+        if not held:
+            del self._kept[caller]
+
+    def _forget(self, lot: Lot) -> None:
+        index = lot.index
+        for number in lot.ids:
+            del index[number]
+        if not index and self._lots.get(lot.caller) is index:
+            del self._lots[lot.caller]
+
+    # --- models ---
+
+    def _loaded(self, state: ModelState, model: Model | None) -> None:
+        key = (state.name, state.version)
+        self.states[key] = state
+        if model is not None:
+            self._models[key] = model
+            spec, config = model.spec, model.config
+            window = spec.max_batch_size * (self.identity.instances + 1)
+            rules = Rules(spec.max_batch_size, config.max_queue_delay_s, config.instances, window, spec.batchable)
+            self._batcher.set_rules(key, rules)
+        self.meters.value("penstock_model_ready", *key).value = int(state.state == READY)
+        if self.membership.joined:
+            self._say(WorkerModels(self.membership.epoch, tuple(self.states.values())))
+
+    def _measure(self, event: Executed) -> None:
+        key, batch = event.batch.model, event.batch
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = _Series(self.meters, key)
+        for waited_s, count in event.queue_s:
+            series.queue_seconds.observe(waited_s, count)
+        series.compute_seconds.observe(event.compute_s)
+        series.batch_rows.observe(batch.rows)
+        series.batches[batch.reason].value += 1
+        for caller, publication in event.publications.items():
+            for code in publication.failed:
+                self.meters.value("penstock_request_failures", *key, code).value += 1
+                self._log("warning", "request failed", model=key[0], caller=caller.hex(), code=code)
+
+    # --- speech ---
+
+    def _speak(self, now: float) -> None:
+        if self._done:
+            done, self._done = self._done, []
+            if self.membership.joined:
+                self._say(Done(self.membership.epoch, done))
+        match self.membership.say(now):
+            case "hello":
+                identity = self.identity
+                self._say(
+                    WorkerHello(
+                        0,
+                        identity.name,
+                        identity.device,
+                        identity.pid,
+                        identity.endpoints,
+                        identity.instances,
+                        tuple(self.states.values()),
+                        tuple(self._subscriptions),
+                    )
+                )
+            case "beat":
+                self.meters.value("penstock_unacknowledged_bytes").value = self.kept_bytes
+                self._commands.append(Say(Beat(self.membership.epoch)))
+            case "lost":
+                self._log("warning", "broker silent; looking for it")
+
+    def _say(self, message: Message) -> None:
+        self._commands.append(Say(message))
+
+    def _log(self, level: str, event: str, **fields: Any) -> None:
+        self._commands.append(Log(level, event, fields))

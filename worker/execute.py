@@ -1,0 +1,235 @@
+"""A batch, from its requests' bytes to its callers' answers: gather, run, take apart. Runs on a compute thread.
+
+The requests of a lot lie side by side in the message that brought them, so a lot is gathered, and its answers are taken
+apart, with one strided copy for all of them; a batch of one lot is not even copied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from penstock.wire.codec import pack_failure
+from penstock.wire.errors import BAD_INPUT, MODEL_FAILED, PenstockError
+from penstock.wire.messages import COMPLETE, FAILED, INLINE_MAX_BYTES, Answers, Failure, Payload
+from penstock.wire.messages import Batch as BatchInfo
+from penstock.wire.tensors import DTYPES, Array, decode, pack_strings
+from penstock.worker.batcher import Batch
+from penstock.worker.lots import Lot
+from penstock.worker.model import ORT_ERRORS, Model, brief
+from penstock.worker.plan import Plan
+
+_SENTENCE_MAX: Final = 2000
+_FAILURES: Final[tuple[type[Exception], ...]] = (*ORT_ERRORS, PenstockError)
+
+
+@dataclass(slots=True)
+class Publication:
+    """What one caller gets of a batch: answers, and their payloads as in a Carrier. ``failed``: codes of those that
+    did."""
+
+    groups: list[Answers] = field(default_factory=list)
+    inline: list[bytes] = field(default_factory=list)
+    frames: list[Payload] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Executed:
+    """A batch that has run, and what its callers get of it. Times in seconds."""
+
+    model: Model
+    batch: Batch
+    info: BatchInfo
+    publications: dict[bytes, Publication]
+    queue_s: list[
+        tuple[float, int]
+    ]  # from acceptance by the broker to the start of the batch, and for how many requests
+    compute_s: float
+    cpu_s: float  # of the thread that ran it
+
+
+def execute(model: Model, batch: Batch) -> Executed:
+    """Run a batch. Never raises for what a request or the model does: a batch that fails is run again one by one, so
+    that only those that fail alone are told so."""
+    start, cpu_start = time.monotonic(), time.thread_time()
+    publications: dict[bytes, Publication] = {}
+    try:
+        _run(model, batch.lots, start, publications)
+    except _FAILURES as error:
+        publications.clear()
+        _run_one_by_one(model, batch.lots, start, error, publications)
+    took = time.monotonic() - start
+    info = BatchInfo(batch.serial, batch.rows, batch.reason, int(took * 1e6))
+    queue_s = [(_queue_us(lot, start) * 1e-6, len(lot.ids)) for lot in batch.lots]
+    return Executed(model, batch, info, publications, queue_s, took, time.thread_time() - cpu_start)
+
+
+def _queue_us(lot: Lot, start: float) -> int:
+    return lot.waited_us + int((start - lot.arrived) * 1e6)
+
+
+def _run(model: Model, lots: Sequence[Lot], start: float, publications: dict[bytes, Publication]) -> None:
+    rows = sum([lot.rows for lot in lots])
+    outputs = model.run([_gather(model, lots, at, rows) for at in range(len(model.spec.inputs))])
+    if len(lots) == 1 and len(lots[0].ids) == 1:
+        _answer(lots[0], outputs, start, publications)
+        return
+    for spec, output in zip(model.spec.outputs, outputs, strict=True):
+        if output.shape[:1] != (rows,):
+            raise PenstockError(MODEL_FAILED, f"output '{spec.name}' has no row for each of {rows} rows")
+    if len(lots) == 1:
+        _answer(lots[0], outputs, start, publications)
+        return
+    at = 0
+    for lot in lots:
+        end = at + lot.rows
+        _answer(lot, [output[at:end] for output in outputs], start, publications)
+        at = end
+
+
+def _run_one_by_one(
+    model: Model, lots: Sequence[Lot], start: float, error: Exception, publications: dict[bytes, Publication]
+) -> None:
+    """``error`` is what all of them together gave."""
+    alone = len(lots) == 1 and len(lots[0].ids) == 1
+    for lot in lots:
+        for at, number in enumerate(lot.ids):
+            one = _one_of(lot, at)
+            own: Exception | None = error if alone else None
+            if not alone:
+                try:
+                    _run(model, [one], start, publications)
+                except _FAILURES as failure:
+                    own = failure
+            if own is not None:
+                publication = publications.setdefault(lot.caller, Publication())
+                code = own.code if isinstance(own, PenstockError) else MODEL_FAILED
+                sentence = str(own)
+                if not isinstance(own, PenstockError):
+                    sentence = f"model '{model.spec.name}' failed on this input: {brief(own)}"
+                publication.groups.append(failure_answers(code, sentence, _queue_us(lot, start), (number,)))
+                publication.failed.append(code)
+
+
+def _one_of(lot: Lot, at: int) -> Lot:
+    """One request of a lot by itself, for this once: the lot stays as it is."""
+    size = lot.plan.form.nbytes
+    payload, start = (lot.payload, lot.start + at * size) if size <= INLINE_MAX_BYTES else ([lot.payload[at]], 0)
+    times = (lot.timeouts_us[at],)
+    return Lot({}, lot.caller, lot.attempt, lot.plan, (lot.ids[at],), times, payload, start, lot.waited_us, lot.arrived)
+
+
+def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int) -> Array:
+    """Input ``at`` of all requests, in one array: a view of where they lie, when they lie there as the model wants
+    them.
+
+    Raises PenstockError for strings that are none.
+    """
+    datatype = model.spec.inputs[at].datatype
+    if datatype == "BYTES":
+        return _gather_strings(lots, at)
+    dtype = DTYPES[datatype]
+    _, shape, _, _ = lots[0].plan.columns[at]
+    if model.spec.batchable:
+        shape = (rows, *shape[1:])
+    blocks = [block for lot in lots for block in _blocks(lot, at)]
+    if len(blocks) == 1 and blocks[0].flags.c_contiguous and datatype != "BOOL":
+        view = blocks[0].reshape(-1).view(dtype)
+        if view.flags.aligned:
+            return view.reshape(shape)
+    array = np.empty(shape, dtype)
+    flat, end = array.reshape(-1).view(np.uint8), 0
+    for block in blocks:
+        begin, end = end, end + block.size
+        flat[begin:end].reshape(block.shape)[...] = block
+    if datatype == "BOOL":
+        # Any other byte than 0 and 1 is no bool to the code that ONNX Runtime's compiler made.
+        np.not_equal(flat, 0, out=array.reshape(-1))
+    return array
+
+
+def _blocks(lot: Lot, at: int) -> list[Array]:
+    """Where input ``at`` of a lot's requests lies: arrays of bytes [requests, bytes of one], views."""
+    plan = lot.plan
+    _, _, offset, nbytes = plan.columns[at]
+    size, count = plan.form.nbytes, len(lot.ids)
+    if not nbytes:
+        return []
+    if size > INLINE_MAX_BYTES:
+        return [np.frombuffer(frame, np.uint8)[offset : offset + nbytes].reshape(1, -1) for frame in lot.payload]
+    block = np.frombuffer(lot.payload, np.uint8, count * size, lot.start).reshape(count, size)
+    return [block if size == nbytes else block[:, offset : offset + nbytes]]
+
+
+def _gather_strings(lots: Sequence[Lot], at: int) -> Array:
+    parts = []
+    for lot in lots:
+        for number in range(len(lot.ids)):
+            one = _one_of(lot, number)
+            _, shape, offset, nbytes = lot.plan.columns[at]
+            inline = lot.plan.form.nbytes <= INLINE_MAX_BYTES
+            view = memoryview(one.payload)[one.start :] if inline else memoryview(one.payload[0])
+            elements = decode("BYTES", shape, bytes(view[offset : offset + nbytes]))
+            try:
+                texts = [element.decode() for element in elements.ravel()]
+            except UnicodeDecodeError:
+                name = lot.plan.model.spec.inputs[at].name
+                raise PenstockError(BAD_INPUT, f"input '{name}' holds an element that is not UTF-8") from None
+            part = np.empty(len(texts), dtype=object)
+            part[:] = texts
+            parts.append(part.reshape(shape))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _answer(lot: Lot, outputs: Sequence[Array], start: float, publications: dict[bytes, Publication]) -> None:
+    """Put the outputs of a lot's rows into its caller's answers."""
+    plan, count = lot.plan, len(lot.ids)
+    into = publications.get(lot.caller)
+    if into is None:
+        into = publications[lot.caller] = Publication()
+    wanted = [outputs[at] for at in plan.outputs]
+    if plan.answers_strings:
+        for at, number in enumerate(lot.ids):
+            part = wanted if count == 1 else [output[at * plan.rows : (at + 1) * plan.rows] for output in wanted]
+            _answer_strings(plan, number, part, _queue_us(lot, start), into)
+        return
+    shapes = tuple([(plan.rows, *output.shape[1:]) if count > 1 else output.shape for output in wanted])
+    nbytes, body = plan.describe(shapes)
+    into.groups.append(Answers(COMPLETE, nbytes, body, _queue_us(lot, start), lot.ids))
+    if len(wanted) == 1 and nbytes <= INLINE_MAX_BYTES:
+        into.inline.append(wanted[0].tobytes())
+        return
+    blocks = [np.ascontiguousarray(output).reshape(-1).view(np.uint8).reshape(count, -1) for output in wanted]
+    block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+    if nbytes <= INLINE_MAX_BYTES:
+        into.inline.append(block.tobytes())
+    else:
+        into.frames += [memoryview(row) for row in block]
+
+
+def _answer_strings(plan: Plan, number: int, outputs: Sequence[Array], queue_us: int, into: Publication) -> None:
+    """An answer with strings, whose size is its own."""
+    specs = plan.model.spec.outputs
+    parts: list[bytes] = [
+        pack_strings(output.ravel().tolist())
+        if specs[at].datatype == "BYTES"
+        else np.ascontiguousarray(output).tobytes()
+        for at, output in zip(plan.outputs, outputs, strict=True)
+    ]
+    payload = b"".join(parts)
+    body = plan.outcome(tuple(output.shape for output in outputs), [len(part) for part in parts])
+    into.groups.append(Answers(COMPLETE, len(payload), body, queue_us, (number,)))
+    if len(payload) <= INLINE_MAX_BYTES:
+        into.inline.append(payload)
+    else:
+        into.frames.append(payload)
+
+
+def failure_answers(code: str, sentence: str, queue_us: int, ids: tuple[int, ...]) -> Answers:
+    """One error for some requests."""
+    return Answers(FAILED, 0, pack_failure(Failure(code, sentence[:_SENTENCE_MAX], 0)), queue_us, ids)

@@ -1,0 +1,71 @@
+"""Compute threads: each takes a batch, runs it without the GIL, and wakes the talking thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from queue import SimpleQueue
+from typing import Final
+
+from penstock.worker.batcher import Batch
+from penstock.worker.execute import Executed, execute
+from penstock.worker.model import Model
+
+# A model whose batches take less than this runs on the talking thread: handing over and back costs about 60 us, and all
+# that waits meanwhile is for the same device.
+INLINE_MAX_S: Final = 100e-6
+_SMOOTHING: Final = 1 / 16  # weight of one batch in a model's mean time
+
+
+class Instances:
+    """``count`` threads. ``fileno``, an eventfd, is readable once ``take`` has something new."""
+
+    def __init__(self, count: int) -> None:
+        self._todo: SimpleQueue[tuple[Model, Batch] | None] = SimpleQueue()
+        self._ran: deque[Executed] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._threads = [
+            threading.Thread(target=self._compute, name=f"instance-{number}", daemon=True) for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def fileno(self) -> int:
+        return self._wake
+
+    def run(self, model: Model, batch: Batch) -> Executed | None:
+        """Have a batch run: on a thread, or here and now (then it is returned) when that costs less."""
+        if model.run_s > INLINE_MAX_S:
+            self._todo.put((model, batch))
+            return None
+        executed = execute(model, batch)
+        _measure(executed)
+        return executed
+
+    def take(self) -> list[Executed]:
+        """The batches that have run since the last call."""
+        taken = [self._ran.popleft() for _ in range(len(self._ran))]
+        for executed in taken:
+            _measure(executed)
+        return taken
+
+    def stop(self) -> None:
+        """Let the threads end. One that is inside a model is left behind; it is a daemon."""
+        for _ in self._threads:
+            self._todo.put(None)
+        for thread in self._threads:
+            thread.join(timeout=1.0)
+        if not any(thread.is_alive() for thread in self._threads):
+            os.close(self._wake)
+
+    def _compute(self) -> None:
+        while (task := self._todo.get()) is not None:
+            self._ran.append(execute(*task))
+            os.eventfd_write(self._wake, 1)
+
+
+def _measure(executed: Executed) -> None:
+    """Keep the model's mean time. It is processor time: how long others kept this thread waiting is not the model's."""
+    model = executed.model
+    model.run_s += (executed.cpu_s - model.run_s) * _SMOOTHING

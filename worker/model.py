@@ -1,0 +1,154 @@
+"""A model in memory: an ONNX Runtime session, what it takes and gives, and how to run it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
+
+from penstock.wire.models import ModelSpec, TensorSpec
+from penstock.wire.tensors import Array
+from penstock.worker.config import DEFAULT_BATCH_SIZE, ModelConfig
+
+_DATATYPES: Final = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(bfloat16)": "BF16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+_ONNX_BFLOAT16: Final = 16  # TensorProto.DataType
+_LOG_ERRORS_ONLY: Final = 3
+
+# ONNX Runtime's own exceptions have no common base.
+ORT_ERRORS: Final[tuple[type[Exception], ...]] = tuple(
+    each for each in vars(_state).values() if isinstance(each, type) and issubclass(each, Exception)
+)
+
+
+class LoadError(Exception):
+    """A model that cannot be served; the message is a sentence for the user."""
+
+
+class Model:
+    """A loaded model. ``spec`` says what callers need; ``why_alone`` why rows of several requests must not run together
+    (empty when they may); ``dims`` has the names of the inputs' symbolic dimensions.
+
+    ``run`` may be called by several threads at once: the session is shared by all instances.
+    """
+
+    def __init__(self, session: Any, name: str, version: str, config: ModelConfig) -> None:
+        self.config = config
+        self._session = session
+        inputs = session.get_inputs()
+        outputs = session.get_outputs()
+        self.dims: list[list[int | str | None]] = [list(each.shape) for each in inputs]
+        self.why_alone = _why_alone(inputs, outputs)
+        self.spec = ModelSpec(
+            name,
+            version,
+            "onnxruntime_onnx",
+            tuple(_spec("input", each) for each in inputs),
+            tuple(_spec("output", each) for each in outputs),
+            True,
+            config.max_batch_size or DEFAULT_BATCH_SIZE,
+        )
+        self._names = [each.name for each in self.spec.outputs]
+        # numpy has no bfloat16, so such models take ONNX Runtime's own values in and out.
+        self._has_bf16 = any(each.datatype == "BF16" for each in (*self.spec.inputs, *self.spec.outputs))
+        self.run_s = float("inf")  # how long a full batch took when it was tried
+        if self.why_alone:
+            self.run_alone(self.why_alone)
+
+    def run_alone(self, reason: str) -> None:
+        """From now on each request runs by itself."""
+        self.why_alone = reason
+        self.spec = self.spec._replace(batchable=False, max_batch_size=1)
+
+    def run(self, feeds: Sequence[Array]) -> list[Array]:
+        """The outputs for one array per input, in the order of the spec; BF16 are uint16 arrays, BYTES object arrays
+        of str. Releases the GIL. Raises one of ORT_ERRORS when the model fails on them."""
+        if self._has_bf16:
+            return self._run_values(feeds)
+        feed = {spec.name: array for spec, array in zip(self.spec.inputs, feeds, strict=True)}
+        outputs: list[Array] = self._session.run(self._names, feed)
+        return outputs
+
+    def _run_values(self, feeds: Sequence[Array]) -> list[Array]:
+        make = onnxruntime.OrtValue
+        feed = {
+            spec.name: make.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
+            if spec.datatype == "BF16"
+            else make.ortvalue_from_numpy(array)
+            for spec, array in zip(self.spec.inputs, feeds, strict=True)
+        }
+        return [
+            _bits(value) if spec.datatype == "BF16" else value.numpy()
+            for spec, value in zip(self.spec.outputs, self._session.run_with_ort_values(self._names, feed), strict=True)
+        ]
+
+
+def load(path: Path, name: str, version: str, config: ModelConfig) -> Model:
+    """Raises LoadError saying what is wrong with the file."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.intra_op_num_threads = config.intra_op_threads
+    # A waiting thread that spins burns a core of an idle server.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except ORT_ERRORS as error:
+        raise LoadError(f"{path} cannot be loaded: {brief(error)}") from None
+    return Model(session, name, version, config)
+
+
+def brief(error: Exception) -> str:
+    """An ONNX Runtime error without its number and its source lines."""
+    text = str(error).strip()
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    return " ".join(text.split())[:1000]
+
+
+def _spec(kind: str, about: Any) -> TensorSpec:
+    datatype = _DATATYPES.get(about.type)
+    if datatype is None:
+        hint = "; export it without ZipMap (options={'zipmap': False})" if about.type.startswith("seq(map(") else ""
+        raise LoadError(
+            f"{kind} '{about.name}' is of type {about.type}, which the v2 protocol has no datatype for{hint}"
+        )
+    return TensorSpec(about.name, datatype, tuple(dim if type(dim) is int and dim >= 0 else -1 for dim in about.shape))
+
+
+def _why_alone(inputs: Sequence[Any], outputs: Sequence[Any]) -> str:
+    """Why the shapes rule out batches, or ""."""
+    if not inputs:
+        return "it has no inputs"
+    for kind, tensors in (("input", inputs), ("output", outputs)):
+        for each in tensors:
+            if not each.shape:
+                return f"{kind} '{each.name}' has no dimensions"
+            if type(each.shape[0]) is int:
+                return f"the first dimension of {kind} '{each.name}' is fixed at {each.shape[0]}"
+    return ""
+
+
+def _bits(value: Any) -> Array:
+    """The bits of a bfloat16 OrtValue, copied."""
+    shape = value.shape()
+    raw = ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape, dtype=np.int64)))
+    return np.frombuffer(raw, "<u2").reshape(shape)

@@ -1,0 +1,119 @@
+"""Does a model that looks batchable keep its rows apart? Ask it: two rows at once against each of them alone.
+
+A softmax over the first axis, statistics over the batch, a sort across rows: such models have a symbolic first
+dimension and still mix what different users sent. Shapes cannot tell; two runs can.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from penstock.wire.tensors import DTYPES, Array, from_bf16, to_bf16
+from penstock.worker.model import ORT_ERRORS, Model, brief
+
+# What symbolic dimensions other than the rows are tried with: many models take any, image models often want multiples.
+_SIZES: Final = (8, 32, 64, 224, 1, 3, 128, 512)
+_MAX_ELEMENTS: Final = 1 << 26  # of one input; larger ones are not tried
+_TOLERANCES: Final = {"FP16": 2e-2, "BF16": 5e-2}
+_TOLERANCE: Final = 1e-3
+
+
+def probe(model: Model) -> None:
+    """Run the model, and have it run requests alone if it mixes rows or cannot be asked. Measures ``run_s``."""
+    reasons: list[str] = []
+    for size in _SIZES:
+        try:
+            if model.spec.batchable:
+                _compare_rows(model, size)
+            _measure(model, size)
+        except _FAILURES as error:
+            reasons.append(brief(error))
+            if not _has_symbols(model):
+                break
+        else:
+            return
+    if model.spec.batchable and model.config.max_batch_size is None:
+        model.run_alone(
+            "it could not be tried with made-up inputs; set max_batch_size in model.toml if its rows are independent "
+            f"({reasons[0]})"
+        )
+
+
+class _TooLarge(Exception):
+    """Made-up inputs would take more memory than trying them is worth."""
+
+
+_FAILURES: Final[tuple[type[Exception], ...]] = (*ORT_ERRORS, _TooLarge)
+
+
+def _compare_rows(model: Model, size: int) -> None:
+    pair = _sample(model, 2, size)
+    together = model.run(pair)
+    for row in range(2):
+        alone = model.run([array[row : row + 1] for array in pair])
+        for spec, both, single in zip(model.spec.outputs, together, alone, strict=True):
+            if both.ndim == 0 or both.shape[0] != 2 or single.shape[:1] != (1,):
+                model.run_alone(f"output '{spec.name}' does not have a row for each row of the input")
+                return
+            if not _same(both[row : row + 1], single, spec.datatype):
+                model.run_alone(f"output '{spec.name}' of a row changes with the rows beside it")
+                return
+
+
+def _measure(model: Model, size: int) -> None:
+    try:
+        feeds = _sample(model, model.spec.max_batch_size, size)
+    except _TooLarge:
+        return
+    model.run(feeds)  # the first run of a shape also plans its memory
+    start = time.perf_counter()
+    model.run(feeds)
+    model.run_s = time.perf_counter() - start
+
+
+def _same(one: Array, other: Array, datatype: str) -> bool:
+    if one.shape != other.shape:
+        return False
+    if datatype == "BF16":
+        one, other = from_bf16(one), from_bf16(other)
+    if one.dtype.kind != "f":
+        return bool(np.array_equal(one, other))
+    tolerance = _TOLERANCES.get(datatype, _TOLERANCE)
+    one, other = one.astype("f8"), other.astype("f8")
+    finite = np.isfinite(other)
+    scale = float(np.max(np.abs(other[finite]), initial=0.0))
+    return bool(np.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True))
+
+
+def _has_symbols(model: Model) -> bool:
+    """Whether another size could make a difference."""
+    first = 1 if model.spec.batchable else 0
+    return any(not isinstance(dim, int) for dims in model.dims for dim in dims[first:])
+
+
+def _sample(model: Model, rows: int, size: int) -> list[Array]:
+    """Made-up inputs: random where any value will do, 0 and 1 where a number may be an index."""
+    random = np.random.default_rng(0)
+    arrays = []
+    for spec, dims in zip(model.spec.inputs, model.dims, strict=True):
+        shape = [dim if isinstance(dim, int) and dim >= 0 else size for dim in dims]
+        if model.spec.batchable:
+            shape[0] = rows
+        if int(np.prod(shape, dtype=np.float64)) > _MAX_ELEMENTS:
+            raise _TooLarge(f"input '{spec.name}' of shape {shape} is too large to try")
+        arrays.append(_random(random, spec.datatype, shape))
+    return arrays
+
+
+def _random(random: np.random.Generator, datatype: str, shape: Sequence[int]) -> Array:
+    if datatype == "BYTES":
+        return random.integers(0, 2, shape).astype("U1").astype(object)
+    if datatype == "BF16":
+        return to_bf16(random.standard_normal(shape))
+    if datatype in ("FP16", "FP32", "FP64"):
+        return random.standard_normal(shape).astype(DTYPES[datatype])
+    return random.integers(0, 2, shape).astype(DTYPES[datatype])

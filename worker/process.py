@@ -1,0 +1,335 @@
+"""A worker as a process: the main thread talks and obeys the core, compute threads run models, one thread loads
+them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import select
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+
+from penstock.wire import control
+from penstock.wire.codec import pack, unpack
+from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, check_loopback, parse_host_port
+from penstock.wire.errors import BadMessage
+from penstock.wire.messages import PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
+from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
+from penstock.wire.process import StopSignal, fields, measure, notify
+from penstock.wire.sockets import Socket
+from penstock.worker.core import Core, Identity
+from penstock.worker.events import (
+    BrokerFound,
+    BrokerLost,
+    Command,
+    Drain,
+    Event,
+    FromBroker,
+    Garbage,
+    Loaded,
+    Log,
+    Publish,
+    Run,
+    Say,
+    Subscribed,
+    Tick,
+    Unsubscribed,
+)
+from penstock.worker.instances import Instances
+from penstock.worker.model import LoadError, load
+from penstock.worker.probe import probe
+from penstock.worker.repository import ModelFile, find_models
+
+log = logging.getLogger("penstock.worker")
+
+_ROUND_MESSAGES: Final = 64
+_HIGH_WATER: Final = 100_000  # messages that may wait for one caller; what a worker keeps for it is far below
+_CONTROL_AGAIN_S: Final = 0.05  # between two looks for a broker's control socket
+_SWITCH_INTERVAL_S: Final = 0.0005  # the talking thread gets the GIL back within this from a compute thread's Python
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What a worker serves and for whom. ``bind``: "" or ``tcp://HOST:PORT``, where callers on other hosts hear it."""
+
+    broker: BrokerAddress
+    models: Path
+    name: str = ""
+    device: str = "cpu"
+    bind: str = ""
+    drain_s: float = 10.0
+
+
+@dataclass(slots=True)
+class _Loader:
+    """Loads models one after another on a thread of its own; ``take`` gives what has changed."""
+
+    files: list[ModelFile]
+    changes: deque[Loaded] = field(default_factory=deque)
+    wake: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+    left: int = 0
+
+    def start(self) -> None:
+        self.left = len(self.files)
+        threading.Thread(target=self._load_all, name="loader", daemon=True).start()
+
+    def _load_all(self) -> None:
+        for file in self.files:
+            self.changes.append(_load(file))
+            os.eventfd_write(self.wake, 1)
+
+    def take(self) -> list[Loaded]:
+        taken = [self.changes.popleft() for _ in range(len(self.changes))]
+        self.left -= len(taken)
+        return taken
+
+
+def _load(file: ModelFile) -> Loaded:
+    start = time.monotonic()
+    try:
+        if file.problem:
+            raise LoadError(file.problem)
+        model = load(file.path, file.name, file.version, file.config)
+        probe(model)
+    except LoadError as error:
+        return Loaded(ModelState(file.name, file.version, UNAVAILABLE, str(error)[:4096], None), None)
+    log.info(
+        "model loaded",
+        extra=fields(
+            model=file.name,
+            version=file.version,
+            batchable=model.spec.batchable,
+            alone_because=model.why_alone,
+            seconds=round(time.monotonic() - start, 3),
+        ),
+    )
+    return Loaded(ModelState(file.name, file.version, READY, model.why_alone, model.spec), model)
+
+
+class WorkerProcess:
+    """``start`` opens, ``serve`` runs until a signal and drains, ``stop`` closes. ``serve`` returns whether any model
+    could be loaded. RepositoryError, EndpointError: cannot start."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._poll = select.poll()
+        self._guards: list[Guard] = []
+        self._control: Any = None
+        self._control_at = 0.0
+        self.failures: list[str] = []  # a sentence for each model that could not be loaded
+
+    def start(self) -> None:
+        settings = self._settings
+        self._loader = _Loader(find_models(settings.models))
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
+        self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER)
+        # Manual: a subscription takes effect only when it is accepted here; so nobody can ask for everything.
+        self._results.raw.set(zmq.XPUB_MANUAL, 1)
+        self._results.raw.set(zmq.XPUB_VERBOSE, 1)
+        endpoints = tuple(self._bind(number))
+        self._broker = Socket(self._context, zmq.DEALER, _HIGH_WATER, number)
+        self._broker.raw.connect(settings.broker.workers)
+        local = settings.broker.runtime is not None
+        instances = max(file.config.instances for file in self._loader.files)
+        self._instances = Instances(instances)
+        self._stop_signal = StopSignal()
+        identity = Identity(number, settings.name, settings.device, os.getpid(), endpoints, instances, local)
+        states = [ModelState(file.name, file.version, LOADING, "", None) for file in self._loader.files]
+        self._core = Core(identity, states)
+        sockets = self._results.fileno(), self._broker.fileno()
+        for readable in (*sockets, self._instances.fileno(), self._loader.wake, self._stop_signal.fileno()):
+            self._poll.register(readable, select.POLLIN)
+        self._loader.start()
+
+    def _bind(self, number: bytes) -> Iterable[str]:
+        runtime, bind = self._settings.broker.runtime, self._settings.bind
+        if runtime is not None:
+            runtime.make()
+            self._guards.append(Guard(runtime.results(number)))
+            self._results.raw.bind(f"ipc://{runtime.results(number)}")
+            yield f"ipc://{runtime.results(number)}"
+        if bind or runtime is None:
+            yield bind_results(bind or "tcp://127.0.0.1:0", self._results)
+
+    def serve(self) -> bool:
+        while self._loader.left and not self._stop_signal.received:
+            self._turn(float("inf"))
+        ready = sum(state.state == READY for state in self._core.states.values())
+        if not ready:
+            return self._stop_signal.received
+        log.info("models loaded", extra=fields(ready=ready, failed=len(self.failures)))
+        notify("READY=1")
+        while not self._stop_signal.received:
+            self._turn(float("inf"))
+        notify("STOPPING=1")
+        self._drain()
+        return True
+
+    def _drain(self) -> None:
+        """Finish what has been assigned and wait for its acknowledgment, within the limit."""
+        until = time.monotonic() + self._settings.drain_s
+        self._obey(self._core.handle(Drain(), time.monotonic()))
+        while not self._core.holds_nothing and self._core.membership.joined and time.monotonic() < until:
+            self._turn(until)
+        self._broker.send((pack(Bye(self._core.membership.epoch)),))
+        log.info("worker stopped", extra=fields(drained=self._core.holds_nothing))
+
+    def stop(self) -> None:
+        """Close everything; what was said last is still delivered."""
+        self._instances.stop()
+        self._broker.close(200)
+        self._results.close(200)
+        self._lose_control()
+        self._stop_signal.restore()
+        self._context.term()
+        for guard in self._guards:
+            guard.release()
+
+    # --- the loop ---
+
+    def _turn(self, until: float) -> None:
+        """Handle what there is; when there is nothing, sleep until there is, or until the core or ``until`` says."""
+        if self._broker.pending or self._results.pending:
+            self._read()
+        else:
+            self._keep_control()
+            self._sleep(min(self._core.due(), until, self._control_at))
+        for executed in self._instances.take():
+            self._hear(executed)
+        if self._loader.changes:
+            self._take_loaded()
+        if time.monotonic() >= self._core.due():
+            self._hear(Tick())
+
+    def _sleep(self, until: float) -> None:
+        for readable, _ in self._poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            if readable == self._broker.fileno():
+                self._broker.pending = True
+            elif readable == self._results.fileno():
+                self._results.pending = True
+            elif readable in (self._instances.fileno(), self._loader.wake):
+                os.eventfd_read(readable)
+            elif readable == self._stop_signal.fileno():
+                self._stop_signal.clear()
+            else:
+                self._read_control()
+
+    def _read(self) -> None:
+        for heads, frames in self._broker.receive(1, _ROUND_MESSAGES):
+            try:
+                event: Event = FromBroker(unpack(heads[0], [frame.buffer for frame in frames], TO_WORKER))
+            except BadMessage as error:
+                event = Garbage("broker", str(error))
+            self._hear(event)
+        for heads, frames in self._results.receive(1, _ROUND_MESSAGES):
+            self._hear_subscription(heads[0], bool(frames))
+
+    def _take_loaded(self) -> None:
+        for loaded in self._loader.take():
+            if loaded.model is None:
+                self.failures.append(loaded.state.reason)
+                log.error("model cannot be served", extra=fields(model=loaded.state.name, reason=loaded.state.reason))
+            self._hear(loaded)
+
+    def _hear(self, event: Event) -> None:
+        self._obey(self._core.handle(event, time.monotonic()))
+
+    def _hear_subscription(self, said: bytes, more: bool) -> None:
+        """XPUB gives 1 or 0 and a topic for a connection that begins or ends to hear it."""
+        caller = said[1:]
+        if more or len(caller) != PEER_ID_BYTES or said[0] > 1:
+            self._hear(Garbage("caller", f"a subscription is 1 or 0 and {PEER_ID_BYTES} bytes"))
+        elif said[0] == 0:
+            self._results.raw.set(zmq.UNSUBSCRIBE, caller)
+            self._hear(Unsubscribed(caller))
+        elif self._core.may_subscribe(caller):
+            self._results.raw.set(zmq.SUBSCRIBE, caller)
+            self._hear(Subscribed(caller))
+
+    def _obey(self, commands: list[Command]) -> None:
+        """Perform commands, and what follows from batches that ran at once."""
+        todo = deque(commands)
+        while todo:
+            command = todo.popleft()
+            match command:
+                case Publish(caller, head, frames):
+                    self._results.send((caller, head), frames)
+                case Say(message):
+                    self._say(message)
+                case Run(batch, model):
+                    executed = self._instances.run(model, batch)
+                    if executed is not None:
+                        todo.extend(self._core.handle(executed, time.monotonic()))
+                case Log(level, event, about):
+                    log.log(logging.getLevelNamesMapping()[level.upper()], event, extra=fields(**about))
+                case _:
+                    raise AssertionError(f"unexpected command {command!r}")
+
+    def _say(self, message: Message) -> None:
+        if isinstance(message, Beat):
+            measure(self._core.meters)
+            message.samples = self._core.meters.samples()
+        assert not isinstance(message, Carrier)
+        self._broker.send((pack(message),))
+
+    # --- the control connection ---
+
+    def _keep_control(self) -> None:
+        """Look for the broker's control socket now and then while there is no connection."""
+        runtime = self._settings.broker.runtime
+        if runtime is None:
+            self._control_at = float("inf")
+            return
+        if self._control is not None or time.monotonic() < self._control_at:
+            return
+        self._control = control.connect(runtime.control, self._core.identity.id)
+        if self._control is None:
+            self._control_at = time.monotonic() + _CONTROL_AGAIN_S
+            return
+        self._control_at = float("inf")
+        self._poll.register(self._control.fileno(), select.POLLIN)
+        self._hear(BrokerFound())
+
+    def _read_control(self) -> None:
+        try:
+            if self._control.recv(1):
+                return
+        except BlockingIOError:
+            return
+        except OSError as error:
+            log.debug("control connection failed", extra=fields(reason=str(error)))
+        self._lose_control()
+        self._hear(BrokerLost("its process ended"))
+
+    def _lose_control(self) -> None:
+        if self._control is not None:
+            self._poll.unregister(self._control.fileno())
+            self._control.close()
+            self._control = None
+            self._control_at = 0.0
+
+
+def bind_results(address: str, results: Socket) -> str:
+    """Bind a worker's results to a TCP address, port 0 for any. Returns where. Raises EndpointError."""
+    if not address.startswith("tcp://"):
+        raise EndpointError(f"--bind {address!r} is not of the form tcp://HOST:PORT")
+    host, port = parse_host_port(address.removeprefix("tcp://"), address)
+    check_loopback(host, "--bind")
+    shown = f"[{host}]" if ":" in host else host
+    try:
+        results.raw.bind(f"tcp://{shown}:{port or '*'}")
+    except zmq.ZMQError as error:
+        raise EndpointError(f"cannot listen on {address}: {error}") from None
+    bound: bytes = results.raw.get(zmq.LAST_ENDPOINT)
+    return bound.rstrip(b"\0").decode()
