@@ -48,7 +48,8 @@ def pack_data(name: str, datatype: str, shape: Sequence[int], data: Any) -> byte
     if len(flat) != element_count(shape):
         raise PenstockError(
             BAD_INPUT,
-            f"input '{name}' has {len(flat)} elements in its data; its shape {list(shape)} takes {element_count(shape)}",
+            f"input '{name}' has {len(flat)} elements in its data; its shape {list(shape)} "
+            f"takes {element_count(shape)}",
         )
     kinds = set(map(type, flat))
     if datatype == "BYTES":
