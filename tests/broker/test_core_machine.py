@@ -1,0 +1,377 @@
+"""Anything may happen in any order, and every request ends once for its caller.
+
+Hypothesis plays callers, workers, the clock and the sockets between them. Peers are honest about who they are and
+otherwise careless: they say things twice, too late, about requests that they do not have, and die at any moment. The
+core is validated after every event (see Conversation); here stands what peers may expect of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from penstock.wire.messages import (
+    INLINE_MAX_BYTES,
+    Assign,
+    CallerHello,
+    Done,
+    Expect,
+    Finished,
+    Form,
+    Leaving,
+    Refusals,
+    Requests,
+    Submit,
+    WorkerHello,
+)
+from penstock.wire.models import LOADING
+from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTalk, model, spread
+
+T = TypeVar("T")
+
+CALLERS, WORKERS = 3, 3
+ACKNOWLEDGE_GRACE_S = 4.0
+LARGE = INLINE_MAX_BYTES + 1
+MODELS = {"m": model("m", batch=4), "n": model("n", batch=2)}
+
+picks = st.lists(st.integers(0, 50), max_size=8) | st.just([*range(50)])  # some of what there is, or all
+
+
+@dataclass
+class CallerLife:
+    """What a caller knows of its requests, since it last said hello."""
+
+    talk: CallerTalk
+    sizes: dict[int, int] = field(default_factory=dict)  # all that it asked for
+    deadlines: dict[int, float] = field(default_factory=dict)
+    answered: set[int] = field(default_factory=set)  # have a result, which may be acknowledged or not
+    acknowledged: set[int] = field(default_factory=set)
+    cancelled: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
+    closed: set[int] = field(default_factory=set)  # the broker knew that they had ended when it last spoke
+
+    @property
+    def open(self) -> list[int]:
+        return sorted(self.sizes.keys() - self.answered - self.acknowledged - self.cancelled - self.refused)
+
+
+@dataclass
+class WorkerLife:
+    """What a worker has, since it last said hello. Requests are known by caller and id."""
+
+    talk: WorkerTalk
+    holds: dict[tuple[bytes, int], int] = field(default_factory=dict)  # the attempt
+    keeps: set[tuple[bytes, int]] = field(default_factory=set)  # results, until they are freed
+    hears: set[bytes] = field(default_factory=set)
+    serves: set[str] = field(default_factory=lambda: set(MODELS))
+
+
+def some(things: Sequence[T], picks: list[int]) -> list[T]:
+    return [things[pick % len(things)] for pick in picks] if things else []
+
+
+class CoreMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk = Conversation(
+            queue_requests_max=12,
+            held_requests_max=25,
+            caller_requests_max=15,
+            held_bytes_max=6 * LARGE,
+            unacknowledged_bytes_max=100,
+            attempts_max=2,
+            unserved_grace_s=3.0,
+            acknowledge_grace_s=ACKNOWLEDGE_GRACE_S,
+        )
+        self.callers: dict[bytes, CallerLife] = {}
+        self.workers: dict[bytes, WorkerLife] = {}
+        for who in ("caller", "caller", "worker", "worker"):
+            self.somebody_joins(who)
+
+    def caller(self, pick: int) -> CallerLife:
+        return list(self.callers.values())[pick % len(self.callers)]
+
+    def worker(self, pick: int) -> WorkerLife:
+        return list(self.workers.values())[pick % len(self.workers)]
+
+    def has_caller(self) -> bool:
+        return bool(self.callers)
+
+    def has_worker(self) -> bool:
+        return bool(self.workers)
+
+    # --- what the broker says ---
+
+    def hear(self) -> None:
+        """Have everybody read what has come, in its order."""
+        for caller in self.callers.values():
+            for refusals in caller.talk.take(Refusals):
+                for refusal in refusals.refusals:
+                    self.refuse(caller, refusal.id)
+            caller.talk.inbox.clear()
+        for worker in self.workers.values():
+            for message in worker.talk.inbox:
+                if isinstance(message, Expect):
+                    worker.hears -= set(message.gone)
+                    worker.keeps = {key for key in worker.keeps if key[0] not in message.gone}
+                elif isinstance(message, Assign):
+                    self.assigned(worker, message)
+            worker.talk.inbox.clear()
+
+    def tick(self, seconds: float) -> None:
+        self.talk.tick(seconds)
+        self.hear()
+        for caller in self.callers.values():
+            caller.closed = caller.acknowledged | caller.cancelled | caller.refused
+
+    def refuse(self, caller: CallerLife, number: int) -> None:
+        assert number in caller.sizes, "a refusal of what was never asked for"
+        assert number not in caller.closed, f"request {number} ended twice"
+        assert number not in caller.refused, f"request {number} was refused twice"
+        caller.refused.add(number)
+
+    def assigned(self, worker: WorkerLife, message: Assign) -> None:
+        for freed in message.freed:
+            for number in spread(freed.ranges):
+                assert (freed.caller, number) in worker.keeps, f"request {number} was freed and is not kept"
+                worker.keeps.remove((freed.caller, number))
+        for cancelled in message.cancelled:
+            caller = self.callers[cancelled.caller]
+            for number in spread(cancelled.ranges):
+                ended = number in caller.cancelled or number in caller.acknowledged
+                assert ended or self.is_overdue(caller, number), f"request {number} was cancelled by nobody"
+        for group, start in zip(message.groups, message.starts, strict=True):
+            assert group.caller in worker.hears, "work for a caller that does not hear this worker"
+            assert group.form.model in worker.serves, "work for a model that this worker does not serve"
+            caller, size = self.callers[group.caller], group.nbytes
+            for at, number in enumerate(group.ids):
+                key = (group.caller, number)
+                holders = [each for each in self.workers.values() if key in each.holds]
+                assert holders == [], f"{key} was given to two workers"
+                assert number not in caller.closed, f"{key} had ended, and was assigned"
+                payload = message.frames[start + at] if size == LARGE else message.blob[start + at * size :][:size]
+                assert payload == bytes([number % 256]) * caller.sizes[number]
+                worker.holds[key] = group.attempt
+
+    def is_overdue(self, caller: CallerLife, number: int) -> bool:
+        """Its time was up so long ago that the broker drops it without a word: callers have clocks of their own."""
+        return self.talk.now - caller.deadlines[number] > ACKNOWLEDGE_GRACE_S
+
+    # --- callers ---
+
+    @precondition(has_caller)
+    @rule(
+        pick=st.integers(0, 9),
+        name=st.sampled_from("mmmmnnn?"),
+        version=st.sampled_from(["1", "1", ""]),
+        rows=st.sampled_from([1, 1, 1, 1, 2, 2, 3, 5]),
+        sizes=st.lists(st.sampled_from([0, 5, LARGE]), min_size=1, max_size=2),
+        count=st.integers(1, 6),
+        tenant=st.sampled_from(["", "", "t"]),
+        timeouts_s=st.lists(st.sampled_from([0.0, 0.4, 2.0, 60.0, 60.0, 60.0, 60.0]), min_size=6, max_size=6),
+        mixed=st.booleans(),
+        acks=picks,
+        cancels=picks,
+        tick=st.booleans(),
+    )
+    def caller_speaks(
+        self,
+        pick: int,
+        name: str,
+        version: str,
+        rows: int,
+        sizes: list[int],
+        count: int,
+        tenant: str,
+        timeouts_s: list[float],
+        mixed: bool,
+        acks: list[int],
+        cancels: list[int],
+        tick: bool,
+    ) -> None:
+        """Groups of one or two forms, whose ids may be mixed; acknowledgments and cancels travel with them."""
+        caller = self.caller(pick)
+        ended = some(sorted(caller.answered), acks)
+        unwanted = some(caller.open, cancels)[:2]
+        first = caller.talk.last_id + 1
+        ids = range(first, first + count * len(sizes))
+        caller.talk.last_id = ids[-1]
+        groups: list[Requests] = []
+        for at, size in enumerate(sizes):
+            form = Form(name, version, 0, tenant, rows, size, b"", b"%d" % at)
+            own = ids[at :: len(sizes)] if mixed else ids[at * count : (at + 1) * count]
+            groups.append(Requests(form, tuple(own), tuple(int(each * 1e6) for each in timeouts_s[:count])))
+            caller.sizes |= dict.fromkeys(own, size)
+            caller.deadlines |= {number: self.talk.now + each for number, each in zip(own, timeouts_s, strict=False)}
+        self.submit(caller, groups, ended, unwanted)
+        if tick:
+            self.tick(0.001)
+
+    @precondition(has_caller)
+    @rule(pick=st.integers(0, 9), acks=picks, cancels=picks, anything=st.sampled_from([False, False, True]))
+    def caller_ends_requests(self, pick: int, acks: list[int], cancels: list[int], anything: bool) -> None:
+        """Acknowledge what has come and cancel what has not, or say either of anything at all."""
+        caller = self.caller(pick)
+        every = sorted(caller.sizes)
+        ended = some(every if anything else sorted(caller.answered), acks)
+        self.submit(caller, [], ended, some(every if anything else caller.open, cancels))
+
+    def submit(self, caller: CallerLife, groups: list[Requests], acks: list[int], cancels: list[int]) -> None:
+        payloads = [bytes([number % 256]) * group.nbytes for group in groups for number in group.ids]
+        blob = b"".join(each for each in payloads if len(each) != LARGE)
+        frames = [each for each in payloads if len(each) == LARGE]
+        pairs = [number for each in sorted(set(acks)) for number in (each, each)]
+        message = Submit(EPOCH, groups, pairs, cancels, blob=blob, frames=frames)
+        caller.talk.say(message)
+        caller.acknowledged |= set(acks)
+        caller.cancelled |= set(cancels) - caller.acknowledged
+
+    # --- workers ---
+
+    @precondition(has_worker)
+    @rule(
+        pick=st.integers(0, 9),
+        picks=picks,
+        size=st.sampled_from([0, 1, 60]),
+        delivered=st.sampled_from([True, True, False]),
+        twice=st.booleans(),
+        tick=st.booleans(),
+    )
+    def worker_is_done(
+        self, pick: int, picks: list[int], size: int, delivered: bool, twice: bool, tick: bool = False
+    ) -> None:
+        """With some of what it has; whether their callers have heard the results by now is another matter."""
+        worker = self.worker(pick)
+        groups: dict[tuple[bytes, int], list[int]] = {}
+        for caller, number in dict.fromkeys(some(list(worker.holds), picks)):
+            attempt = worker.holds.pop((caller, number))
+            groups.setdefault((caller, attempt), []).append(number)
+            worker.keeps.add((caller, number))
+            if delivered:
+                self.deliver(caller, number)
+        done = [Finished(caller, attempt, size, tuple(ids)) for (caller, attempt), ids in groups.items()]
+        worker.talk.say(Done(EPOCH, done * 2 if twice else done))
+        if tick:
+            self.tick(0.001)
+
+    def deliver(self, caller: bytes, number: int) -> None:
+        life = self.callers.get(caller)
+        if life is not None and number in life.open:
+            life.answered.add(number)
+
+    @precondition(lambda self: self.workers and self.callers)
+    @rule(pick=st.integers(0, 9), whom=st.integers(0, 9), attached=st.sampled_from([True, True, True, False]))
+    def worker_is_heard(self, pick: int, whom: int, attached: bool) -> None:
+        worker, caller = self.worker(pick), self.caller(whom).talk
+        worker.talk.hear(caller, attached)
+        worker.hears = worker.hears | {caller.id} if attached else worker.hears - {caller.id}
+
+    # --- coming and going ---
+
+    @rule(
+        who=st.sampled_from(["caller", "remote caller", "worker", "worker", "tcp worker"]), instances=st.integers(1, 2)
+    )
+    def somebody_joins(self, who: str, instances: int = 1) -> None:
+        if "caller" in who and len(self.callers) < CALLERS:
+            caller = self.talk.caller(local=who == "caller")
+            self.callers[caller.id] = CallerLife(caller)
+        elif "worker" in who and len(self.workers) < WORKERS:
+            callers = [each.talk for each in self.callers.values()]
+            endpoints = ["ipc:///run/w.sock"] + ["tcp://10.0.0.1:1"] * (who == "tcp worker")
+            worker = self.talk.worker(*MODELS.values(), hears=callers, instances=instances, endpoints=endpoints)
+            self.workers[worker.id] = WorkerLife(worker, hears=set(self.callers))
+
+    @precondition(has_caller)
+    @rule(what=st.sampled_from(["bye", "gone", "hello", "hello"]), pick=st.integers(0, 9))
+    def something_happens_to_a_caller(self, what: str, pick: int) -> None:
+        caller = self.caller(pick).talk
+        del self.callers[caller.id]
+        if what == "bye":
+            caller.bye()
+        elif what == "gone":
+            caller.vanish()
+        else:
+            caller.say(CallerHello(0, "", 1, True))
+            self.callers[caller.id] = CallerLife(caller)
+        self.hear()
+
+    @precondition(has_worker)
+    @rule(
+        what=st.sampled_from(["gone", "gone", "hello", "leaving", "models", "models", "nonsense"]),
+        pick=st.integers(0, 9),
+        serves=st.sets(st.sampled_from(sorted(MODELS))),
+        removed=st.booleans(),
+    )
+    def something_happens_to_a_worker(self, what: str, pick: int, serves: set[str], removed: bool) -> None:
+        worker = self.worker(pick)
+        if what == "gone":
+            del self.workers[worker.talk.id]
+            worker.talk.vanish()
+        elif what == "hello":
+            models = tuple(MODELS.values())
+            worker.talk.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, models, tuple(self.callers)))
+            self.workers[worker.talk.id] = WorkerLife(worker.talk, hears=set(self.callers))
+        elif what == "leaving":
+            worker.talk.say(Leaving(EPOCH))
+            worker.serves = set()
+        elif what == "models":
+            others = [] if removed else [model(name, state=LOADING, batch=0) for name in MODELS.keys() - serves]
+            worker.talk.declare(*(MODELS[name] for name in sorted(serves)), *others)
+            worker.serves = serves
+        else:  # done with other attempts than those that it has, and with what it does not have
+            wrong = [Finished(*key[:1], attempt + 1, 5, key[1:]) for key, attempt in worker.holds.items()]
+            unknown = [Finished(caller, 1, 5, (999, 1000)) for caller in [*self.callers, b"nobody.."]]
+            worker.talk.say(Done(EPOCH, wrong + unknown))
+
+    # --- time ---
+
+    @rule(seconds=st.sampled_from([0.0, 0.0, 0.005, 0.02, 0.3]))
+    def time_passes(self, seconds: float) -> None:
+        self.tick(seconds)
+
+    @rule(steps=st.sampled_from([1, 2, 8]), stopped=st.booleans())
+    def much_time_passes(self, steps: int, stopped: bool) -> None:
+        """While everybody beats, or while the broker was stopped."""
+        if stopped:
+            self.tick(steps * 2.0)
+        for _ in range(steps):
+            self.talk.beat()
+            self.tick(0.5)
+
+    # --- the end ---
+
+    def teardown(self) -> None:
+        """Everybody becomes careful and patient: then everything that is left ends."""
+        while len(self.workers) >= WORKERS:
+            self.something_happens_to_a_worker("gone", 0, set(), False)
+        self.somebody_joins("tcp worker", 2)
+        for _ in range(40):
+            self.tick(0.02)
+            for at, worker in enumerate(list(self.workers.values())):
+                self.worker_is_done(at, list(range(len(worker.holds))), 1, True, False)
+                for number, request in list(worker.keeps):
+                    self.deliver(number, request)  # what was lost on the way is published again
+            for caller in self.callers.values():
+                self.submit(caller, [], sorted(caller.answered - caller.acknowledged), [])
+            if self.talk.held == (0, 0):
+                break
+        assert self.talk.held == (0, 0), "something is held for ever"
+        self.tick(0.02)
+        self.tick(0.02)
+        for life in self.callers.values():
+            open = [number for number in life.open if not self.is_overdue(life, number)]
+            assert open == [], "some requests never ended"
+        for worker in self.workers.values():
+            assert worker.holds == {}
+            assert {key for key in worker.keeps if key[0] in self.callers} == set(), "results are kept for ever"
+
+
+TestCore = CoreMachine.TestCase
+TestCore.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

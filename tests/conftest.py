@@ -1,0 +1,55 @@
+"""What all tests share: tools that may be missing, and a look at what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def require_command() -> Callable[[str, str], str]:
+    """``require_command("wrk", "wrk")``: its path; without it the test is left out, in CI it fails. The second is the
+    Debian package."""
+
+    def require(command: str, package: str) -> str:
+        path = shutil.which(command)
+        if path is None:
+            sentence = f"{command} is missing (Debian package {package})"
+            if os.environ.get("CI"):
+                pytest.fail(sentence + "; .ci/run installs it")
+            pytest.skip(sentence)
+        return path
+
+    return require
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """When all tests are done there is no process, thread or shared memory more than before."""
+    shared = set(os.listdir("/dev/shm"))
+    threads = set(threading.enumerate())
+    yield
+    assert _children() == [], "tests left processes behind"
+    left = [thread for thread in threading.enumerate() if thread not in threads and thread.is_alive()]
+    assert [thread.name for thread in left if not thread.daemon] == [], "tests left threads behind"
+    assert set(os.listdir("/dev/shm")) - shared == set(), "tests left shared memory behind"
+
+
+def _children() -> list[str]:
+    """The commands of this process's living children."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+            except OSError:
+                continue
+            if int(parent) == os.getpid() and state != "Z":
+                found.append(command)
+    return found

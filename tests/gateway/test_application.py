@@ -1,0 +1,740 @@
+"""What each route answers: a real caller core that hears what a broker and workers say, and no sockets."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import time
+import zlib
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pytest
+
+from penstock.client.caller import Caller, Identity
+from penstock.client.events import BrokerLost, Complete, Event, Fail, FromBroker, FromWorker, Tick
+from penstock.gateway.application import STATUSES, Application
+from penstock.gateway.connection import Connection, Exchange
+from penstock.gateway.options import GatewayOptions
+from penstock.gateway.reader import Budget, Head, Reader, Request
+from penstock.gateway.reports import Reports
+from penstock.wire import errors
+from penstock.wire.codec import pack, pack_failure, pack_outcome, unpack, unpack_layout
+from penstock.wire.messages import (
+    COMPLETE,
+    FAILED,
+    INLINE_MAX_BYTES,
+    ON_PUBLICATION,
+    Answers,
+    Batch,
+    Failure,
+    Metrics,
+    Models,
+    Outcome,
+    Refusal,
+    Refusals,
+    Results,
+    Snapshot,
+    Submit,
+    Welcome,
+)
+from penstock.wire.metrics import Sample
+from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelSpec, ModelState, Tensor, TensorSpec
+from tests.gateway.serving import Loop
+
+EPOCH = 5
+
+
+def spec(name: str = "double", version: str = "1") -> ModelSpec:
+    return ModelSpec(
+        name,
+        version,
+        "onnxruntime_onnx",
+        (TensorSpec("x", "FP32", (-1, 2)),),
+        (TensorSpec("y", "FP32", (-1, 2)),),
+        True,
+        1 << 20,
+    )
+
+
+def ready(name: str = "double", version: str = "1") -> ModelState:
+    return ModelState(name, version, READY, "", spec(name, version))
+
+
+class Said(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> str:
+        """The sentence, of an answer that is nothing but an error."""
+        assert self.headers["Content-Type"] == "application/json"
+        content = json.loads(self.body)
+        assert list(content) == ["error"]
+        return str(content["error"])
+
+
+class Line:
+    """Where answers go: the part of a connection that an exchange knows."""
+
+    def answered(self, exchange: Exchange) -> None:
+        assert exchange._response is not None
+
+
+class Desk:
+    """An application with its caller, the broker and the workers played by the test."""
+
+    def __init__(self, loop: Loop, **limits: Any) -> None:
+        self.loop = loop
+        self.caller = Caller(Identity(b"a caller", "gateway", 1, True, "/run/here", calls_max=4))
+        self.reports = Reports(loop.loop, self._ask_broker, lambda: Snapshot("gateway", ()), 10)
+        self.serials: list[int] = []
+        self.flushes = 0
+        self.application = Application(loop.loop, self.caller, GatewayOptions(**limits), self.reports, self._flush)
+        self._reader = Reader(GatewayOptions(**limits), Budget(1 << 30), {})
+
+    def _flush(self) -> None:
+        self.flushes += 1
+
+    def _ask_broker(self) -> int | None:
+        if not self.caller.membership.joined:
+            return None
+        serial, _ = self.caller.ask_metrics()
+        self.serials.append(serial)
+        return serial
+
+    # --- the broker and the workers ---
+
+    def hear(self, event: Event, later_s: float = 0.0) -> None:
+        for command in self.caller.handle(event, time.monotonic() + later_s):
+            match command:
+                case Complete():
+                    command.sink.complete(command)
+                case Fail(sink, error):
+                    sink.fail(error)
+
+    def join(self, *models: ModelState) -> Desk:
+        self.hear(FromBroker(Welcome(EPOCH, "gateway")))
+        self.hear(FromBroker(Models(EPOCH, models)))
+        return self
+
+    def sent(self) -> Submit:
+        [message] = self.caller.flush(time.monotonic())
+        return message
+
+    def deliver(self, number: int, outcome: Outcome, payload: bytes, body: bytes = b"", status: int = COMPLETE) -> None:
+        """The result of a request, as it would come over the wire."""
+        answers = Answers(status, len(payload), body or pack_outcome(outcome), 7, (number,))
+        large = len(payload) > INLINE_MAX_BYTES
+        batch = Batch(1, 1, "idle", 10)
+        message = Results(EPOCH, [answers], b"worker 0", batch, blob=b"" if large else payload)
+        back = unpack(pack(message), [memoryview(payload)] if large else [], ON_PUBLICATION)
+        assert isinstance(back, Results)
+        self.hear(FromWorker(back))
+
+    def double(self, number: int, x: bytes) -> None:
+        """The right answer to a request for the model."""
+        y = (np.frombuffer(x, "<f4") * 2).tobytes()
+        self.deliver(number, Outcome("double", "1", (Tensor("y", "FP32", (len(y) // 8, 2), 0, len(y)),)), y)
+
+    # --- the client ---
+
+    def begin(self, method: str, url: str, body: bytes = b"", **headers: str) -> Exchange:
+        """A request that may be answered later."""
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        head = "\r\n".join([f"{method} {url} HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", *lines, "", ""])
+        self._reader.feed(memoryview(head.encode("latin-1") + body))
+        [request] = self._reader.requests
+        self._reader.requests = []
+        exchange = Exchange(cast(Connection, Line()), request)
+        self.application.handle(exchange)
+        return exchange
+
+    def ask(self, method: str, url: str, body: bytes = b"", **headers: str) -> Said:
+        return said(self.begin(method, url, body, **headers))
+
+    def infer(self, request: Any = None, model: str = "double", **headers: str) -> Exchange:
+        return self.begin("POST", f"/v2/models/{model}/infer", json.dumps(request or INFER).encode(), **headers)
+
+    def meter(self, family: str, *labels: str) -> float:
+        return self.caller.meters.value(family, *labels).value
+
+
+def said(exchange: Exchange) -> Said:
+    assert exchange._response is not None, "it has not been answered"
+    before, _, body = (exchange._response + bytes(exchange._tail)).partition(b"\r\n\r\n")
+    first, *lines = before.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    assert int(headers["Content-Length"]) == len(body)
+    assert exchange.status == int(first.split()[1])
+    return Said(exchange.status, headers, body)
+
+
+def waits(exchange: Exchange) -> bool:
+    return exchange._response is None
+
+
+X = np.array([[1, 2]], "<f4").tobytes()
+INFER = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
+DOUBLED = (
+    b'{"model_name":"double","model_version":"1","outputs":'
+    b'[{"name":"y","datatype":"FP32","shape":[1,2],"data":[2.0,4.0]}]}'
+)
+
+
+@pytest.fixture
+def desk(loop: Loop) -> Desk:
+    return Desk(loop)
+
+
+@pytest.fixture
+def joined(desk: Desk) -> Desk:
+    return desk.join(ready())
+
+
+# --- the server ---
+
+
+def test_server_says_what_it_is_and_what_works(desk: Desk) -> None:
+    for url in ("/v2", "/v2/"):
+        answer = desk.ask("GET", url)
+        assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
+        assert json.loads(answer.body) == {
+            "name": "penstock",
+            "version": version("penstock"),
+            "extensions": ["binary_tensor_data"],
+        }
+
+
+def test_live_is_always_true(desk: Desk) -> None:
+    assert desk.ask("GET", "/v2/health/live") == (200, {"Content-Length": "0"}, b"")
+
+
+def test_ready_when_every_model_is(joined: Desk) -> None:
+    assert joined.ask("GET", "/v2/health/ready") == (200, {"Content-Length": "0"}, b"")
+
+
+@pytest.mark.parametrize(
+    ("models", "reason"),
+    [
+        ([], "no worker has joined"),
+        ([ready(), ModelState("b", "1", LOADING, "", None)], "not ready: b (LOADING)"),
+        (
+            [ModelState("b", "1", UNAVAILABLE, "bad", spec("b")), ModelState("b", "2", LOADING, "", None)],
+            "not ready: b (UNAVAILABLE), b (LOADING)",
+        ),
+    ],
+)
+def test_not_ready_is_503_with_a_reason(desk: Desk, models: list[ModelState], reason: str) -> None:
+    answer = desk.join(*models).ask("GET", "/v2/health/ready")
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+    assert answer.error == f"Server not ready: {reason}"
+
+
+def test_not_ready_without_a_broker(joined: Desk) -> None:
+    joined.hear(BrokerLost("it ended"))
+    assert joined.ask("GET", "/v2/health/ready").error == "Server not ready: no broker answers"
+
+
+# --- models ---
+
+
+def test_model_is_described(joined: Desk) -> None:
+    answer = joined.ask("GET", "/v2/models/double")
+    assert answer.status == 200
+    assert json.loads(answer.body) == {
+        "name": "double",
+        "versions": ["1"],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 2]}],
+    }
+
+
+def test_model_with_several_versions(desk: Desk) -> None:
+    desk.join(ready(version="1"), ready(version="2"))
+    assert json.loads(desk.ask("GET", "/v2/models/double").body)["versions"] == ["1", "2"]
+    assert json.loads(desk.ask("GET", "/v2/models/double/versions/1").body)["versions"] == ["1"]
+
+
+def test_model_with_a_name_that_needs_escapes(desk: Desk) -> None:
+    desk.join(ready('a "b"/ü'))
+    answer = desk.ask("GET", "/v2/models/a%20%22b%22%2F%C3%BC")
+    assert json.loads(answer.body)["name"] == 'a "b"/ü'
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        ("/v2/models/double/ready", 200),
+        ("/v2/models/double/versions/1/ready", 200),
+        ("/v2/models/double/versions/9/ready", 400),
+        ("/v2/models/nope/ready", 400),
+        ("/v2/models/loading/ready", 400),
+        ("/v2/models/both/ready", 200),
+        ("/v2/models/both/versions/1/ready", 400),
+    ],
+)
+def test_whether_a_model_is_ready(desk: Desk, url: str, status: int) -> None:
+    loading = ModelState("loading", "1", LOADING, "", None)
+    broken = ModelState("both", "1", UNAVAILABLE, "bad", spec("both"))
+    desk.join(ready(), loading, broken, ready("both", "2"))
+    answer = desk.ask("GET", url)
+    assert answer.status == status
+    if status == 400:
+        assert answer.error == "Model version not ready"
+    else:
+        assert answer.body == b""
+
+
+def test_no_model_is_ready_without_a_broker(joined: Desk) -> None:
+    joined.hear(BrokerLost("it ended"))
+    assert joined.ask("GET", "/v2/models/double/ready").status == 400
+
+
+ROUTES = [("GET", ""), ("POST", "/infer")]
+
+
+@pytest.mark.parametrize(("method", "end"), ROUTES)
+def test_unknown_model_is_404(joined: Desk, method: str, end: str) -> None:
+    answer = joined.ask(method, "/v2/models/nope" + end, json.dumps(INFER).encode())
+    assert (answer.status, answer.error) == (404, "Request for unknown model: 'nope' is not found")
+
+
+@pytest.mark.parametrize(("method", "end"), ROUTES)
+def test_unknown_version_is_404(joined: Desk, method: str, end: str) -> None:
+    answer = joined.ask(method, "/v2/models/double/versions/9" + end, json.dumps(INFER).encode())
+    assert (answer.status, answer.error) == (404, "Request for unknown model: 'double' version 9 is not found")
+
+
+@pytest.mark.parametrize(("method", "end"), ROUTES)
+def test_model_that_was_never_loaded_is_503(desk: Desk, method: str, end: str) -> None:
+    desk.join(ModelState("double", "1", UNAVAILABLE, "InvalidProtobuf", None))
+    answer = desk.ask(method, "/v2/models/double" + end, json.dumps(INFER).encode())
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+    assert answer.error == "model 'double' is not ready (UNAVAILABLE): InvalidProtobuf"
+
+
+@pytest.mark.parametrize(("method", "end"), ROUTES)
+@pytest.mark.parametrize("join", [False, True])
+def test_any_model_is_503_while_nobody_serves(desk: Desk, method: str, end: str, join: bool) -> None:
+    if join:
+        desk.join()
+    answer = desk.ask(method, "/v2/models/double" + end, json.dumps(INFER).encode())
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+    assert ("no worker has joined" if join else "no broker answers at /run/here yet") in answer.error
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "allow"),
+    [
+        ("POST", "/v2", "GET"),
+        ("HEAD", "/v2/health/live", "GET"),
+        ("POST", "/metrics", "GET"),
+        ("PUT", "/v2/models/double", "GET"),
+        ("POST", "/v2/models/double/ready", "GET"),
+        ("GET", "/v2/models/double/infer", "POST"),
+        ("GET", "/v2/models/double/versions/1/infer", "POST"),
+    ],
+)
+def test_wrong_method_is_405(joined: Desk, method: str, url: str, allow: str) -> None:
+    answer = joined.ask(method, url)
+    assert (answer.status, answer.headers["Allow"], answer.error) == (405, allow, "Method Not Allowed")
+
+
+@pytest.mark.parametrize("url", ["/", "/v1", "/v2/models", "/v2/models/double/versions", "/v2/models/double/stats"])
+def test_unknown_path_is_404(joined: Desk, url: str) -> None:
+    answer = joined.ask("GET", url)
+    assert (answer.status, answer.error) == (404, "Not Found")
+    assert "Allow" not in answer.headers
+
+
+def test_path_that_is_no_text_is_400(joined: Desk) -> None:
+    assert joined.ask("GET", "/v2/models/%FF").status == 400
+
+
+# --- inference ---
+
+
+def test_request_goes_to_the_broker_and_its_result_to_the_client(joined: Desk) -> None:
+    exchange = joined.infer()
+    assert waits(exchange)
+    assert joined.flushes == 1
+    message = joined.sent()
+    [requests] = message.groups
+    assert (requests.form.model, requests.form.version, requests.form.rows, requests.ids) == ("double", "1", 1, (1,))
+    assert requests.timeouts_us[0] == pytest.approx(30e6, rel=0.1)
+    assert unpack_layout(requests.form.body).tensors == (Tensor("x", "FP32", (1, 2), 0, 8),)
+    assert message.blob == X
+    joined.double(1, X)
+    assert said(exchange) == (
+        200,
+        {"Content-Type": "application/json", "Content-Length": str(len(DOUBLED))},
+        DOUBLED,
+    )
+    assert joined.caller.calls == {}
+
+
+def test_version_in_the_path_is_the_one_that_is_asked(desk: Desk) -> None:
+    desk.join(ready(version="1"), ready(version="2"))
+    for url, want in (("double", "2"), ("double/versions/1", "1"), ("double/versions/2", "2")):
+        desk.begin("POST", f"/v2/models/{url}/infer", json.dumps(INFER).encode())
+        assert desk.sent().groups[0].form.version == want
+
+
+def test_results_come_in_any_order(joined: Desk) -> None:
+    first, second = joined.infer(INFER | {"id": "1"}), joined.infer(INFER | {"id": "2"})
+    assert joined.sent().groups[0].ids == (1, 2)
+    joined.double(2, X)
+    assert (waits(first), json.loads(said(second).body)["id"]) == (True, "2")
+    joined.double(1, X)
+    assert json.loads(said(first).body)["id"] == "1"
+
+
+@pytest.mark.parametrize("rows", [1, 4096, 20_000])
+def test_binary_request_has_a_binary_answer_whatever_its_size(joined: Desk, rows: int) -> None:
+    x = np.arange(rows * 2, dtype="<f4").tobytes()
+    tensor = {"name": "x", "shape": [rows, 2], "datatype": "FP32", "parameters": {"binary_data_size": len(x)}}
+    text = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    for number in (1, 2):
+        exchange = joined.begin(
+            "POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text))
+        )
+        joined.sent()
+        joined.double(number, x)
+        answer = said(exchange)
+        at = int(answer.headers["Inference-Header-Content-Length"])
+        assert json.loads(answer.body[:at])["outputs"][0]["parameters"] == {"binary_data_size": len(x)}
+        np.testing.assert_array_equal(np.frombuffer(answer.body[at:], "<f4"), np.arange(rows * 2) * 2)
+
+
+@pytest.mark.parametrize(("value", "status"), [("x", 400), ("-1", 400), ("1.5", 400), ("9" * 13, 400), ("", 400)])
+def test_header_length_that_is_no_number_is_400(joined: Desk, value: str, status: int) -> None:
+    answer = said(joined.infer(Inference_Header_Content_Length=value))
+    assert (answer.status, answer.error) == (status, "Inference-Header-Content-Length is not a number of bytes")
+
+
+def test_white_space_behind_the_header_length_is_no_part_of_it(joined: Desk) -> None:
+    assert waits(joined.infer(Inference_Header_Content_Length=f"{len(json.dumps(INFER))} "))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [(b"", "the request is not JSON"), (b"{}", "no list 'inputs'"), (b"[]", "the request is not a JSON object")],
+)
+def test_bad_request_is_400_and_goes_nowhere(joined: Desk, body: bytes, words: str) -> None:
+    answer = joined.ask("POST", "/v2/models/double/infer", body)
+    assert (answer.status, words in answer.error) == (400, True)
+    assert (joined.flushes, joined.caller.calls) == (0, {})
+
+
+def test_text_that_cannot_be_answered_is_400(joined: Desk) -> None:
+    body = json.dumps(INFER).replace("[1, 2]}", "[1, NaN]}")
+    for identifier in ('"\\ud800"', '"\\udc00x"'):
+        text = f'{{"id": {identifier}, {body[1:]}'
+        assert joined.ask("POST", "/v2/models/double/infer", text.encode()).status == 400
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "headers"),
+    [
+        (errors.BAD_INPUT, 400, {}),
+        (errors.NOT_FOUND, 404, {}),
+        (errors.TOO_LARGE, 413, {}),
+        (errors.UNSUPPORTED, 501, {"Accept-Encoding": "gzip, deflate"}),
+        (errors.OVERLOADED, 503, {"Retry-After": "3"}),
+        (errors.DRAINING, 503, {"Retry-After": "3"}),
+        (errors.UNAVAILABLE, 503, {"Retry-After": "3"}),
+        (errors.LOST, 503, {"Retry-After": "3"}),
+        (errors.DEADLINE, 504, {}),
+        (errors.CANCELLED, 499, {}),
+        (errors.MODEL_FAILED, 500, {}),
+        (errors.INTERNAL, 500, {}),
+    ],
+)
+@pytest.mark.parametrize("worker", [False, True])
+def test_every_failure_has_its_status(
+    joined: Desk, code: str, status: int, headers: dict[str, str], worker: bool
+) -> None:
+    exchange = joined.infer(INFER | {"id": "a1"})
+    joined.sent()
+    if worker:
+        failure = pack_failure(Failure(code, "because", 2500))
+        joined.deliver(1, Outcome("", "", ()), b"", failure, FAILED)
+    else:
+        joined.hear(FromBroker(Refusals(EPOCH, [Refusal(1, code, "because", 2500)])))
+    answer = said(exchange)
+    assert (answer.status, answer.error) == (status, "[request id: a1] because")
+    known = {"Content-Type": "application/json", "Content-Length": str(len(answer.body))}
+    assert answer.headers == known | headers
+
+
+def test_every_code_has_a_status() -> None:
+    assert set(STATUSES) == errors.CODES
+
+
+def test_failure_of_a_request_without_an_id_has_no_prefix(joined: Desk) -> None:
+    exchange = joined.infer()
+    joined.sent()
+    joined.hear(FromBroker(Refusals(EPOCH, [Refusal(1, errors.OVERLOADED, "full", 0)])))
+    answer = said(exchange)
+    assert (answer.error, answer.headers["Retry-After"]) == ("full", "1")
+
+
+def test_request_whose_time_is_up_is_504(joined: Desk) -> None:
+    exchange = joined.infer(INFER | {"parameters": {"timeout": 5_000_000}})
+    assert joined.sent().groups[0].timeouts_us[0] == pytest.approx(5e6, rel=0.1)
+    joined.hear(Tick(), later_s=4)
+    assert waits(exchange)
+    joined.hear(FromBroker(Welcome(EPOCH, "gateway")), later_s=6)
+    joined.hear(Tick(), later_s=6)
+    answer = said(exchange)
+    assert (answer.status, answer.error) == (504, "no result for model 'double' within 5 s")
+
+
+def test_request_of_a_broker_that_has_gone_is_503(joined: Desk) -> None:
+    exchange = joined.infer(INFER | {"id": "7"})
+    joined.sent()
+    joined.hear(BrokerLost("the broker's process ended"))
+    answer = said(exchange)
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+    assert answer.error == "[request id: 7] the broker's process ended while it held the request; send it again"
+
+
+def test_too_many_requests_under_way_are_503(joined: Desk) -> None:
+    waiting = [joined.infer() for _ in range(4)]
+    answer = said(joined.infer())
+    assert (answer.status, answer.error) == (503, "4 requests of this process are under way")
+    assert all(map(waits, waiting))
+
+
+def test_client_that_leaves_has_its_request_cancelled(joined: Desk) -> None:
+    exchange = joined.infer()
+    joined.sent()
+    assert exchange.gone is not None
+    exchange.gone()
+    assert joined.flushes == 2
+    assert list(joined.sent().cancels) == [1]
+    assert joined.caller.calls == {}
+    joined.double(1, X)
+    assert waits(exchange)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "payload", "words"),
+    [
+        (Outcome("double", "1", (Tensor("y", "FP32", (1, 2), 0, 8),)), b"abcd", "an output lies from 0 to 8"),
+        (Outcome("double", "1", (Tensor("y", "FP32", (3, 2), 0, 8),)), b"abcdefgh", "takes 24 bytes, and 8 came"),
+        (Outcome("double", "1", (Tensor("y", "BYTES", (1,), 0, 5),)), b"\1\0\0\0\xff", "ask for it as binary"),
+    ],
+)
+def test_result_that_cannot_be_told_is_an_error(joined: Desk, outcome: Outcome, payload: bytes, words: str) -> None:
+    exchange = joined.infer(INFER | {"id": "7"})
+    joined.sent()
+    joined.deliver(1, outcome, payload)
+    assert said(exchange).error.startswith("[request id: 7] ")
+    assert words in said(exchange).error
+    assert said(exchange).status in (400, 500)
+
+
+def test_result_that_is_no_outcome_is_500(joined: Desk) -> None:
+    exchange = joined.infer()
+    joined.sent()
+    joined.deliver(1, Outcome("", "", ()), b"", b"nonsense")
+    assert said(exchange).status == 500
+
+
+# --- compression ---
+
+
+def test_compressed_request_is_expanded(joined: Desk) -> None:
+    for encoding, squeeze in (("gzip", gzip.compress), ("deflate", zlib.compress), ("GZIP ", gzip.compress)):
+        body = cast(Callable[[bytes], bytes], squeeze)(json.dumps(INFER).encode())
+        assert waits(joined.begin("POST", "/v2/models/double/infer", body, Content_Encoding=encoding))
+        assert joined.sent().blob == X
+
+
+def test_identity_is_no_encoding(joined: Desk) -> None:
+    assert waits(joined.infer(Content_Encoding="identity"))
+
+
+def test_unknown_encoding_is_501_and_told_the_known_ones(joined: Desk) -> None:
+    answer = said(joined.infer(Content_Encoding="br"))
+    assert (answer.status, answer.headers["Accept-Encoding"]) == (501, "gzip, deflate")
+    assert answer.error == "Content-Encoding 'br' is not known; gzip and deflate are"
+
+
+def test_body_that_expands_beyond_the_limit_is_413(loop: Loop) -> None:
+    desk = Desk(loop, body_bytes_max=1000).join(ready())
+    answer = desk.ask("POST", "/v2/models/double/infer", gzip.compress(b" " * 1001), Content_Encoding="gzip")
+    assert answer.status == 413
+
+
+def large_request(rows: int) -> tuple[bytes, bytes]:
+    """A body of which even the compressed form is large, and its tensor."""
+    x = np.random.default_rng(0).random((rows, 2), dtype="<f4").tobytes()
+    tensor = {"name": "x", "shape": [rows, 2], "datatype": "FP32", "parameters": {"binary_data_size": len(x)}}
+    return json.dumps({"inputs": [tensor]}).encode(), x
+
+
+def squeezed(desk: Desk, rows: int) -> Exchange:
+    text, x = large_request(rows)
+    length, body = str(len(text)), gzip.compress(text + x, 1)
+    return desk.begin(
+        "POST", "/v2/models/double/infer", body, Content_Encoding="gzip", Inference_Header_Content_Length=length
+    )
+
+
+def test_large_compressed_request_is_expanded_aside(joined: Desk) -> None:
+    exchange = squeezed(joined, 40_000)
+    assert joined.caller.calls == {}, "not at once"
+    joined.loop.until(lambda: joined.caller.calls)
+    assert waits(exchange)
+    assert bytes(joined.sent().frames[0]) == large_request(40_000)[1]
+
+
+def test_large_damaged_request_is_400(joined: Desk) -> None:
+    text, x = large_request(40_000)
+    body = gzip.compress(text + x, 1)[:-1]
+    exchange = joined.begin("POST", "/v2/models/double/infer", body, Content_Encoding="gzip")
+    joined.loop.until(lambda: not waits(exchange))
+    assert (said(exchange).status, said(exchange).error) == (400, "the body is not valid gzip data")
+
+
+def test_client_that_leaves_while_its_request_is_expanded_is_forgotten(joined: Desk) -> None:
+    exchange, other = squeezed(joined, 40_000), squeezed(joined, 40_000)
+    exchange._connection = None  # as a connection does when it ends
+    joined.loop.run(joined.loop.loop.shutdown_default_executor())
+    joined.loop.until(lambda: joined.caller.calls)
+    assert (len(joined.caller.calls), joined.flushes) == (1, 1)
+    assert waits(other)
+
+
+@pytest.mark.parametrize("rows", [100, 40_000])
+@pytest.mark.parametrize(("accept", "expand"), [("gzip", gzip.decompress), ("deflate", zlib.decompress)])
+@pytest.mark.parametrize("binary", [False, True])
+def test_answer_is_compressed_for_who_asks(
+    joined: Desk, rows: int, accept: str, expand: Callable[[bytes], bytes], binary: bool
+) -> None:
+    x = np.zeros((rows, 2), "<f4").tobytes()
+    tensor = {"name": "x", "shape": [rows, 2], "datatype": "FP32", "parameters": {"binary_data_size": len(x)}}
+    text = json.dumps({"id": "7", "inputs": [tensor], "parameters": {"binary_data_output": binary}}).encode()
+    exchange = joined.begin(
+        "POST",
+        "/v2/models/double/infer",
+        text + x,
+        Accept_Encoding=f"{accept}, br",
+        Inference_Header_Content_Length=str(len(text)),
+    )
+    joined.sent()
+    joined.double(1, x)
+    joined.loop.until(lambda: not waits(exchange))
+    answer = said(exchange)
+    assert (answer.headers["Content-Encoding"], answer.headers["Vary"]) == (accept, "Accept-Encoding")
+    body = expand(answer.body)
+    at = int(answer.headers.get("Inference-Header-Content-Length", len(body)))
+    told = json.loads(body[:at])
+    assert told["id"] == "7"
+    if binary:
+        assert answer.headers["Content-Type"] == "application/octet-stream"
+        assert (at < len(body), body[at:]) == (True, x)
+    else:
+        assert answer.headers["Content-Type"] == "application/json"
+        assert told["outputs"][0]["data"] == [0] * rows * 2
+
+
+def test_small_answer_is_not_compressed(joined: Desk) -> None:
+    exchange = joined.infer(Accept_Encoding="gzip")
+    joined.sent()
+    joined.double(1, X)
+    assert said(exchange).body == DOUBLED
+    assert "Content-Encoding" not in said(exchange).headers
+
+
+# --- metrics and the log ---
+
+
+def test_metrics_are_the_whole_servers(joined: Desk) -> None:
+    exchange = joined.begin("GET", "/metrics")
+    assert waits(exchange)
+    snapshot = Snapshot("broker", (Sample("penstock_workers", (), 2.0),))
+    joined.reports.arrived(Metrics(EPOCH, joined.serials[0], (snapshot,)))
+    answer = said(exchange)
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert b"\npenstock_workers 2.0\n" in answer.body
+
+
+def test_metrics_without_a_broker_are_the_own(desk: Desk) -> None:
+    assert b"penstock_broker_up 0.0" in desk.ask("GET", "/metrics").body
+
+
+def test_responses_are_counted_by_status(joined: Desk) -> None:
+    joined.ask("GET", "/v2")
+    joined.ask("GET", "/v2/health/live")
+    joined.ask("GET", "/nope")
+    joined.ask("POST", "/v2")
+    joined.application.refused(408, "late")
+    exchange = joined.infer()
+    joined.sent()
+    joined.double(1, X)
+    assert said(exchange).status == 200
+    counted = {status: joined.meter("penstock_http_responses", status) for status in ("200", "404", "405", "408")}
+    assert counted == {"200": 3, "404": 1, "405": 1, "408": 1}
+    assert sum(joined.caller.meters.histogram("penstock_http_request_seconds").counts) == 1
+
+
+def test_failures_are_counted_under_names_that_the_server_knows(joined: Desk) -> None:
+    joined.ask("POST", "/v2/models/double/infer", b"{")
+    joined.ask("POST", "/v2/models/double/versions/1/infer", b"{")
+    joined.ask("POST", "/v2/models/double/versions/9/infer", b"{")
+    joined.ask("POST", "/v2/models/made-up/infer", b"{")
+    failures = "penstock_request_failures"
+    assert joined.meter(failures, "double", "", errors.BAD_INPUT) == 1
+    assert joined.meter(failures, "double", "1", errors.BAD_INPUT) == 1
+    assert joined.meter(failures, "double", "", errors.NOT_FOUND) == 1
+    assert joined.meter(failures, "", "", errors.NOT_FOUND) == 1
+
+
+def test_defect_in_a_handler_is_500_and_in_the_log(joined: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(exchange: Exchange, target: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    head = Head(b"GET", b"/v2", {}, 0, True, False)
+    exchange = Exchange(cast(Connection, Line()), Request(head, b"", 0))
+    head.target = type("Target", (), {"handler": staticmethod(broken)})()
+    with caplog.at_level(logging.ERROR, "penstock.gateway"):
+        joined.application.handle(exchange)
+    assert (said(exchange).status, said(exchange).error) == (500, "an internal error; it is in the gateway's log")
+    [record] = caplog.records
+    assert record.message == "request handler failed"
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+def test_defect_behind_work_on_a_thread_is_500_and_in_the_log(
+    joined: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str, version: str = "") -> ModelSpec:
+        raise ZeroDivisionError("a defect")
+
+    text, x = large_request(40_000)
+    monkeypatch.setattr(joined.caller, "find", broken)
+    body = gzip.compress(text + x, 1)
+    with caplog.at_level(logging.ERROR, "penstock.gateway"):
+        exchange = joined.begin("POST", "/v2/models/double/infer", body, Content_Encoding="gzip")
+        joined.loop.until(lambda: not waits(exchange))
+    assert said(exchange).status == 500
+    assert [record.message for record in caplog.records] == ["request handler failed"]
+
+
+def test_failure_is_logged_with_its_request(joined: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "penstock.gateway"):
+        joined.ask("GET", "/v2/models/nope")
+    [record] = caplog.records
+    assert record.levelno == logging.INFO
+    said_fields = record.__dict__["fields"]
+    assert (said_fields["url"], said_fields["status"], said_fields["code"]) == ("/v2/models/nope", 404, "not_found")

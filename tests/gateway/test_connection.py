@@ -1,0 +1,644 @@
+"""Bytes over real sockets: what clients say, and what they hear."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.gateway.serving import Echo, Peer, Serving, pattern
+
+Serve = Callable[..., Serving]
+
+
+def ask(url: str, *lines: str, method: str = "GET", version: str = "1.1", body: bytes = b"") -> bytes:
+    length = [f"Content-Length: {len(body)}"] if body else []
+    return "\r\n".join([f"{method} {url} HTTP/{version}", "Host: a", *lines, *length, "", ""]).encode() + body
+
+
+def test_response_is_whole_and_says_nothing_more_than_it_must(echo: Echo, serve: Serve) -> None:
+    peer = serve(echo).connect()
+    peer.send(ask("/a"))
+    expected = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 7\r\n\r\nGET /a "
+    assert peer.raw(len(expected)) == expected
+
+
+def test_connection_is_kept(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo)
+    peer = serving.connect()
+    for turn in range(3):
+        peer.send(ask("/a", method="POST", body=b"%d" % turn))
+        response = peer.response()
+        assert (response.status, response.body) == (200, b"POST /a %d" % turn)
+        assert "connection" not in response.headers
+    assert len(serving.http.wheel) == 1
+
+
+def test_pipelined_requests_are_answered_in_order(echo: Echo, serve: Serve) -> None:
+    peer = serve(echo).connect()
+    peer.send(b"".join(ask(f"/{number}") for number in range(40)))
+    assert [peer.response().body for _ in range(40)] == [b"GET /%d " % number for number in range(40)]
+
+
+def test_answers_that_come_out_of_order_leave_in_order(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/1") + ask("/2"))
+    serving.loop.until(lambda: len(echo.exchanges) == 3)
+    for place in (2, 0, 1):
+        echo.tell(echo.exchanges[place])
+    assert [peer.response().body for _ in range(3)] == [b"GET /0 ", b"GET /1 ", b"GET /2 "]
+
+
+def test_no_more_is_read_while_too_many_wait(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo, pipelined_max=2)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/1"))
+    serving.loop.until(lambda: len(echo.exchanges) == 2)
+    peer.send(ask("/2"))
+    serving.loop.settle()
+    assert len(echo.exchanges) == 2
+    echo.hold = False
+    for exchange in list(echo.exchanges):
+        echo.tell(exchange)
+    assert [peer.response().body for _ in range(3)] == [b"GET /0 ", b"GET /1 ", b"GET /2 "]
+
+
+def test_client_is_not_late_while_it_is_not_read(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo, pipelined_max=1, head_timeout_s=0.05)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/1")[:10])
+    serving.loop.until(lambda: echo.exchanges)
+    peer.send(ask("/1")[10:])
+    wait_for_timeout(serving)
+    serving.still()
+    echo.hold = False
+    echo.tell(echo.exchanges[0])
+    assert [peer.response().body for _ in range(2)] == [b"GET /0 ", b"GET /1 "]
+
+
+def test_client_is_late_once_it_is_read_again(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo, pipelined_max=1, head_timeout_s=0.05)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/1")[:10])
+    serving.loop.until(lambda: echo.exchanges)
+    wait_for_timeout(serving)
+    echo.tell(echo.exchanges[0])
+    assert [peer.response().status for _ in range(2)] == [200, 408]
+
+
+def wait_for_timeout(serving: Serving) -> None:
+    """Until a head that begins now is refused for being late."""
+    late = serving.connect()
+    late.send(b"GET")
+    serving.turn()
+    assert late.response().status == 408
+
+
+def test_close_is_answered_and_done(echo: Echo, serve: Serve) -> None:
+    peer = serve(echo).connect()
+    peer.send(ask("/a", "Connection: close"))
+    assert peer.response().headers["connection"] == "close"
+    assert peer.rest() == b""
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("more", [ask("/b"), b"nonsense\r\n\r\n"])
+def test_what_follows_close_is_ignored(echo: Echo, serve: Serve, hold: bool, more: bytes) -> None:
+    echo.hold = hold
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/a", "Connection: close") + more)
+    serving.loop.until(lambda: echo.exchanges)
+    if hold:
+        peer.send(more)
+        serving.loop.settle()
+        echo.tell(echo.exchanges[0])
+    assert peer.response().headers["connection"] == "close"
+    peer.end()
+    assert peer.rest() == b""
+    assert (len(echo.exchanges), echo.refusals) == (1, [])
+
+
+def test_http_1_0_closes_unless_asked(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/a", version="1.0"))
+    assert peer.response().headers["connection"] == "close"
+    assert peer.rest() == b""
+    peer = serving.connect()
+    for _ in range(2):
+        peer.send(ask("/a", "Connection: keep-alive", version="1.0"))
+        assert peer.response().headers["connection"] == "keep-alive"
+
+
+def test_head_has_the_head_of_the_answer_alone(echo: Echo, serve: Serve) -> None:
+    peer = serve(echo).connect()
+    peer.send(ask("/a", method="HEAD") + ask("/large/100000", method="HEAD") + ask("/b"))
+    assert peer.response(body=False).headers["content-length"] == "8"
+    assert peer.response(body=False).headers["content-length"] == "100000"
+    assert peer.response().body == b"GET /b "
+
+
+# --- 100 Continue ---
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+EXPECTING = ask("/a", "Expect: 100-continue", "Content-Length: 5", method="POST")
+
+
+def test_client_that_asks_is_told_to_continue_once(echo: Echo, serve: Serve) -> None:
+    peer = serve(echo).connect()
+    peer.send(EXPECTING)
+    assert peer.raw(len(CONTINUE)) == CONTINUE
+    peer.send(b"he", b"llo")
+    assert peer.response().body == b"POST /a hello"
+
+
+def test_client_that_does_not_wait_is_not_told(echo: Echo, serve: Serve) -> None:
+    peer = serve(echo).connect()
+    peer.send(EXPECTING + b"hello")
+    assert peer.response().body == b"POST /a hello"
+
+
+def test_client_is_told_to_continue_behind_the_answers_before(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/0") + EXPECTING)
+    serving.loop.until(lambda: echo.exchanges)
+    echo.tell(echo.exchanges[0])
+    assert peer.response().body == b"GET /0 "
+    assert peer.raw(len(CONTINUE)) == CONTINUE
+
+
+def test_refusal_stands_for_continue(echo: Echo, serve: Serve) -> None:
+    peer = serve(echo, body_bytes_max=4).connect()
+    peer.send(EXPECTING)
+    assert peer.response().status == 413
+
+
+# --- clients that leave ---
+
+
+def test_client_that_closes_its_side_is_taken_to_have_left(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/1"))
+    serving.loop.settle()
+    peer.end()
+    assert peer.rest() == b""
+    serving.ended()
+    assert len(echo.gone) == 2
+
+
+@pytest.mark.parametrize("said", [b"", ask("/a"), ask("/a")[:10], ask("/a", "Content-Length: 5") + b"he"])
+def test_client_that_has_nothing_to_wait_for_ends_its_connection(echo: Echo, serve: Serve, said: bytes) -> None:
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(said)
+    peer.end()
+    peer.rest()
+    serving.ended()
+    assert serving.http.budget.used == 0
+
+
+@pytest.mark.parametrize("how", ["reset", "leave"])
+def test_client_that_leaves_is_noticed_once(echo: Echo, serve: Serve, how: str) -> None:
+    echo.hold = True
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/0", method="POST", body=b"x" * 100) + ask("/1", method="POST", body=b"x" * 10))
+    serving.loop.until(lambda: len(echo.exchanges) == 2)
+    assert serving.http.budget.used == 110
+    echo.tell(echo.exchanges[1])  # it has its answer, which waits for the first's
+    if how == "reset":
+        peer.reset()
+        serving.ended()
+        assert echo.gone == [b"/0"]
+        assert all(exchange.abandoned for exchange in echo.exchanges)
+    else:
+        peer.leave()  # which looks like one that says nothing more
+    echo.tell(echo.exchanges[0])
+    serving.ended()
+    assert echo.gone == [b"/0"] * (how == "reset")
+    assert serving.http.budget.used == 0
+
+
+def test_answer_for_nobody_is_dropped(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/0"))
+    serving.loop.until(lambda: echo.exchanges)
+    peer.reset()
+    serving.ended()
+    echo.tell(echo.exchanges[0])
+    assert (echo.exchanges[0].status, echo.gone) == (0, [b"/0"])
+
+
+def test_client_that_leaves_inside_a_body_gives_the_budget_back(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/0", "Content-Length: 1000000", method="POST") + b"x" * 300_000)
+    serving.loop.until(lambda: serving.http.budget.used == 1_000_000)
+    peer.reset()
+    serving.ended()
+    assert serving.http.budget.used == 0
+
+
+# --- clients that are late ---
+
+
+def test_head_that_does_not_come_is_refused(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo, head_timeout_s=0.05)
+    peer = serving.connect()
+    peer.send(ask("/a")[:10])
+    serving.turn()
+    response = peer.response()
+    assert (response.status, response.headers["connection"]) == (408, "close")
+    assert response.body == b'{"error":"the head did not come within 0.05 s"}'
+    assert peer.rest() == b""
+    assert echo.refusals == [(408, "the head did not come within 0.05 s")]
+
+
+@pytest.mark.parametrize("length", [5, 200_000])
+def test_body_that_comes_too_slowly_is_refused(echo: Echo, serve: Serve, length: int) -> None:
+    serving = serve(echo, body_timeout_s=0.05, body_bytes_per_s_min=1 << 30)
+    peer = serving.connect()
+    peer.send(ask("/a", f"Content-Length: {length}", method="POST") + b"abc")
+    serving.turn()
+    assert peer.response().status == 408
+    assert peer.rest() == b""
+    assert serving.http.budget.used == 0
+
+
+def test_large_body_has_more_time(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo, body_timeout_s=10, body_bytes_per_s_min=1000)
+    peer = serving.connect()
+    peer.send(ask("/a", "Content-Length: 90000", method="POST"))
+    serving.loop.until(lambda: serving.http.budget.used)
+    [connection] = serving.http.wheel.items()
+    assert connection.deadline == pytest.approx(serving.loop.loop.time() + 100, abs=5)
+
+
+def test_connection_without_a_request_is_closed(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo, keep_alive_s=0.05)
+    fresh, used = serving.connect(), serving.connect()
+    used.send(ask("/a"))
+    used.response()
+    serving.turn()
+    assert (fresh.rest(), used.rest()) == (b"", b"")
+    assert echo.refusals == []
+
+
+def test_connection_that_waits_for_its_answer_has_no_deadline(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo, keep_alive_s=0.05)
+    peer, idle = serving.connect(), serving.connect()
+    peer.send(ask("/a"))
+    serving.loop.until(lambda: echo.exchanges)
+    serving.turn()
+    assert idle.rest() == b""
+    echo.tell(echo.exchanges[0])
+    assert peer.response().status == 200
+
+
+def test_late_body_is_refused_behind_the_answers_before(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo, body_timeout_s=0.05)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/1", "Content-Length: 5", method="POST") + b"ab")
+    serving.loop.until(lambda: echo.exchanges)
+    serving.turn()
+    serving.loop.until(lambda: echo.refusals)
+    serving.still()
+    peer.send(b"cde" + ask("/2") + b"nonsense\r\n\r\n")
+    serving.loop.settle()
+    echo.tell(echo.exchanges[0])
+    assert peer.response().body == b"GET /0 "
+    assert peer.response().status == 408
+    peer.end()
+    assert peer.rest() == b""
+    assert (len(echo.exchanges), len(echo.refusals)) == (1, 1)
+
+
+@pytest.mark.parametrize("lines", [(), ("Connection: close",)])
+@pytest.mark.parametrize("count", [60_000, 5_000_000])
+def test_client_that_never_reads_is_cut_off(echo: Echo, serve: Serve, lines: tuple[str, ...], count: int) -> None:
+    serving = serve(echo, write_timeout_s=0.05, keep_alive_s=0.05, body_bytes_per_s_min=1 << 30)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask(f"/large/{count}", *lines))
+    serving.turn()
+    serving.ended()
+
+
+def test_client_that_reads_a_large_answer_slowly_has_more_time(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo, write_timeout_s=10, body_bytes_per_s_min=10_000)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask("/large/1000000", "Connection: close"))
+    serving.loop.settle()
+    [connection] = serving.http.wheel.items()
+    assert connection.deadline == pytest.approx(serving.loop.loop.time() + 105, abs=15)
+    assert peer.response().body == pattern(1_000_000)
+
+
+def test_large_answer_is_read_to_its_end_though_more_was_sent(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo, linger_s=0.0, head_timeout_s=0.05)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    serving.http.drain()
+    peer.send(ask("/large/1000000") + b"GET")
+    serving.loop.settle()
+    wait_for_timeout(serving)
+    assert peer.response().body == pattern(1_000_000)
+    assert peer.rest() == b""
+
+
+def fill_send_buffer(serving: Serving) -> None:
+    """Make the kernel take little from the only connection there is."""
+    [connection] = serving.http.wheel.items()
+    assert connection._transport is not None
+    channel = connection._transport.get_extra_info("socket")
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
+def test_client_that_does_not_read_is_not_read(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo)
+    peer = serving.connect(receive_bytes=4096)
+    peer.send(ask("/large/5000000"))
+    serving.loop.until(lambda: echo.exchanges)
+    peer.send(ask("/1"))
+    serving.loop.settle()
+    assert len(echo.exchanges) == 1
+    assert peer.response().body == pattern(5_000_000)
+    assert peer.response().body == b"GET /1 "
+
+
+# --- refusals ---
+
+
+def test_refusal_is_json_and_ends_the_connection(echo: Echo, serve: Serve) -> None:
+    peer = serve(echo).connect()
+    peer.send(b"GET / HTTP/1.1\r\n\r\n")
+    expected = (
+        b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        b'Content-Length: 51\r\n\r\n{"error":"an HTTP/1.1 request needs a Host header"}'
+    )
+    assert peer.raw(len(expected)) == expected
+    assert peer.rest() == b""
+    assert echo.refusals == [(400, "an HTTP/1.1 request needs a Host header")]
+
+
+def test_refusal_reaches_a_client_that_is_still_sending(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo, body_bytes_max=1000)
+    peer = serving.connect()
+    peer.send(ask("/a", "Content-Length: 3000000", method="POST"), *[b"x" * 100_000] * 30)
+    assert peer.response().status == 413
+    assert peer.rest() == b"", "not a reset, which would take the answer with it"
+    peer.leave()
+    serving.ended()
+
+
+def test_client_that_never_stops_sending_is_cut_off(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo, linger_s=0.05)
+    peer = serving.connect()
+    peer.send(b"nonsense\r\n\r\n")
+    assert peer.response().status == 400
+    serving.turn()
+    serving.ended()
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_refusal_comes_once_and_behind_the_answers_before(echo: Echo, serve: Serve, hold: bool) -> None:
+    echo.hold = hold
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/0") + b"nonsense\r\n\r\n")
+    serving.loop.until(lambda: echo.refusals)
+    peer.send(b"more nonsense\r\n\r\n", ask("/1"))
+    serving.loop.settle()
+    if hold:
+        echo.tell(echo.exchanges[0])
+    assert peer.response().body == b"GET /0 "
+    assert peer.response().status == 400
+    peer.end()
+    assert peer.rest() == b""
+    assert (len(echo.exchanges), len(echo.refusals)) == (1, 1)
+
+
+def test_full_budget_is_a_refusal_that_says_when_to_come_again(echo: Echo, serve: Serve) -> None:
+    peer = serve(echo, bodies_bytes_max=4).connect()
+    peer.send(ask("/a", method="POST", body=b"hello"))
+    response = peer.response()
+    assert (response.status, response.headers["retry-after"]) == (503, "1")
+
+
+def test_one_connection_too_many_is_refused(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo, connections_max=2)
+    peers = [serving.connect() for _ in range(3)]
+    response = peers[2].response()
+    assert (response.status, response.headers["retry-after"], response.headers["connection"]) == (503, "1", "close")
+    assert response.body == b'{"error":"2 connections are open; try again shortly"}'
+    for peer in peers[:2]:
+        peer.send(ask("/a"))
+        assert peer.response().status == 200
+    peers[2].leave()
+    serving.loop.until(lambda: len(serving.http.wheel) == 2)
+    peers[0].leave()
+    serving.loop.until(lambda: len(serving.http.wheel) == 1)
+    late = serving.connect()
+    late.send(ask("/a"))
+    assert late.response().status == 200
+
+
+# --- large bodies ---
+
+
+@pytest.mark.parametrize("count", [1, 65_536, 3_000_000])
+def test_large_answer_behind_its_head_arrives_whole(echo: Echo, serve: Serve, count: int) -> None:
+    peer = serve(echo).connect()
+    peer.send(ask(f"/large/{count}") + ask("/b"))
+    assert peer.response().body == pattern(count)
+    assert peer.response().body == b"GET /b "
+
+
+def test_large_request_arrives_whole(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo)
+    peer = serving.connect()
+    body = pattern(3_000_000)
+    for _ in range(2):
+        peer.send(ask("/a", method="POST", body=body))
+        assert peer.response().body == b"POST /a " + body
+    assert serving.http.budget.used == 0
+
+
+def test_request_and_its_budget_are_let_go_with_the_answer(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/a", method="POST", body=b"hello"))
+    serving.loop.until(lambda: echo.exchanges)
+    [exchange] = echo.exchanges
+    assert (serving.http.budget.used, exchange.request.body, exchange.abandoned) == (5, b"hello", False)
+    echo.tell(exchange)
+    assert (serving.http.budget.used, exchange.request.body, exchange.status) == (0, b"", 200)
+
+
+# --- draining ---
+
+
+def test_draining_gateway_answers_what_it_has_and_closes(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/1"))
+    serving.loop.until(lambda: len(echo.exchanges) == 2)
+    serving.http.drain()
+    assert not serving.http.drained.is_set()
+    for exchange in echo.exchanges:
+        echo.tell(exchange)
+    first, second = peer.response(), peer.response()
+    assert (first.body, second.body) == (b"GET /0 ", b"GET /1 ")
+    assert second.headers["connection"] == "close"
+    assert peer.rest() == b""
+    serving.loop.run(serving.http.drained.wait())
+
+
+def test_idle_connection_may_bring_one_more_while_draining(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo)
+    peer = serving.connect()
+    serving.http.drain()
+    peer.send(ask("/a") + ask("/b"))
+    response = peer.response()
+    assert (response.body, response.headers["connection"]) == (b"GET /a ", "close")
+    assert peer.rest() == b""
+    assert len(echo.exchanges) == 1
+    serving.loop.run(serving.http.drained.wait())
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("part", [ask("/b")[:10], EXPECTING, EXPECTING + b"he", b"nonsense\r\n\r\n"])
+def test_half_a_request_behind_the_last_is_ignored(echo: Echo, serve: Serve, part: bytes, hold: bool) -> None:
+    echo.hold = hold
+    serving = serve(echo, head_timeout_s=0.05, body_timeout_s=0.05, linger_s=0.05)
+    peer = serving.connect()
+    serving.http.drain()
+    peer.send(ask("/a") + part)
+    serving.loop.until(lambda: echo.exchanges)
+    if hold:
+        wait_for_timeout(serving)
+        echo.refusals.clear()
+        echo.tell(echo.exchanges[0])
+    else:
+        serving.turn()
+    response = peer.response()
+    assert (response.body, response.headers["connection"]) == (b"GET /a ", "close")
+    assert peer.rest() == b""
+    serving.ended()
+    assert echo.refusals == []
+    assert serving.http.drained.is_set()
+
+
+def test_gateway_without_connections_is_drained_at_once(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo)
+    serving.http.drain()
+    assert serving.http.drained.is_set()
+
+
+def test_stop_ends_every_connection(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo)
+    peer, idle = serving.connect(), serving.connect()
+    peer.send(ask("/a"))
+    serving.loop.until(lambda: echo.exchanges)
+    serving.turn()
+    serving.http.stop()
+    serving.ended()
+    assert echo.gone == [b"/a"]
+    idle.rest()
+
+
+# --- TLS ---
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory, require_command: Callable[[str, str], str]) -> Path:
+    """A self-signed certificate for 127.0.0.1, its key in the same file."""
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    openssl = require_command("openssl", "openssl")
+    arguments = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=here"
+    subprocess.run(
+        [openssl, *arguments.split(), "-keyout", path, "-out", path.with_suffix(".crt")],
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
+    return path
+
+
+class SecurePeer(Peer):
+    """A client whose bytes go through TLS in memory."""
+
+    def __init__(self, plain: Peer) -> None:
+        super().__init__(plain._loop, plain._channel)
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._in, self._out)
+        self._do(self._tls.do_handshake)
+
+    def _do(self, step: Callable[[], bytes | int | None]) -> bytes | int | None:
+        while True:
+            try:
+                done = step()
+            except ssl.SSLWantReadError:
+                done = NotImplemented
+            except ssl.SSLZeroReturnError:
+                return b""
+            super().send(self._out.read())
+            if done is not NotImplemented:
+                return done
+            data = self._loop.run(self._loop.loop.sock_recv(self._channel, 1 << 20))
+            if data:
+                self._in.write(data)
+            else:
+                self._in.write_eof()
+
+    def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self._do(lambda part=part: self._tls.write(part))  # type: ignore[misc]
+
+    def _read(self) -> bytes:
+        data = self._do(lambda: self._tls.read(1 << 20))
+        assert isinstance(data, bytes)
+        self._heard += data
+        return data
+
+
+def test_connections_work_the_same_through_tls(echo: Echo, serve: Serve, certificate: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    serving = serve(echo, tls=context)
+    peer = SecurePeer(serving.connect(wait=False))
+    body = pattern(300_000)
+    peer.send(ask("/a") + ask("/b", method="POST", body=body))
+    assert peer.response().body == b"GET /a "
+    assert peer.response().body == b"POST /b " + body
+    peer.send(ask("/large/300000"))
+    assert peer.response().body == pattern(300_000)
+    peer.send(b"nonsense\r\n\r\n")
+    assert peer.response().status == 400
+    assert peer.rest() == b""

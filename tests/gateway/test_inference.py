@@ -1,0 +1,551 @@
+"""Bodies of inference requests to forms and payloads, and answers to responses."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.gateway.inference import Parser, Query, Style, render, render_body
+from penstock.wire.codec import pack_outcome, unpack_layout
+from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
+from penstock.wire.messages import Outcome
+from penstock.wire.models import Layout, ModelSpec, Tensor, TensorSpec
+from penstock.wire.tensors import DTYPES, Buffer, decode, pack_strings
+
+PAIR = ModelSpec(
+    "pair",
+    "3",
+    "onnxruntime_onnx",
+    (TensorSpec("a", "INT32", (-1, 2)), TensorSpec("b", "BYTES", (-1, 1))),
+    (TensorSpec("sum", "INT32", (-1, 2)), TensorSpec("text", "BYTES", (-1, 1))),
+    True,
+    8,
+)
+HALF = ModelSpec(
+    "half",
+    "1",
+    "onnxruntime_onnx",
+    (TensorSpec("x", "FP16", (-1,)),),
+    (TensorSpec("y", "FP16", (-1,)), TensorSpec("z", "FP32", (-1,))),
+    False,
+    1,
+)
+A_RAW = np.array([[1, 2], [3, 4]], "<i4").tobytes()
+B_RAW = pack_strings(["x", "yz"])
+A_JSON = {"name": "a", "shape": [2, 2], "datatype": "INT32", "data": [1, 2, 3, 4]}
+B_JSON = {"name": "b", "shape": [2, 1], "datatype": "BYTES", "data": ["x", "yz"]}
+
+
+def as_binary(each: dict[str, Any], size: Any) -> dict[str, Any]:
+    return {key: value for key, value in each.items() if key != "data"} | {"parameters": {"binary_data_size": size}}
+
+
+A_BINARY, B_BINARY = as_binary(A_JSON, len(A_RAW)), as_binary(B_JSON, len(B_RAW))
+
+
+def parse(
+    request: Any, binary: bytes | None = None, spec: ModelSpec = PAIR, parser: Parser | None = None
+) -> tuple[Query, bytes]:
+    text = json.dumps(request).encode()
+    parsed, payload = (parser or Parser()).parse(spec, text + (binary or b""), None if binary is None else len(text))
+    return parsed, bytes(payload)
+
+
+def refusal(request: Any, binary: bytes | None = None, spec: ModelSpec = PAIR) -> str:
+    with pytest.raises(PenstockError) as raised:
+        parse(request, binary, spec)
+    assert raised.value.code == BAD_INPUT
+    return raised.value.message
+
+
+# --- requests ---
+
+
+@pytest.mark.parametrize(
+    ("inputs", "binary"),
+    [
+        ([A_JSON, B_JSON], None),
+        ([A_JSON, B_JSON], b""),
+        ([A_JSON | {"data": [[1, 2], [3, 4]]}, B_JSON | {"data": [["x"], ["yz"]]}], None),
+        ([A_BINARY, B_BINARY], A_RAW + B_RAW),
+        ([A_BINARY, B_JSON], A_RAW),
+        ([A_JSON, B_BINARY], B_RAW),
+    ],
+)
+def test_inputs_in_json_and_binary_mean_the_same(inputs: list[Any], binary: bytes | None) -> None:
+    query, payload = parse({"inputs": inputs}, binary)
+    assert payload == A_RAW + B_RAW
+    assert unpack_layout(query.form.body) == Layout(
+        (Tensor("a", "INT32", (2, 2), 0, 16), Tensor("b", "BYTES", (2, 1), 16, len(B_RAW)))
+    )
+    form = query.form
+    assert (form.model, form.version, form.rows, form.nbytes, form.priority) == ("pair", "3", 2, len(payload), 0)
+    assert (query.spec, query.id, query.timeout_s, query.style) == (PAIR, "", 0, Style(False))
+
+
+def test_inputs_lie_in_the_order_of_the_request() -> None:
+    query, payload = parse({"inputs": [B_BINARY, A_BINARY]}, B_RAW + A_RAW)
+    assert payload == B_RAW + A_RAW
+    assert [tensor.name for tensor in unpack_layout(query.form.body).tensors] == ["b", "a"]
+
+
+def test_large_binary_inputs_are_not_copied() -> None:
+    text = json.dumps({"inputs": [A_BINARY, B_BINARY]}).encode()
+    body = memoryview(bytearray(text + A_RAW + B_RAW))
+    parser = Parser()
+    for _ in range(2):
+        _, payload = parser.parse(PAIR, body, len(text))
+        assert isinstance(payload, memoryview)
+        assert payload.obj is body.obj
+
+
+def test_id_priority_and_timeout() -> None:
+    parameters = {"priority": 1, "timeout": 1_500_000, "something": "else"}
+    query, _ = parse({"id": "né 1", "parameters": parameters, "inputs": [A_JSON, B_JSON]})
+    assert (query.id, query.form.priority, query.timeout_s) == ("né 1", 1, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "default", "style", "binary"),
+    [
+        ([], None, Style(False), []),
+        ([], False, Style(False), []),
+        ([], True, Style(True), ["sum", "text"]),
+        ([{"name": "sum"}], None, Style(False), []),
+        ([{"name": "sum"}], True, Style(True), ["sum", "text"]),
+        ([{"name": "sum", "parameters": {}}], True, Style(True), ["sum", "text"]),
+        ([{"name": "sum", "parameters": {"binary_data": True}}], None, Style(False, frozenset({"sum"})), ["sum"]),
+        ([{"name": "sum", "parameters": {"binary_data": False}}], True, Style(True, frozenset({"sum"})), ["text"]),
+        ([{"name": "sum", "parameters": {"binary_data": True}}], True, Style(True), ["sum", "text"]),
+    ],
+)
+def test_outputs_that_are_wanted_and_how(outputs: list[Any], default: bool | None, style: Style, binary: Any) -> None:
+    parameters = {} if default is None else {"binary_data_output": default}
+    query, _ = parse({"parameters": parameters, "inputs": [A_JSON, B_JSON], "outputs": outputs})
+    assert query.style == style
+    assert [name for name in ("sum", "text") if query.style.is_binary(name)] == binary
+    assert unpack_layout(query.form.body).outputs == tuple(each["name"] for each in outputs)
+
+
+def test_half_floats_are_asked_for_as_binary() -> None:
+    x = {"name": "x", "shape": [1], "datatype": "FP16", "parameters": {"binary_data_size": 2}}
+    query, _ = parse({"inputs": [x], "parameters": {"binary_data_output": True}}, b"ab", HALF)
+    assert query.style == Style(True)
+    assert parse({"inputs": [x], "outputs": [{"name": "z"}]}, b"ab", HALF)[0].style == Style(False)
+    for outputs in ([], [{"name": "y"}], [{"name": "z"}, {"name": "y", "parameters": {"binary_data": False}}]):
+        assert refusal({"inputs": [x], "outputs": outputs}, b"ab", HALF) == (
+            "output 'y' is FP16, which JSON cannot carry; ask for it with binary_data"
+        )
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """A good request, in which ``a`` is otherwise."""
+    each = {key: value for key, value in (A_JSON | values).items() if value is not ...}
+    return {"inputs": [each, B_JSON]}
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ([], "the request is not a JSON object"),
+        ({}, "the request has no list 'inputs'"),
+        ({"inputs": {}}, "the request has no list 'inputs'"),
+        ({"inputs": [1]}, "an input is not a JSON object"),
+        ({"inputs": [A_JSON, B_JSON], "id": 7}, "'id' is a string of at most 1024 characters"),
+        ({"inputs": [A_JSON, B_JSON], "id": "x" * 1025}, "'id' is a string of at most 1024 characters"),
+        ({"inputs": [A_JSON, B_JSON], "parameters": []}, "'parameters' is not a JSON object"),
+        ({"inputs": [A_JSON, B_JSON], "parameters": {"priority": -1}}, "parameter 'priority' is a whole number from 0"),
+        ({"inputs": [A_JSON, B_JSON], "parameters": {"priority": 256}}, "from 0 to 255"),
+        ({"inputs": [A_JSON, B_JSON], "parameters": {"priority": True}}, "parameter 'priority' is a whole number"),
+        ({"inputs": [A_JSON, B_JSON], "parameters": {"timeout": 1.5}}, "parameter 'timeout' is a whole number"),
+        ({"inputs": [A_JSON, B_JSON], "parameters": {"timeout": 1 << 60}}, "from 0 to 86400000000"),
+        (
+            {"inputs": [A_JSON, B_JSON], "parameters": {"binary_data_output": 1}},
+            "'binary_data_output' is true or false",
+        ),
+        ({"inputs": [A_JSON, B_JSON], "outputs": {}}, "'outputs' is a list"),
+        ({"inputs": [A_JSON, B_JSON], "outputs": ["sum"]}, "an output is not a JSON object"),
+        ({"inputs": [A_JSON, B_JSON], "outputs": [{}]}, "an output's 'name' is a string of at most 256 characters"),
+        (
+            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "nope"}]},
+            "unexpected inference output 'nope' for model 'pair'; its outputs are ['sum', 'text']",
+        ),
+        (
+            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "sum"}, {"name": "sum"}]},
+            "output 'sum' already exists in request for model 'pair'",
+        ),
+        (
+            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "sum", "parameters": {"binary_data": "yes"}}]},
+            "parameter 'binary_data' is true or false",
+        ),
+        (
+            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "sum", "parameters": []}]},
+            "'parameters' of output 'sum' is not a JSON object",
+        ),
+        (
+            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "sum", "parameters": {"classification": 2}}]},
+            "output 'sum': the classification extension is not there",
+        ),
+        (changed(name=...), "an input's 'name' is a string of at most 256 characters"),
+        (changed(name="x" * 257), "an input's 'name' is a string of at most 256 characters"),
+        (changed(datatype=...), "input 'a' has no 'datatype'"),
+        (changed(datatype="INT33"), "input 'a' has the unknown data-type 'INT33'; known are BF16, BOOL, BYTES"),
+        (changed(shape=...), "input 'a' has no list 'shape'"),
+        (changed(shape="2"), "input 'a' has no list 'shape'"),
+        (changed(shape=[2, "2"]), "the shape of input 'a' holds '2'; a dimension is a whole number, 0 or more"),
+        (changed(shape=[2, -1]), "the shape of input 'a' holds -1; a dimension is a whole number, 0 or more"),
+        (changed(shape=[2, 2.0]), "the shape of input 'a' holds 2.0; a dimension is a whole number, 0 or more"),
+        (changed(shape=[2, True]), "the shape of input 'a' holds True; a dimension is a whole number, 0 or more"),
+        (changed(shape=[1] * 33), "input 'a' has 33 dimensions; at most 32 are allowed"),
+        (changed(shape=[1 << 40, 1 << 40]), "byte size overflow for input 'a' of shape"),
+        (changed(data=...), "input 'a' has neither data nor a binary_data_size"),
+        (changed(parameters=[]), "'parameters' of input 'a' is not a JSON object"),
+        (changed(parameters={"binary_data_size": 16}), "input 'a' has both data and a binary_data_size"),
+        (changed(data=[1, 2, 3]), "input 'a' has 3 elements in its data; its shape [2, 2] takes 4"),
+        (
+            changed(datatype="INT64"),
+            "inference input 'a' data-type is 'INT64', but model 'pair' expects 'INT32'",
+        ),
+        (
+            changed(shape=[4, 1]),
+            "unexpected shape for input 'a' for model 'pair'. Expected [-1, 2], got [4, 1]",
+        ),
+        (
+            changed(shape=[1, 2], data=[1, 2]),
+            "input 'b' batch size does not match other inputs for 'pair': 2 and 1",
+        ),
+        ({"inputs": []}, "expected 2 inputs but got 0 inputs for model 'pair'. Got input(s) [], but missing"),
+        ({"inputs": [A_JSON]}, "missing required input(s) ['b']"),
+        ({"inputs": [A_JSON, B_JSON, A_JSON]}, "input 'a' already exists in request for model 'pair'"),
+        (
+            {"inputs": [A_JSON, B_JSON, A_JSON | {"name": "c"}]},
+            "unexpected inference input 'c' for model 'pair'; its inputs are ['a', 'b']",
+        ),
+        (
+            {
+                "inputs": [
+                    A_JSON | {"shape": [9, 2], "data": [0] * 18},
+                    B_JSON | {"shape": [9, 1], "data": [""] * 9},
+                ]
+            },
+            "inference request batch-size must be <= 8 for 'pair', and is 9; split the request",
+        ),
+    ],
+)
+def test_request_that_makes_no_sense_is_told_why(request_: Any, sentence: str) -> None:
+    assert sentence in refusal(request_)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "binary", "sentence"),
+    [
+        ([A_BINARY, B_BINARY], A_RAW, "input 'b' claims 11 bytes of binary data, and 0 are left"),
+        ([A_BINARY, B_BINARY], A_RAW + B_RAW[:-1], "input 'b' claims 11 bytes of binary data, and 10 are left"),
+        (
+            [A_BINARY, B_BINARY],
+            A_RAW + B_RAW + b"!",
+            "the request carries 28 bytes of binary data, and its inputs claim 27",
+        ),
+        ([A_JSON, B_JSON], b"!", "the request carries 1 bytes of binary data, and its inputs claim 0"),
+        (
+            [as_binary(A_JSON, 12), B_BINARY],
+            A_RAW[:12] + B_RAW,
+            "input 'a' of shape [2, 2] and data-type INT32 takes 16 bytes, and 12 came",
+        ),
+        ([A_BINARY, as_binary(B_JSON, 7)], A_RAW + B_RAW[:7], "input 'b' of shape [2, 1] has too few bytes of data: 7"),
+        (
+            [as_binary(A_JSON, -1), B_BINARY],
+            A_RAW + B_RAW,
+            "binary_data_size of input 'a' is a whole number, 0 or more",
+        ),
+        ([as_binary(A_JSON, 16.0), B_BINARY], A_RAW + B_RAW, "binary_data_size of input 'a' is a whole number"),
+        ([as_binary(A_JSON, "16"), B_BINARY], A_RAW + B_RAW, "binary_data_size of input 'a' is a whole number"),
+        ([as_binary(A_JSON, True), B_BINARY], A_RAW + B_RAW, "binary_data_size of input 'a' is a whole number"),
+        ([as_binary(A_JSON, 1 << 70), B_BINARY], A_RAW + B_RAW, "input 'a'"),
+    ],
+)
+def test_sizes_that_lie_are_refused(inputs: list[Any], binary: bytes, sentence: str) -> None:
+    assert sentence in refusal({"inputs": inputs}, binary)
+
+
+@pytest.mark.parametrize("length", [0, 1_000_000])
+def test_header_length_beyond_the_body_is_refused(length: int) -> None:
+    with pytest.raises(PenstockError) as raised:
+        Parser().parse(PAIR, b"{}", length)
+    assert raised.value.message == f"Inference-Header-Content-Length is {length}, and the body has 2 bytes"
+
+
+@pytest.mark.parametrize("by", [-1, 1, 5])
+def test_header_length_that_lies_is_refused(by: int) -> None:
+    text = json.dumps({"inputs": [A_BINARY, B_BINARY]}).encode()
+    with pytest.raises(PenstockError, match="the request is not JSON"):
+        Parser().parse(PAIR, text + A_RAW + B_RAW, len(text) + by)
+
+
+# --- requests that come again ---
+
+
+def test_template_with_other_tensors_is_not_parsed_again() -> None:
+    parser = Parser()
+    first, _ = parse({"inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW, parser=parser)
+    second, payload = parse({"inputs": [A_BINARY, B_BINARY]}, A_RAW[::-1] + B_RAW, parser=parser)
+    assert second is first
+    assert payload == A_RAW[::-1] + B_RAW
+
+
+def test_template_means_something_else_when_the_model_has_changed() -> None:
+    parser = Parser()
+    first, _ = parse({"inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW, parser=parser)
+    again = PAIR._replace(max_batch_size=8)
+    assert again == PAIR
+    second, _ = parse({"inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW, again, parser)
+    assert second is not first
+    assert second.spec is again
+    with pytest.raises(PenstockError, match="batch-size must be <= 1"):
+        parse({"inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW, PAIR._replace(max_batch_size=1), parser)
+
+
+def test_template_of_one_version_is_not_that_of_another() -> None:
+    parser = Parser()
+    other = PAIR._replace(version="4")
+    for spec in (PAIR, other, PAIR):
+        query, _ = parse({"inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW, spec, parser)
+        assert (query.spec, query.form.version) == (spec, spec.version)
+
+
+def test_template_with_another_size_is_checked_again() -> None:
+    parser = Parser()
+    parse({"inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW, parser=parser)
+    for binary in (A_RAW + B_RAW[:-1], A_RAW + B_RAW + b"!", b""):
+        with pytest.raises(PenstockError, match="binary data"):
+            parse({"inputs": [A_BINARY, B_BINARY]}, binary, parser=parser)
+
+
+@pytest.mark.parametrize(
+    ("request_", "binary"),
+    [
+        ({"inputs": [A_JSON, B_BINARY]}, B_RAW),
+        ({"inputs": [A_JSON, B_JSON]}, b""),
+        ({"id": "1", "inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW),
+        ({"inputs": [A_BINARY, B_BINARY], "x": "y" * 4096}, A_RAW + B_RAW),
+    ],
+)
+def test_request_that_is_more_than_its_template_is_parsed_each_time(request_: Any, binary: bytes) -> None:
+    parser = Parser()
+    assert parse(request_, binary, parser=parser)[0] is not parse(request_, binary, parser=parser)[0]
+
+
+def test_requests_that_differ_in_their_id_share_a_form() -> None:
+    parser = Parser()
+    queries = [
+        parse({"id": str(number), "inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW, parser=parser)[0]
+        for number in range(3)
+    ]
+    assert [query.id for query in queries] == ["0", "1", "2"]
+    assert queries[0].form is queries[1].form is queries[2].form
+
+
+def test_refused_request_is_not_remembered() -> None:
+    parser = Parser()
+    for _ in range(2):
+        with pytest.raises(PenstockError, match="unexpected inference output"):
+            parse({"inputs": [A_BINARY, B_BINARY], "outputs": [{"name": "x"}]}, A_RAW + B_RAW, parser=parser)
+
+
+# --- anything at all ---
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> tuple[bytes, int | None]:
+    """A valid body with some bytes replaced, and any header length."""
+    inputs, binary = draw(
+        st.sampled_from([([A_JSON, B_JSON], b""), ([A_BINARY, B_BINARY], A_RAW + B_RAW), ([A_BINARY, B_JSON], A_RAW)])
+    )
+    text = json.dumps({"id": "i", "inputs": inputs, "outputs": [{"name": "sum"}]}).encode()
+    raw = bytearray(text + binary)
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(raw)))
+        new = st.binary(max_size=3) | st.sampled_from([b"null", b"[", b"]", b"{", b"}", b'"', b"-", b"NaN", b"1e999"])
+        raw[at : at + draw(st.integers(0, 3))] = draw(new)
+    length = len(text) if binary else None
+    return bytes(raw), draw(st.just(length) | st.none() | st.integers(0, len(raw) + 2))
+
+
+@settings(max_examples=500, deadline=None)
+@given(damaged() | st.tuples(st.binary(max_size=80), st.none() | st.integers(0, 90)))
+def test_any_body_is_a_request_or_refused(given_: tuple[bytes, int | None]) -> None:
+    body, header_length = given_
+    try:
+        query, payload = SHARED.parse(PAIR, body, header_length)
+    except PenstockError as error:
+        outcome: object = json.dumps(error.message, ensure_ascii=False).encode() and error.code
+    else:
+        outcome = len(payload) == query.form.nbytes
+    assert outcome in (True, BAD_INPUT)
+
+
+SHARED = Parser()
+
+
+# --- answers ---
+
+
+class Said(NamedTuple):
+    status: bytes
+    headers: dict[str, str]
+    text: bytes  # the JSON part
+    binary: bytes
+
+
+def respond(outcome: Outcome, payload: Buffer, style: Style, identifier: str = "") -> Said:
+    head, tail = render(pack_outcome(outcome), payload, style, identifier)
+    before, _, body = (head + bytes(tail)).partition(b"\r\n\r\n")
+    first, *lines = before.split(b"\r\n")
+    headers = dict(line.decode().split(": ", 1) for line in lines)
+    assert int(headers["Content-Length"]) == len(body)
+    at = int(headers.get("Inference-Header-Content-Length", len(body)))
+    return Said(first, headers, body[:at], body[at:])
+
+
+SUM = Tensor("sum", "INT32", (2, 2), 0, 16)
+TEXT = Tensor("text", "BYTES", (2, 1), 16, len(B_RAW))
+ANSWER = Outcome("pair", "3", (SUM, TEXT))
+
+
+def test_answer_in_json() -> None:
+    said = respond(ANSWER, A_RAW + B_RAW, Style(False))
+    assert said.status == b"HTTP/1.1 200 OK"
+    assert said.headers == {"Content-Type": "application/json", "Content-Length": str(len(said.text))}
+    assert said.text == (
+        b'{"model_name":"pair","model_version":"3","outputs":['
+        b'{"name":"sum","datatype":"INT32","shape":[2,2],"data":[1,2,3,4]},'
+        b'{"name":"text","datatype":"BYTES","shape":[2,1],"data":["x","yz"]}]}'
+    )
+
+
+@pytest.mark.parametrize("identifier", ["", "7"])
+def test_answer_as_binary(identifier: str) -> None:
+    said = respond(ANSWER, A_RAW + B_RAW, Style(True), identifier)
+    assert said.headers == {
+        "Content-Type": "application/octet-stream",
+        "Inference-Header-Content-Length": str(len(said.text)),
+        "Content-Length": str(len(said.text) + len(said.binary)),
+    }
+    start = b'{"id":"7",' if identifier else b"{"
+    assert said.text == start + (
+        b'"model_name":"pair","model_version":"3","outputs":['
+        b'{"name":"sum","datatype":"INT32","shape":[2,2],"parameters":{"binary_data_size":16}},'
+        b'{"name":"text","datatype":"BYTES","shape":[2,1],"parameters":{"binary_data_size":11}}]}'
+    )
+    assert said.binary == A_RAW + B_RAW
+
+
+def test_binary_answer_is_not_copied() -> None:
+    payload = memoryview(A_RAW + B_RAW)
+    assert render(pack_outcome(ANSWER), payload, Style(True), "")[1] is payload
+
+
+def test_some_outputs_as_binary() -> None:
+    said = respond(ANSWER, A_RAW + B_RAW, Style(True, frozenset({"sum"})))
+    assert [each.get("data") for each in json.loads(said.text)["outputs"]] == [[1, 2, 3, 4], None]
+    assert said.binary == B_RAW
+
+
+def test_keys_come_in_the_order_that_clients_know() -> None:
+    said = json.loads(respond(ANSWER, A_RAW + B_RAW, Style(False, frozenset({"text"})), "7").text)
+    assert list(said) == ["id", "model_name", "model_version", "outputs"]
+    assert [list(each) for each in said["outputs"]] == [
+        ["name", "datatype", "shape", "data"],
+        ["name", "datatype", "shape", "parameters"],
+    ]
+
+
+@pytest.mark.parametrize("text", ['"', "\\", "\n\0", "é \N{GRINNING FACE}", "</script>", "x" * 256])
+def test_names_and_ids_are_escaped(text: str) -> None:
+    outcome = Outcome(text, text, (Tensor(text, "UINT8", (1,), 0, 1),))
+    for style in (Style(False), Style(True)):
+        said = json.loads(respond(outcome, b"a", style, text).text)
+        assert (said["id"], said["model_name"], said["model_version"]) == (text, text, text)
+        assert said["outputs"][0]["name"] == text
+
+
+@pytest.mark.parametrize("style", [Style(True), Style(False), Style(True, frozenset({"sum"}))])
+@pytest.mark.parametrize("payload", [A_RAW + B_RAW[:-1], A_RAW, b""])
+def test_answer_beyond_its_payload_is_an_error(payload: bytes, style: Style) -> None:
+    with pytest.raises(BadMessage, match="an output lies from"):
+        render(pack_outcome(ANSWER), payload, style, "")
+
+
+def test_what_lies_behind_the_outputs_is_not_sent() -> None:
+    assert respond(ANSWER, A_RAW + B_RAW + b"padding", Style(True)).binary == A_RAW + B_RAW
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x93\xa1m\xa1v\x00"])
+def test_answer_that_is_no_outcome_is_an_error(body: bytes) -> None:
+    with pytest.raises(BadMessage):
+        render(body, b"", Style(False), "")
+
+
+def test_answer_with_a_string_that_json_cannot_carry_is_an_error() -> None:
+    outcome = Outcome("m", "1", (Tensor("t", "BYTES", (1,), 0, 5),))
+    with pytest.raises(PenstockError, match="ask for it as binary"):
+        render_body(pack_outcome(outcome), b"\x01\0\0\0\xff", Style(False), "")
+    assert respond(outcome, b"\x01\0\0\0\xff", Style(True)).binary == b"\x01\0\0\0\xff"
+
+
+CHARACTERS = st.characters(codec="utf-8")
+NAMES = st.text(CHARACTERS, min_size=1, max_size=8)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> tuple[list[Tensor], bytes]:
+    """Tensors of any kind, and the payload that they lie in, with gaps as a worker may leave them."""
+    found: list[Tensor] = []
+    payload = b""
+    for name in draw(st.lists(NAMES, min_size=1, max_size=4, unique=True)):
+        datatype = draw(st.sampled_from(sorted(DTYPES)))
+        shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+        count = math.prod(shape)
+        if datatype == "BYTES":
+            raw = pack_strings(draw(st.lists(NAMES, min_size=count, max_size=count)))
+        else:
+            size = count * DTYPES[datatype].itemsize
+            raw = draw(st.binary(min_size=size, max_size=size))
+            raw = bytes(byte & 1 for byte in raw) if datatype == "BOOL" else raw
+        payload += draw(st.sampled_from([b"", b"", b"gap"]))
+        found.append(Tensor(name, datatype, shape, len(payload), len(raw)))
+        payload += raw
+    return found, payload + draw(st.sampled_from([b"", b"", b"gap"]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(tensors(), st.booleans(), st.data(), st.just("") | st.text(CHARACTERS))
+def test_response_read_as_a_request_has_the_same_tensors(
+    lying: tuple[list[Tensor], bytes], binary: bool, data: st.DataObject, identifier: str
+) -> None:
+    lies, payload = lying
+    only = {tensor.name for tensor in lies if tensor.datatype in ("FP16", "BF16")}
+    may = sorted(({tensor.name for tensor in lies} - only) if binary else {tensor.name for tensor in lies})
+    exceptions = frozenset(data.draw(st.sets(st.sampled_from(may)))) if may else frozenset()
+    style = Style(binary, exceptions if binary else exceptions | only)
+    said = respond(Outcome("m", "1", tuple(lies)), payload, style, identifier)
+
+    text = json.dumps({"inputs": json.loads(said.text)["outputs"]}).encode()
+    inputs = tuple(TensorSpec(tensor.name, tensor.datatype, tensor.shape) for tensor in lies)
+    spec = ModelSpec("m", "1", "p", inputs, (), False, 1)
+    query, back = Parser().parse(spec, text + said.binary, len(text) if said.binary else None)
+    for before, after in zip(lies, unpack_layout(query.form.body).tensors, strict=True):
+        assert before[:3] == after[:3]
+        one = payload[before.offset : before.offset + before.nbytes]
+        other = bytes(back[after.offset : after.offset + after.nbytes])
+        if style.is_binary(before.name) or before.datatype not in ("FP32", "FP64"):
+            assert one == other
+        else:  # a NaN may come back as another one
+            shape = before.shape
+            np.testing.assert_array_equal(decode(before.datatype, shape, one), decode(before.datatype, shape, other))

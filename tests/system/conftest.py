@@ -1,0 +1,69 @@
+"""Fixtures that own servers, processes and repositories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from onnx import TensorProto
+
+from tests.system.models import dense, identity, lookup, two_inputs, write
+from tests.system.servers import Process, Server, StartProcess, StartServer
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[StartServer]:
+    """Start servers, each in a runtime directory of its own; at the end each must stop cleanly."""
+    servers: list[Server] = []
+
+    def start(*arguments: str, environment: dict[str, str] | None = None) -> Server:
+        server = Server(tmp_path / f"run{len(servers)}", *arguments, environment=environment)
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.check_clean_end()
+
+
+@pytest.fixture
+def start_process(tmp_path: Path) -> Iterator[StartProcess]:
+    """Start single processes; those still there at the end are told to stop and must exit with 0."""
+    processes: list[Process] = []
+
+    def start(*arguments: str) -> Process:
+        process = Process(arguments)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in reversed(processes):
+        if process.process.poll() is None:
+            assert process.end() == 0, process.errors
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Several models that serve."""
+    path = tmp_path_factory.mktemp("models")
+    write(path, "dense", dense())
+    write(path, "lookup", lookup())
+    write(path, "sums", two_inputs())
+    write(path, "strings", identity(TensorProto.STRING))
+    write(path, "half", identity(TensorProto.FLOAT16))
+    write(path, "brain", identity(TensorProto.BFLOAT16))
+    write(path, "wide", identity(TensorProto.FLOAT, ["N", 50_000]))
+    write(path, "names with spaces é", dense())
+    write(path, "versions", dense(1), "1")
+    write(path, "versions", dense(2), "2")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the tests of a module that only ask."""
+    server = Server(tmp_path_factory.mktemp("server") / "run", str(repository))
+    yield server
+    server.check_clean_end()

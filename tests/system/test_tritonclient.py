@@ -1,0 +1,135 @@
+"""``tritonclient.http`` works unchanged, sync and aio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tritonclient.http as triton
+import tritonclient.http.aio as triton_aio
+from tritonclient.utils import InferenceServerException
+
+from tests.system.servers import Server
+
+A = np.array([[1, 2], [3, 4]], np.int32)
+B = np.array([[10, 20], [30, 40]], np.int32)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Any]:
+    with triton.InferenceServerClient(f"{server.host}:{server.port}", concurrency=4) as client:
+        yield client
+
+
+def sums(binary: bool = True) -> list[Any]:
+    inputs = [triton.InferInput("a", [2, 2], "INT32"), triton.InferInput("b", [2, 2], "INT32")]
+    inputs[0].set_data_from_numpy(A, binary_data=binary)
+    inputs[1].set_data_from_numpy(B, binary_data=binary)
+    return inputs
+
+
+def one(name: str, array: Any, datatype: str, binary: bool = True) -> list[Any]:
+    given = triton.InferInput(name, list(array.shape), datatype)
+    given.set_data_from_numpy(array, binary_data=binary)
+    return [given]
+
+
+def test_the_server_and_its_models_describe_themselves(client: Any) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("sums")
+    assert client.is_model_ready("sums", "1")
+    assert not client.is_model_ready("sums", "9")
+    assert not client.is_model_ready("nope")
+    assert client.get_server_metadata()["name"] == "penstock"
+    metadata = client.get_model_metadata("sums")
+    assert metadata["name"] == "sums"
+    assert metadata["versions"] == ["1"]
+    assert metadata["inputs"] == [
+        {"name": "a", "datatype": "INT32", "shape": [-1, 2]},
+        {"name": "b", "datatype": "INT32", "shape": [-1, 2]},
+    ]
+    assert client.is_model_ready("names with spaces é")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_infer_with_binary_and_json_tensors_both_ways(client: Any, binary: bool, wanted: bool | None) -> None:
+    outputs = None
+    if wanted is not None:
+        outputs = [triton.InferRequestedOutput(name, binary_data=wanted) for name in ("difference", "sum")]
+    result = client.infer("sums", sums(binary), outputs=outputs, request_id="a-1", timeout=5_000_000)
+    np.testing.assert_array_equal(result.as_numpy("sum"), A + B)
+    np.testing.assert_array_equal(result.as_numpy("difference"), A - B)
+    assert result.get_response()["id"] == "a-1"
+    if outputs is not None:
+        assert [each["name"] for each in result.get_response()["outputs"]] == ["difference", "sum"]
+
+
+def test_only_the_outputs_that_are_asked_for_come(client: Any) -> None:
+    result = client.infer("sums", sums(), outputs=[triton.InferRequestedOutput("difference")])
+    assert result.as_numpy("sum") is None
+    np.testing.assert_array_equal(result.as_numpy("difference"), A - B)
+
+
+@pytest.mark.parametrize("request_encoding", [None, "gzip", "deflate"])
+@pytest.mark.parametrize("response_encoding", [None, "gzip", "deflate"])
+def test_compression_both_ways(client: Any, request_encoding: str | None, response_encoding: str | None) -> None:
+    wide = np.arange(50_000, dtype=np.float32).reshape(1, -1)
+    result = client.infer(
+        "wide",
+        one("x", wide, "FP32"),
+        request_compression_algorithm=request_encoding,
+        response_compression_algorithm=response_encoding,
+    )
+    np.testing.assert_array_equal(result.as_numpy("y"), wide)
+
+
+def test_strings_half_and_bfloat16(client: Any) -> None:
+    texts = np.array([["Grüße", "b"]], dtype=object)
+    for binary in (True, False):
+        result = client.infer("strings", one("x", texts, "BYTES", binary))
+        assert [element.decode() for element in result.as_numpy("y").ravel()] == ["Grüße", "b"]
+    half = np.array([[1.5, -2.0]], np.float16)
+    np.testing.assert_array_equal(client.infer("half", one("x", half, "FP16")).as_numpy("y"), half)
+    brain = np.array([[1.5, -2.0]], ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(client.infer("brain", one("x", brain, "BF16")).as_numpy("y"), brain)
+
+
+def test_async_infer(client: Any) -> None:
+    calls = [client.async_infer("sums", sums()) for _ in range(8)]
+    for call in calls:
+        np.testing.assert_array_equal(call.get_result().as_numpy("sum"), A + B)
+
+
+def test_errors_arrive_as_exceptions_with_their_sentence(client: Any) -> None:
+    with pytest.raises(InferenceServerException, match="Request for unknown model: 'nope' is not found"):
+        client.infer("nope", sums())
+    with pytest.raises(InferenceServerException, match="data-type is 'FP32', but model 'lookup' expects 'INT64'"):
+        client.infer("lookup", one("i", np.zeros(1, np.float32), "FP32"))
+    with pytest.raises(InferenceServerException, match="unexpected inference output 'NOPE' for model 'sums'"):
+        client.infer("sums", sums(), outputs=[triton.InferRequestedOutput("NOPE")])
+
+
+def test_the_aio_client(server: Server) -> None:
+    async def use() -> None:
+        async with triton_aio.InferenceServerClient(f"{server.host}:{server.port}") as client:
+            assert await client.is_server_live()
+            assert await client.is_server_ready()
+            assert await client.is_model_ready("sums")
+            assert (await client.get_server_metadata())["name"] == "penstock"
+            assert (await client.get_model_metadata("sums"))["name"] == "sums"
+            results = await asyncio.gather(*(client.infer("sums", sums(binary)) for binary in (True, False) * 8))
+            for result in results:
+                np.testing.assert_array_equal(result.as_numpy("sum"), A + B)
+            for encoding in ("gzip", "deflate"):
+                result = await client.infer(
+                    "sums", sums(), request_compression_algorithm=encoding, response_compression_algorithm=encoding
+                )
+                np.testing.assert_array_equal(result.as_numpy("sum"), A + B)
+
+    asyncio.run(use())

@@ -1,0 +1,175 @@
+"""Valid messages of every kind, for hypothesis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from penstock.wire.errors import CODES
+from penstock.wire.fields import U64_MAX
+from penstock.wire.messages import (
+    BATCH_REASONS,
+    COMPLETE,
+    FAILED,
+    FROM_CALLER,
+    FROM_WORKER,
+    INLINE_MAX_BYTES,
+    MAX_PRIORITY,
+    ON_PUBLICATION,
+    TO_CALLER,
+    TO_WORKER,
+    Answers,
+    Ask,
+    Assign,
+    Attached,
+    Batch,
+    Beat,
+    Bye,
+    CallerHello,
+    Done,
+    Expect,
+    Failure,
+    Finished,
+    Form,
+    Freed,
+    HelloWanted,
+    Leaving,
+    Message,
+    Metrics,
+    Models,
+    Outcome,
+    Refusal,
+    Refusals,
+    Requests,
+    Results,
+    Snapshot,
+    Submit,
+    Tasks,
+    Welcome,
+    WorkerAddress,
+    WorkerHello,
+    WorkerModels,
+    Workers,
+)
+from penstock.wire.metrics import FAMILIES, HISTOGRAM, Sample
+from penstock.wire.models import READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
+from penstock.wire.tensors import DATATYPES, MAX_ELEMENTS
+
+KINDS: dict[int, type[Message]] = {**FROM_CALLER, **FROM_WORKER, **TO_CALLER, **TO_WORKER, **ON_PUBLICATION}
+
+u64 = st.integers(0, U64_MAX)
+u32 = st.integers(0, 1 << 32)
+names = st.text(max_size=8)
+peers = st.binary(min_size=8, max_size=8)
+flags = st.booleans()
+datatypes = st.sampled_from(sorted(DATATYPES))
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def few(inner: st.SearchStrategy[Any], least: int = 0) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.lists(inner, min_size=least, max_size=3).map(tuple)
+
+
+ids = st.lists(u64, min_size=1, max_size=5).map(tuple)
+id_ranges = st.lists(u64, max_size=6, unique=True).map(lambda each: tuple(sorted(each[: len(each) // 2 * 2])))
+tensors = st.builds(Tensor, names, datatypes, few(st.integers(0, MAX_ELEMENTS)), u64, u64)
+dimensions = st.integers(-1, MAX_ELEMENTS)
+tensor_specs = few(st.builds(TensorSpec, names, datatypes, few(dimensions)))
+row_specs = few(st.builds(TensorSpec, names, datatypes, few(dimensions, 1)), 1)
+specs = st.builds(
+    ModelSpec, names, names, names, tensor_specs, tensor_specs, st.just(False), st.integers(1, 1 << 32)
+) | st.builds(ModelSpec, names, names, names, row_specs, tensor_specs, st.just(True), st.integers(1, 1 << 32))
+states = st.builds(ModelState, names, names, st.sampled_from(sorted(STATES - {READY})), names, st.none() | specs)
+models = few(states | st.builds(ModelState, names, names, st.just(READY), names, specs))
+layouts = st.builds(Layout, few(tensors), few(names))
+outcomes = st.builds(Outcome, names, names, few(tensors))
+failures = st.builds(Failure, st.sampled_from(sorted(CODES)), names, u32)
+sizes = st.sampled_from([0, 1, 7, INLINE_MAX_BYTES, INLINE_MAX_BYTES + 1])
+bodies = st.binary(max_size=20)
+forms = st.builds(
+    Form, names, names, st.integers(0, MAX_PRIORITY), names, st.integers(1, 1 << 32), sizes, bodies, bodies
+)
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> Sample:
+    name = draw(st.sampled_from(sorted(FAMILIES)))
+    about = FAMILIES[name]
+    labels = tuple(draw(names) for _ in about.labels)
+    if about.kind == HISTOGRAM:
+        width = len(about.bounds) + 2
+        return Sample(name, labels, tuple(draw(st.lists(numbers, min_size=width, max_size=width))))
+    return Sample(name, labels, draw(numbers))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Requests:
+    numbers = draw(ids)
+    return Requests(draw(forms), numbers, tuple(draw(u64) for _ in numbers))
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> Tasks:
+    numbers = draw(ids)
+    attempt = draw(st.integers(1, 1 << 16))
+    return Tasks(draw(forms), draw(peers), attempt, draw(u64), numbers, tuple(draw(u64) for _ in numbers))
+
+
+answers = st.builds(Answers, st.integers(COMPLETE, FAILED), sizes, bodies, u64, ids)
+finished = st.builds(Finished, peers, st.integers(1, 1 << 16), u64, ids)
+freed = few(st.builds(Freed, peers, id_ranges))
+refusals = st.builds(Refusal, u64, st.sampled_from(sorted(CODES)), names, u32)
+batches = st.builds(Batch, u64, u32, st.sampled_from(sorted(BATCH_REASONS)), u64)
+snapshots = st.builds(Snapshot, names, few(samples()))
+
+
+def payloads(groups: tuple[Any, ...]) -> dict[str, Any]:
+    """What a Carrier with these groups has beside them: ``blob``, ``frames`` and ``starts``."""
+    blob = b""
+    frames: list[bytes] = []
+    starts: list[int] = []
+    for group in groups:
+        size, count = group.nbytes, len(group.ids)
+        if size <= INLINE_MAX_BYTES:
+            starts.append(len(blob))
+            blob += bytes(size * count)
+        else:
+            starts.append(len(frames))
+            frames += [bytes(size)] * count
+    return {"blob": blob, "frames": frames, "starts": starts}
+
+
+@st.composite
+def carriers(
+    draw: st.DrawFn, kind: type[Any], groups: st.SearchStrategy[Any], *others: st.SearchStrategy[Any]
+) -> Message:
+    drawn = draw(few(groups))
+    message: Message = kind(draw(u64), drawn, *(draw(other) for other in others), **payloads(drawn))
+    return message
+
+
+MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
+    CallerHello: st.builds(CallerHello, u64, names, u32, flags),
+    Submit: carriers(Submit, requests(), id_ranges, few(u64)),
+    Ask: st.builds(Ask, u64, u64),
+    Beat: st.builds(Beat, u64, few(samples())),
+    Bye: st.builds(Bye, u64),
+    Leaving: st.builds(Leaving, u64),
+    WorkerHello: st.builds(
+        WorkerHello, u64, names, names, u32, few(names), st.integers(1, 1 << 16), models, few(peers)
+    ),
+    WorkerModels: st.builds(WorkerModels, u64, models),
+    Attached: st.builds(Attached, u64, peers, flags),
+    Done: st.builds(Done, u64, few(finished)),
+    Welcome: st.builds(Welcome, u64, names),
+    HelloWanted: st.builds(HelloWanted, u64),
+    Models: st.builds(Models, u64, models),
+    Workers: st.builds(Workers, u64, few(st.builds(WorkerAddress, peers, names))),
+    Refusals: st.builds(Refusals, u64, few(refusals)),
+    Metrics: st.builds(Metrics, u64, u64, few(snapshots)),
+    Expect: st.builds(Expect, u64, few(peers), few(peers)),
+    Assign: carriers(Assign, tasks(), freed, freed),
+    Results: carriers(Results, answers, peers, batches),
+}
+messages: st.SearchStrategy[Message] = st.one_of(*MESSAGES.values())

@@ -1,0 +1,106 @@
+"""The control connection: who is there, and that it has gone."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.wire.control import HELLO_BYTES, connect, listen, peer_id, same_user
+from penstock.wire.errors import BadMessage
+
+PEER = b"a peer.."
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "control.sock"
+
+
+@pytest.fixture
+def listener(path: Path) -> Iterator[socket.socket]:
+    with listen(path) as listener:
+        yield listener
+
+
+@pytest.fixture
+def ends(listener: socket.socket, path: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A peer's end of a connection, and the broker's."""
+    peer = connect(path, PEER)
+    assert peer is not None
+    broker, _ = listener.accept()
+    with peer, broker:
+        broker.settimeout(10)
+        yield peer, broker
+
+
+def test_a_connection_says_first_who_it_is(ends: tuple[socket.socket, socket.socket]) -> None:
+    _, broker = ends
+    assert peer_id(broker.recv(100)) == PEER
+
+
+def test_both_ends_notice_that_the_other_has_gone(ends: tuple[socket.socket, socket.socket]) -> None:
+    peer, broker = ends
+    broker.recv(100)
+    peer.close()
+    assert broker.recv(100) == b""
+
+
+def test_a_peer_notices_the_end_of_its_broker(ends: tuple[socket.socket, socket.socket]) -> None:
+    peer, broker = ends
+    broker.recv(100)
+    broker.close()
+    assert select.select([peer], [], [], 10)[0]
+    assert peer.recv(100) == b""
+
+
+def test_processes_of_this_user_are_known_by_the_kernel(ends: tuple[socket.socket, socket.socket]) -> None:
+    assert all(same_user(end) for end in ends)
+
+
+def test_there_is_no_connection_while_nobody_listens(path: Path) -> None:
+    assert connect(path, PEER) is None
+    with listen(path):
+        pass
+    assert connect(path, PEER) is None  # what is left of one who listened
+
+
+def test_nobody_listens_where_another_does(listener: socket.socket, path: Path) -> None:
+    with pytest.raises(OSError, match="in use"):
+        listen(path)
+
+
+def test_sockets_neither_block_nor_outlive_an_exec(
+    listener: socket.socket, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    for each in (listener, ends[0]):
+        assert not each.getblocking()
+        assert not os.get_inheritable(each.fileno())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=2 * HELLO_BYTES) | st.binary(min_size=HELLO_BYTES, max_size=HELLO_BYTES))
+def test_only_a_hello_is_a_hello(packet: bytes) -> None:
+    with pytest.raises(BadMessage):
+        peer_id(packet)
+
+
+@pytest.mark.parametrize(
+    ("packet", "sentence"),
+    [
+        (b"PNST\x01\x00" + PEER[:-1], "a control hello has 14 bytes, and 13 came"),
+        (b"PNST\x01\x00" + PEER + b".", "a control hello has 14 bytes, and 15 came"),
+        (b"PNST\x02\x00" + PEER, "the peer speaks version 2 of the protocol, and this broker version 1"),
+        (b"HTTP\x01\x00" + PEER, "a control connection whose first packet is no hello of Penstock's"),
+    ],
+)
+def test_what_is_no_hello_is_refused_with_the_reason(packet: bytes, sentence: str) -> None:
+    with pytest.raises(BadMessage) as caught:
+        peer_id(packet)
+    assert str(caught.value) == sentence

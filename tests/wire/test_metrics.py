@@ -1,0 +1,84 @@
+"""Processes count into series, and a snapshot of these survives the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from penstock.wire.errors import BadMessage
+from penstock.wire.metrics import FAMILIES, HISTOGRAM, ROWS, SECONDS, Histogram, Meters, Sample, check_samples
+
+
+def test_a_series_is_found_again_by_its_labels() -> None:
+    meters = Meters()
+    meters.value("penstock_requests", "m", "1").value += 2
+    meters.value("penstock_requests", "m", "2").value += 5
+    meters.value("penstock_requests", "m", "1").value += 1
+    assert meters.samples() == (
+        Sample("penstock_requests", ("m", "1"), 3),
+        Sample("penstock_requests", ("m", "2"), 5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "bucket"), [(0.0, 0), (1.0, 0), (1.5, 1), (2.0, 1), (512.0, len(ROWS) - 1), (513.0, len(ROWS))]
+)
+def test_a_histogram_counts_up_to_and_including_its_bounds(value: float, bucket: int) -> None:
+    histogram = Histogram(ROWS)
+    histogram.observe(value, 3)
+    assert histogram.counts == [3 if at == bucket else 0 for at in range(len(ROWS) + 1)]
+    assert histogram.total == 3 * value
+
+
+def test_a_histogram_travels_as_its_counts_and_their_total() -> None:
+    meters = Meters()
+    meters.histogram("penstock_batch_rows", "m", "1").observe(3)
+    [sample] = meters.samples()
+    assert sample.value == (0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0)
+    assert check_samples((tuple(sample),)) == (sample,)
+
+
+def test_series_are_used_as_their_family_says() -> None:
+    meters = Meters()
+    with pytest.raises(AssertionError, match="is a histogram"):
+        meters.value("penstock_batch_rows", "m", "1")
+    with pytest.raises(AssertionError, match="is not a histogram"):
+        meters.histogram("penstock_workers")
+    with pytest.raises(AssertionError, match="has the labels"):
+        meters.value("penstock_requests", "m")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_has_what_its_kind_needs(name: str) -> None:
+    about = FAMILIES[name]
+    assert (about.kind == HISTOGRAM) == bool(about.bounds)
+    assert list(about.bounds) == sorted(set(about.bounds))
+    assert about.process not in about.labels
+    assert about.help
+
+
+@pytest.mark.parametrize(
+    ("sample", "sentence"),
+    [
+        (("penstock_nonsense", (), 1), "unknown metric penstock_nonsense with 0 labels"),
+        (("penstock_workers", ("m",), 1), "unknown metric penstock_workers with 1 labels"),
+        (("penstock_workers", (), (1.0,)), "a gauge does not have 1 values"),
+        (("penstock_batch_rows", ("m", "1"), 1.0), "a histogram does not have 0 values"),
+        (("penstock_batch_rows", ("m", "1"), (1.0,) * 11), "a histogram does not have 11 values"),
+        (("penstock_workers", (), float("nan")), "nan is not a finite number"),
+        (("penstock_workers", (), True), "True is not a finite number"),
+        (("penstock_workers", (), "1"), "'1' is not a finite number"),
+        (("penstock_workers", ()), "a sample is"),
+        (("penstock_requests", ("m", "1" * 257), 1), "is not a text of at most 256"),
+        (None, "a sample is"),
+    ],
+)
+def test_a_sample_that_would_spoil_the_report_is_refused(sample: Any, sentence: str) -> None:
+    with pytest.raises(BadMessage, match=sentence):
+        check_samples((sample,))
+
+
+def test_bounds_of_seconds_reach_from_microseconds_to_the_longest_wait() -> None:
+    assert SECONDS[0] <= 0.0001
+    assert SECONDS[-1] >= 30

@@ -1,0 +1,101 @@
+"""What every process does to be started, watched and stopped."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from penstock.wire.metrics import Meters
+from penstock.wire.process import StopSignal, fields, measure, notify
+
+
+@pytest.fixture
+def stop_signal() -> Iterator[StopSignal]:
+    stop = StopSignal()
+    yield stop
+    stop.restore()
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[socket.socket]:
+    """A socket as systemd gives one to a service of Type=notify."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(str(tmp_path / "notify"))
+        channel.settimeout(10)
+        yield channel
+
+
+def readable(stop: StopSignal, timeout_s: float) -> bool:
+    return bool(select.select([stop.fileno()], [], [], timeout_s)[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_flag_and_wakes_whoever_polls(stop_signal: StopSignal, number: signal.Signals) -> None:
+    before = stop_signal.received, readable(stop_signal, 0)
+    os.kill(os.getpid(), number)
+    after = stop_signal.received, readable(stop_signal, 10)
+    stop_signal.clear()
+    cleared = stop_signal.received, readable(stop_signal, 0)
+    assert (before, after, cleared) == ((False, False), (True, True), (True, False))
+
+
+def test_many_signals_do_no_harm(stop_signal: StopSignal) -> None:
+    stop_signal.clear()
+    for _ in range(300):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop_signal.received
+    stop_signal.clear()
+    assert not readable(stop_signal, 0)
+
+
+def test_restoring_puts_back_what_was_there() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stop = StopSignal()
+    stop.restore()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_the_supervisor_is_told(supervisor: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    notify("READY=1")
+    notify("STOPPING=1")
+    assert [supervisor.recv(100), supervisor.recv(100)] == [b"READY=1", b"STOPPING=1"]
+
+
+def test_a_supervisor_may_listen_on_an_abstract_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind("")  # the kernel finds one
+        address: bytes = channel.getsockname()
+        channel.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + address[1:].decode())
+        notify("READY=1")
+        assert channel.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize("address", ["", "/nowhere/at/all", "@nobody-is-here", "x" * 300])
+def test_nobody_has_to_want_to_know(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    notify("READY=1")
+
+
+def test_a_process_measures_itself() -> None:
+    meters = Meters()
+    measure(meters)
+    measured = {sample.family: sample.value for sample in meters.samples()}
+    assert measured.keys() == {"penstock_process_cpu_seconds", "penstock_process_resident_bytes"}
+    seconds, resident = measured["penstock_process_cpu_seconds"], measured["penstock_process_resident_bytes"]
+    assert isinstance(seconds, float)
+    assert isinstance(resident, int)
+    assert 0 < seconds < 1e6
+    assert 1 << 20 < resident < 1 << 40
+
+
+def test_fields_of_a_log_line_keep_their_names() -> None:
+    assert fields(model="m", name="x") == {"fields": {"model": "m", "name": "x"}}

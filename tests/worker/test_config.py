@@ -1,0 +1,133 @@
+"""``model.toml``: what it may say, and what is said of what it may not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.worker.config import ConfigError, ModelConfig, load_config, parse_duration
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.toml"
+
+
+def complaint(path: Path, content: str) -> str:
+    """What is wrong with a file, without its name."""
+    path.write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    text = str(raised.value)
+    assert text.startswith(f"{path}: ")
+    assert "\n" not in text
+    return text.removeprefix(f"{path}: ")
+
+
+def test_without_a_file_everything_has_its_default(path: Path) -> None:
+    config = load_config(path)
+    assert config == ModelConfig()
+    assert (config.max_batch_size, config.max_queue_delay_s) == (None, 0.0)
+    assert (config.instances, config.intra_op_threads) == (1, 1)
+
+
+def test_every_key_is_read(path: Path) -> None:
+    path.write_text('max_batch_size = 8\nmax_queue_delay = "2ms"\ninstances = 3\nintra_op_threads = 4\n')
+    config = load_config(path)
+    assert (config.max_batch_size, config.instances, config.intra_op_threads) == (8, 3, 4)
+    assert config.max_queue_delay_s == 0.002
+
+
+@pytest.mark.parametrize("key", ["max_batch_size", "instances", "intra_op_threads"])
+@pytest.mark.parametrize("value", ["0", "-1", "100000", "1e30", '"8"', "true", "2.5", "[8]", "{}", f"1{'0' * 40}"])
+def test_number_out_of_range_or_of_another_type_names_its_key(path: Path, key: str, value: str) -> None:
+    text = complaint(path, f"{key} = {value}")
+    assert text.startswith(f"key '{key}': ")
+    assert "Expected `int" in text or "out of range" in text
+
+
+@pytest.mark.parametrize(("key", "limit"), [("max_batch_size", 4096), ("instances", 64), ("intra_op_threads", 1024)])
+def test_limits_are_inclusive(path: Path, key: str, limit: int) -> None:
+    path.write_text(f"{key} = {limit}")
+    assert getattr(load_config(path), key) == limit
+    assert f"<= {limit}" in complaint(path, f"{key} = {limit + 1}")
+
+
+@pytest.mark.parametrize("value", ["2", "0.002", "true", '["2ms"]'])
+def test_delay_that_is_no_text_is_refused(path: Path, value: str) -> None:
+    assert complaint(path, f"max_queue_delay = {value}").startswith("key 'max_queue_delay': Expected `str`")
+
+
+@pytest.mark.parametrize("value", ["", "2", "ms", "2 minutes", "-1ms", "1e3ms", "2ms3", "2  ms", ".5s", "1.s", "inf s"])
+def test_delay_without_number_and_unit_says_how_to_write_it(path: Path, value: str) -> None:
+    text = complaint(path, f'max_queue_delay = "{value}"')
+    assert text.startswith(f"key 'max_queue_delay': '{value}' is not a duration")
+    assert "'500us', '2ms' or '1s'" in text
+
+
+@pytest.mark.parametrize("value", ["61s", "60001ms", f"{'9' * 400}s"])
+def test_delay_over_a_minute_is_refused(path: Path, value: str) -> None:
+    assert "is longer than 60s" in complaint(path, f'max_queue_delay = "{value}"')
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("max_batchsize", "max_batch_size"), ("instance", "instances"), ("max_queue_delay_ms", "max_queue_delay")],
+)
+def test_unknown_key_suggests_the_one_that_was_meant(path: Path, key: str, near: str) -> None:
+    assert complaint(path, f"{key} = 1") == f"unknown key '{key}'; did you mean '{near}'?"
+
+
+def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
+    text = complaint(path, "[zebra]\nx = 1")
+    assert text == ("unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, instances, intra_op_threads")
+
+
+@pytest.mark.parametrize("content", ["instances", "instances = ", "instances = 1\ninstances = 2", "[", "a = [" * 5000])
+def test_what_is_not_toml_is_a_sentence(path: Path, content: str) -> None:
+    assert complaint(path, content)
+
+
+def test_number_with_more_digits_than_python_reads_is_a_sentence(path: Path) -> None:
+    assert "digits" in complaint(path, f"instances = {'9' * 5000}")
+
+
+def test_bytes_that_are_not_utf8_are_a_sentence(path: Path) -> None:
+    path.write_bytes(b"instances = 1 # \xff")
+    with pytest.raises(ConfigError, match="utf-8"):
+        load_config(path)
+
+
+def test_directory_in_its_place_is_a_sentence(path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(path)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read every file")
+def test_file_that_may_not_be_read_is_a_sentence(path: Path) -> None:
+    path.touch(mode=0)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0ms", 0.0), ("500us", 0.0005), ("2ms", 0.002), ("2 ms", 0.002), (" 1s ", 1.0), ("1.5s", 1.5), ("60s", 60.0)],
+)
+def test_duration_is_a_number_and_a_unit(text: str, seconds: float) -> None:
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(alphabet="0123456789. usm\n-e", max_size=8))
+def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
+    try:
+        seconds = parse_duration(text)
+    except ValueError:
+        seconds = 0.0
+    assert 0 <= seconds <= 1e8

@@ -1,0 +1,805 @@
+"""A worker's decisions, as conversations: an event goes in, and this is what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from penstock.wire.errors import BAD_INPUT, DEADLINE, MODEL_FAILED, UNAVAILABLE
+from penstock.wire.membership import BEAT_S, HELLO_AGAIN_S, SILENCE_MAX_S
+from penstock.wire.messages import (
+    INLINE_MAX_BYTES,
+    MAX_PEERS,
+    Assign,
+    Attached,
+    Beat,
+    Bye,
+    Done,
+    Expect,
+    Failure,
+    Finished,
+    Freed,
+    HelloWanted,
+    Leaving,
+    Tasks,
+    Welcome,
+    WorkerHello,
+    WorkerModels,
+)
+from penstock.wire.models import LOADING, READY, ModelState
+from penstock.wire.models import UNAVAILABLE as NOT_LOADED
+from penstock.worker import core
+from penstock.worker.events import (
+    BrokerFound,
+    BrokerLost,
+    Command,
+    Drain,
+    FromBroker,
+    Garbage,
+    Loaded,
+    Log,
+    Publish,
+    Say,
+    Tick,
+    Unsubscribed,
+)
+from penstock.worker.model import Model
+
+if TYPE_CHECKING:
+    from tests.worker.conftest import Request, Requests, Talk
+
+    StartTalk = Callable[..., Talk]
+
+A, B = b"caller a", b"caller b"
+MS_US = 1000
+
+
+@pytest.fixture
+def row(requests: Requests, double: Model) -> Request:
+    """One row for ``double``: [1, 2], so the answer is [2, 4]."""
+    return requests.ask(double, {"x": np.array([[1, 2]], np.float32)})
+
+
+@pytest.fixture
+def slow_row(requests: Requests, slow: Model) -> Request:
+    return requests.ask(slow, {"x": np.array([[1, 2]], np.float32)})
+
+
+@pytest.fixture
+def index(requests: Requests, lookup: Model) -> Callable[[int], Request]:
+    """``index(i)``: a request for ``lookup``, which has four places."""
+    return lambda i: requests.ask(lookup, {"i": np.array([i])})
+
+
+def ids(talk: Talk, commands: list[Command], caller: bytes = A) -> list[int]:
+    """Whose answers are published for a caller."""
+    return [number for number, _ in talk.heard(commands, caller)]
+
+
+def failure(talk: Talk, commands: list[Command], caller: bytes = A) -> Failure:
+    """The one that is published for a caller."""
+    answers = [answer for _, answer in talk.heard(commands, caller)]
+    assert answers
+    assert all(answer == answers[0] for answer in answers)
+    assert isinstance(answers[0], Failure)
+    return answers[0]
+
+
+def count(talk: Talk, family: str, *labels: str) -> float:
+    return talk.core.meters.value(family, *labels).value
+
+
+# --- joining a broker ---
+
+
+def test_hello_is_said_when_the_control_connection_is_made(start_talk: StartTalk, double: Model) -> None:
+    talk = start_talk(double)
+    assert talk.said(talk.wait(), WorkerHello) == []
+    [hello] = talk.said(talk.hear(BrokerFound()), WorkerHello)
+    assert (hello.epoch, hello.name, hello.device, hello.pid, hello.instances) == (0, "worker", "cpu", 42, 1)
+    assert (hello.endpoints, hello.callers) == (("ipc://results",), ())
+    assert [state.name for state in hello.models] == ["double"]
+
+
+def test_hello_is_said_again_until_it_is_answered(start_talk: StartTalk) -> None:
+    talk = start_talk()
+    talk.hear(BrokerFound())
+    assert talk.core.due() == pytest.approx(talk.now + HELLO_AGAIN_S)
+    assert talk.said(talk.wait(HELLO_AGAIN_S / 2), WorkerHello) == []
+    assert len(talk.said(talk.wait(HELLO_AGAIN_S), WorkerHello)) == 1
+    commands = talk.join()
+    assert talk.logged(commands) == ["joined the broker"]
+    assert talk.said(talk.wait(HELLO_AGAIN_S), WorkerHello) == []
+
+
+def test_worker_on_another_host_says_hello_at_once(start_talk: StartTalk) -> None:
+    talk = start_talk(local=False)
+    assert len(talk.said(talk.wait(), WorkerHello)) == 1
+
+
+def test_hello_names_those_who_hear_already(start_talk: StartTalk) -> None:
+    talk = start_talk()
+    talk.subscribe(A)
+    [hello] = talk.said(talk.hear(BrokerFound()), WorkerHello)
+    assert list(hello.callers) == [A]
+
+
+def test_beat_is_said_every_second_and_brings_what_is_kept(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    talk.wait(BEAT_S / 2)
+    assert talk.core.due() == pytest.approx(1.0 + BEAT_S)
+    assert len(talk.said(talk.wait(BEAT_S / 2), Beat)) == 1
+    assert count(talk, "penstock_unacknowledged_bytes") == talk.core.kept_bytes > 0
+    assert talk.said(talk.wait(BEAT_S / 2), Beat) == []
+
+
+def test_silent_broker_is_looked_for(talk: Talk) -> None:
+    for _ in range(int(SILENCE_MAX_S)):
+        talk.wait(1.0)
+    talk.tell(Beat(7))
+    commands = talk.wait(SILENCE_MAX_S)
+    assert "broker silent; looking for it" not in talk.logged(commands)
+    commands = talk.wait(0.1)
+    assert talk.logged(commands) == ["broker silent; looking for it"]
+    assert not talk.core.membership.joined
+
+
+def test_end_of_the_control_connection_is_the_brokers_death(talk: Talk) -> None:
+    commands = talk.hear(BrokerLost("its process ended"))
+    assert commands == [Log("warning", "broker gone; looking for it", {"reason": "its process ended"})]
+    assert talk.hear(BrokerLost("again")) == []
+    assert talk.said(talk.hear(BrokerFound()), WorkerHello)
+
+
+def test_good_bye_of_the_broker_ends_the_membership(talk: Talk) -> None:
+    assert talk.logged(talk.tell(Bye(7))) == ["broker is shutting down"]
+    assert not talk.core.membership.joined
+
+
+def test_broker_that_does_not_know_the_worker_gets_a_hello_at_once(talk: Talk) -> None:
+    [hello] = talk.said(talk.tell(HelloWanted(8)), WorkerHello)
+    assert hello.epoch == 0
+    assert talk.said(talk.tell(HelloWanted(8)), WorkerHello) == []  # one under way will do
+
+
+def test_messages_of_another_epoch_are_not_heard(talk: Talk, row: Request) -> None:
+    tasks = [Tasks(row.form, A, 1, 0, (1,), (1000,))]
+    assert talk.tell(Assign(6, tasks, blob=row.payload)) == []
+    assert talk.tell(Expect(6, (B,))) == []
+    assert talk.tell(Bye(6)) == []
+    assert talk.core.membership.joined
+
+
+# --- a new epoch ---
+
+
+def test_new_epoch_drops_what_waits_what_is_kept_and_who_is_known(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    talk.assign(A, [2], row)
+    talk.assign(A, [3, 4], row)
+    assert talk.core.kept_bytes > 0
+    talk.join(8)
+    assert talk.core.holds_nothing
+    assert talk.core.kept_bytes == 0
+    assert talk.subscribe(A) == []  # unknown to this broker so far: nothing is kept, nothing said
+    [hello_again] = talk.said(talk.expect(A), Attached)
+    assert hello_again == Attached(8, A, True)
+
+
+def test_result_of_an_old_epoch_is_dropped(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.join(8)
+    talk.expect(A)
+    assert talk.finish() == []
+    assert talk.core.holds_nothing
+    talk.assign(A, [2], row)
+    assert ids(talk, talk.finish()) == [2]
+
+
+def test_result_of_an_old_epoch_is_not_taken_for_that_of_the_same_request_in_the_new_one(
+    talk: Talk, row: Request
+) -> None:
+    """A broker that lost sight of this worker sends it the requests anew, while the old batch still runs."""
+    talk.assign(A, [1, 2], row)
+    talk.tell(HelloWanted(7))
+    talk.join(7)
+    talk.expect(A)
+    talk.assign(A, [1, 2], row, attempt=2)
+    assert [command for command in talk.finish() if isinstance(command, (Say, Publish))] == []
+    for number in 1, 2:
+        commands = talk.finish()
+        assert ids(talk, commands) == [number]
+        assert [(each.attempt, each.ids) for each in talk.done(commands)] == [(2, (number,))]
+    assert talk.batches == []
+
+
+def test_result_of_an_old_epoch_does_not_end_a_request_that_runs_in_the_new_one(
+    start_talk: StartTalk, double: Model, lookup: Model, row: Request, index: Callable[[int], Request]
+) -> None:
+    talk = start_talk(double, lookup, instances=2)
+    talk.join()
+    talk.expect(A)
+    talk.assign(A, [1], row)
+    talk.join(8)
+    talk.expect(A)
+    talk.assign(A, [1], index(3))
+    [old, new] = talk.batches
+    assert (old.batch.model[0], new.batch.model[0]) == ("double", "lookup")
+    assert talk.done(talk.finish()) == []
+    assert ids(talk, talk.finish()) == [1]
+
+
+def test_done_is_not_said_to_nobody(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.hear(BrokerLost("its process ended"))
+    commands = talk.finish()
+    assert talk.said(commands, Done) == []
+    assert ids(talk, commands) == [1]  # its caller may still hear it
+
+
+# --- who hears ---
+
+
+def test_attached_is_said_when_an_expected_caller_subscribes(start_talk: StartTalk) -> None:
+    talk = start_talk()
+    talk.join()
+    assert talk.expect(A, B) == []
+    assert talk.subscribe(A) == [Say(Attached(7, A, True))]
+
+
+def test_attached_is_said_when_a_caller_that_subscribed_is_expected(start_talk: StartTalk) -> None:
+    talk = start_talk()
+    talk.join()
+    assert talk.subscribe(A) == []
+    assert talk.expect(B, A) == [Say(Attached(7, A, True))]
+
+
+def test_caller_is_detached_when_its_last_connection_ends(talk: Talk) -> None:
+    talk.subscribe(A)
+    assert talk.hear(Unsubscribed(A)) == []
+    assert talk.hear(Unsubscribed(A)) == [Say(Attached(7, A, False))]
+    assert talk.hear(Unsubscribed(A)) == []
+
+
+def test_end_of_a_subscription_that_nobody_expected_is_not_told(talk: Talk) -> None:
+    talk.subscribe(B)
+    assert talk.hear(Unsubscribed(B)) == []
+    assert talk.hear(Unsubscribed(b"stranger")) == []
+
+
+def test_room_for_topics_is_bounded(talk: Talk) -> None:
+    for number in range(MAX_PEERS - 1):
+        talk.core._subscriptions[number.to_bytes(8, "big")] = 1
+    assert talk.core.may_subscribe(A)
+    assert not talk.core.may_subscribe(B)
+
+
+def test_what_is_not_acknowledged_is_published_on_every_subscription(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1, 2], row)
+    talk.finish()
+    talk.assign(A, [3], row)
+    talk.finish()
+    assert ids(talk, talk.subscribe(A)) == [1, 2, 3]
+    talk.free(A, 1, 1)
+    assert ids(talk, talk.subscribe(A)) == [1, 2, 3]  # 1 and 2 are one message
+    talk.free(A, 2, 2)
+    assert ids(talk, talk.subscribe(A)) == [3]
+    talk.free(A, 3, 3)
+    assert ids(talk, talk.subscribe(A)) == []
+
+
+def test_message_is_published_again_as_it_was(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1, 2], row)
+    [first] = [command for command in talk.finish() if isinstance(command, Publish)]
+    commands = talk.subscribe(A)
+    assert [command for command in commands if isinstance(command, Publish)] == [first]
+
+
+def test_slow_joiner_gets_what_was_published_before_it_heard(
+    start_talk: StartTalk, double: Model, row: Request
+) -> None:
+    talk = start_talk(double)
+    talk.join()
+    talk.expect(A)
+    talk.assign(A, [1], row)
+    talk.finish()
+    assert ids(talk, talk.subscribe(A)) == [1]
+
+
+# --- requests ---
+
+
+def test_request_is_run_published_and_done(talk: Talk, row: Request) -> None:
+    assert talk.said(talk.assign(A, [5], row), Done) == []
+    [run] = talk.batches
+    assert (run.batch.model, run.batch.rows, run.batch.reason) == (("double", "1"), 1, "idle")
+    commands = talk.finish()
+    [(number, answer)] = talk.heard(commands, A)
+    assert number == 5
+    assert not isinstance(answer, Failure)
+    assert answer["y"].tolist() == [[2, 4]]
+    assert talk.done(commands) == [Finished(A, 1, 8, (5,))]
+
+
+def test_result_is_published_before_it_is_called_done(talk: Talk, row: Request) -> None:
+    """So that an acknowledgment, which follows the result, finds it here."""
+    talk.assign(A, [5], row)
+    kinds = [type(command).__name__ for command in talk.finish()]
+    assert kinds.index("Publish") < kinds.index("Say")
+
+
+def test_done_tells_attempt_and_bytes_of_each_result(talk: Talk, requests: Requests, double: Model) -> None:
+    wide = requests.ask(double, {"x": np.ones((2, INLINE_MAX_BYTES), np.float32)})
+    talk.assign(A, [1, 2], wide, attempt=3)
+    assert talk.done(talk.finish()) == [Finished(A, 3, 2 * 4 * INLINE_MAX_BYTES, (1,))]
+    assert talk.done(talk.finish()) == [Finished(A, 3, 2 * 4 * INLINE_MAX_BYTES, (2,))]
+
+
+def test_requests_that_come_while_an_instance_runs_make_the_next_batch(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.assign(A, [2, 3], row)
+    talk.expect(B)
+    talk.assign(B, [1], row)
+    assert len(talk.batches) == 1
+    talk.finish()
+    [run] = talk.batches
+    assert run.batch.rows == 3
+    commands = talk.finish()
+    assert (ids(talk, commands, A), ids(talk, commands, B)) == ([2, 3], [1])
+    assert talk.done(commands) == [Finished(A, 1, 8, (2, 3)), Finished(B, 1, 8, (1,))]
+
+
+def test_every_instance_gets_a_batch(start_talk: StartTalk, double: Model, lookup: Model, row: Request) -> None:
+    talk = start_talk(double, lookup, instances=2)
+    talk.join()
+    talk.expect(A)
+    talk.assign(A, [1], row)
+    talk.assign(A, [2], row)
+    assert len(talk.batches) == 1  # the model itself has one instance
+    talk.assign(A, [3], talk.requests.ask(lookup, {"i": np.array([3])}))
+    assert [run.batch.model[0] for run in talk.batches] == ["double", "lookup"]
+
+
+def test_large_payloads_come_and_go_as_frames(talk: Talk, requests: Requests, double: Model) -> None:
+    x = np.arange(INLINE_MAX_BYTES, dtype=np.float32)[None]
+    talk.assign(A, [1, 2], requests.ask(double, {"x": x}))
+    commands = talk.finish()
+    for _, answer in talk.heard(commands, A):
+        assert not isinstance(answer, Failure)
+        np.testing.assert_array_equal(answer["y"], x * 2)
+    assert ids(talk, commands) == [1, 2]
+
+
+def test_several_groups_of_one_message_find_their_payloads(talk: Talk, requests: Requests, double: Model) -> None:
+    widths = (2, 5000, 3, 2, 6000)
+    asked = [requests.ask(double, {"x": np.full((1, width), width, np.float32)}) for width in widths]
+    groups = [Tasks(each.form, A, 1, 0, (number,), (10**7,)) for number, each in enumerate(asked)]
+    blob = b"".join(each.payload for each in asked if each.form.nbytes <= INLINE_MAX_BYTES)
+    frames = [each.payload for each in asked if each.form.nbytes > INLINE_MAX_BYTES]
+    assert (len(blob), len(frames)) == (4 * (2 + 3 + 2), 2)
+    commands = talk.tell(Assign(7, groups, blob=blob, frames=frames), frames=frames)
+    while talk.batches:
+        commands += talk.finish()
+    for number, answer in talk.heard(commands, A):
+        assert not isinstance(answer, Failure)
+        assert answer["y"].tolist() == [[2.0 * widths[number]] * widths[number]]
+    assert sorted(ids(talk, commands)) == [0, 1, 2, 3, 4]
+
+
+def test_batch_waits_for_more_as_long_as_its_model_allows(talk: Talk, slow_row: Request) -> None:
+    talk.assign(A, [1], slow_row)
+    assert talk.batches == []
+    assert talk.core.due() == pytest.approx(talk.now + 0.010)
+    talk.assign(A, [2], slow_row)
+    talk.wait(0.010)
+    [run] = talk.batches
+    assert (run.batch.rows, run.batch.reason) == (2, "delay")
+    assert talk.core.due() == pytest.approx(1.0 + BEAT_S)
+
+
+def test_time_alone_changes_nothing_while_every_instance_runs(talk: Talk, slow_row: Request, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.assign(A, [2], slow_row)
+    assert talk.core.due() > talk.now + 0.5
+    talk.wait(0.020)
+    assert len(talk.batches) == 1
+    talk.finish()
+    assert [run.batch.reason for run in talk.batches] == ["delay"]
+
+
+def test_model_that_fails_is_its_requests_answer(
+    start_talk: StartTalk, lookup: Model, index: Callable[[int], Request]
+) -> None:
+    talk = start_talk(lookup)
+    talk.join()
+    talk.expect(A)
+    talk.assign(A, [1], index(9))
+    commands = talk.finish()
+    assert failure(talk, commands).code == MODEL_FAILED
+    assert talk.done(commands) == [Finished(A, 1, 0, (1,))]
+    assert talk.logged(commands) == ["request failed"]
+    assert count(talk, "penstock_request_failures", "lookup", "1", MODEL_FAILED) == 1
+
+
+def test_failure_among_others_splits_what_came_together(
+    start_talk: StartTalk, lookup: Model, index: Callable[[int], Request]
+) -> None:
+    talk = start_talk(lookup)
+    talk.join()
+    talk.expect(A)
+    form = index(0).form
+    payloads = b"".join(index(i).payload for i in (0, 9, 2))
+    talk.tell(Assign(7, [Tasks(form, A, 1, 0, (1, 2, 3), (10**7,) * 3)], blob=payloads))
+    commands = talk.finish()
+    answers = dict(talk.heard(commands, A))
+    assert [isinstance(answers[number], Failure) for number in (1, 2, 3)] == [False, True, False]
+    assert [(each.nbytes, each.ids) for each in talk.done(commands)] == [(4, (1,)), (0, (2,)), (4, (3,))]
+
+
+# --- results that are kept ---
+
+
+def test_kept_bytes_are_those_of_messages_with_answers_left(talk: Talk, row: Request) -> None:
+    sizes = []
+    for numbers in ([1, 2], [4, 5, 6]):
+        talk.assign(A, numbers, row)
+        [published] = [command for command in talk.finish() if isinstance(command, Publish)]
+        sizes.append(len(published.head) + sum(map(len, published.frames)))
+    assert talk.core.kept_bytes == sum(sizes)
+    talk.free(A, 2, 4)
+    assert talk.core.kept_bytes == sum(sizes)
+    talk.free(A, 1, 1)
+    assert talk.core.kept_bytes == sizes[1]
+    assert not talk.core.holds_nothing
+    talk.free(A, 5, 6)
+    assert talk.core.kept_bytes == 0
+    assert talk.core.holds_nothing
+
+
+def test_frames_count_as_kept(talk: Talk, requests: Requests, double: Model) -> None:
+    talk.assign(A, [1], requests.ask(double, {"x": np.ones((1, INLINE_MAX_BYTES), np.float32)}))
+    talk.finish()
+    assert 4 * INLINE_MAX_BYTES < talk.core.kept_bytes < 4 * INLINE_MAX_BYTES + 500
+
+
+@pytest.mark.parametrize("ranges", [(1, 3, 5, 5), (0, 1000), (0, 2**64 - 1), (1, 1, 2, 2, 3, 3, 5, 5)])
+def test_results_are_freed_by_ranges(talk: Talk, row: Request, ranges: tuple[int, ...]) -> None:
+    talk.assign(A, [1, 2, 3], row)
+    talk.finish()
+    talk.assign(A, [5], row)
+    talk.finish()
+    talk.free(A, *ranges)
+    assert talk.core.holds_nothing
+
+
+def test_freeing_what_is_not_kept_changes_nothing(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    assert talk.free(A, 1, 9) == []  # it runs
+    assert talk.free(B, 0, 2**64 - 1) == []
+    talk.finish()
+    talk.free(A, 2, 9)
+    assert not talk.core.holds_nothing
+    talk.free(A, 1, 1)
+    talk.free(A, 1, 1)
+    assert talk.core.holds_nothing
+
+
+# --- cancels, and callers that go ---
+
+
+def test_request_that_waits_is_cancelled_and_done(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.assign(A, [2, 3, 4], row)
+    commands = talk.cancel(A, 3, 3)
+    assert talk.done(commands) == [Finished(A, 1, 0, (3,))]
+    assert talk.heard(commands, A) == []
+    talk.finish()
+    assert ids(talk, talk.finish()) == [2, 4]
+
+
+def test_whole_lot_that_waits_is_cancelled(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.assign(A, [2, 3], row)
+    talk.assign(A, [4], row, attempt=2)
+    commands = talk.cancel(A, 2, 4)
+    assert talk.done(commands) == [Finished(A, 1, 0, (2, 3)), Finished(A, 2, 0, (4,))]
+    talk.finish()
+    assert talk.batches == []
+
+
+def test_request_that_runs_is_finished_all_the_same(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1, 2], row)
+    assert talk.cancel(A, 1, 1) == []
+    commands = talk.finish()
+    assert ids(talk, commands) == [1, 2]
+    assert talk.done(commands) == [Finished(A, 1, 8, (1, 2))]
+
+
+def test_cancel_of_what_is_not_here_changes_nothing(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    assert talk.cancel(A, 0, 2**64 - 1) == []
+    assert talk.cancel(B, 1, 1) == []
+
+
+def test_work_freed_and_cancelled_come_in_one_message(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    talk.assign(A, [2], row)
+    talk.assign(A, [3], row)
+    tasks = [Tasks(row.form, A, 1, 0, (4,), (10**7,))]
+    commands = talk.tell(Assign(7, tasks, [Freed(A, (1, 1))], [Freed(A, (3, 3))], blob=row.payload))
+    assert talk.done(commands) == [Finished(A, 1, 0, (3,))]
+    talk.finish()
+    assert ids(talk, talk.finish()) == [4]
+
+
+def test_caller_that_has_gone_is_forgotten(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    talk.assign(A, [2], row)
+    talk.assign(A, [3], row)
+    commands = talk.expect(gone=[A])
+    assert talk.done(commands) == [Finished(A, 1, 0, (3,))]
+    assert talk.core.kept_bytes == 0
+    commands = talk.finish()  # what ran goes to nobody, and the broker hears that it is over
+    assert talk.heard(commands, A) == []
+    assert talk.done(commands) == [Finished(A, 1, 8, (2,))]
+    assert talk.core.holds_nothing
+
+
+def test_caller_that_nobody_knows_may_be_gone(talk: Talk) -> None:
+    assert talk.expect(gone=[B]) == []
+
+
+def test_others_keep_theirs_when_a_caller_goes(talk: Talk, row: Request) -> None:
+    talk.expect(B)
+    for caller in A, B:
+        talk.assign(caller, [1], row)
+        talk.finish()
+    talk.expect(gone=[A])
+    assert ids(talk, talk.subscribe(B), B) == [1]
+
+
+# --- deadlines ---
+
+
+def test_request_whose_time_is_up_is_answered_without_running(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.assign(A, [2], row, timeouts_us=[5 * MS_US])
+    commands = talk.finish(after=0.006)
+    assert talk.batches == []
+    answer = dict(talk.heard(commands, A))[2]
+    assert isinstance(answer, Failure)
+    assert (answer.code, answer.message) == (
+        DEADLINE,
+        "time was up before the request's batch on 'double' began",
+    )
+    assert talk.done(commands) == [Finished(A, 1, 8, (1,)), Finished(A, 1, 0, (2,))]
+    assert count(talk, "penstock_request_failures", "double", "1", DEADLINE) == 1
+
+
+def test_request_that_comes_too_late_already_is_answered_at_once(talk: Talk, row: Request) -> None:
+    commands = talk.assign(A, [1, 2], row, timeouts_us=[0, 0])
+    assert failure(talk, commands).code == DEADLINE
+    assert ids(talk, commands) == [1, 2]
+    assert talk.batches == []
+    assert ids(talk, talk.assign(A, [3], row)) == []
+    assert len(talk.batches) == 1  # the instance is free
+
+
+def test_only_those_whose_time_is_up_leave_their_batch(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.assign(A, [2, 3, 4], row, timeouts_us=[60 * MS_US, 5 * MS_US, 60 * MS_US])
+    talk.assign(A, [5], row, timeouts_us=[5 * MS_US])
+    commands = talk.finish(after=0.010)
+    late = {number for number, answer in talk.heard(commands, A) if isinstance(answer, Failure)}
+    assert late == {3, 5}
+    [run] = talk.batches
+    assert run.batch.rows == 2
+    commands = talk.finish()
+    assert ids(talk, commands) == [2, 4]
+    assert [about.rows for about in talk.about(commands)] == [2]
+
+
+def test_answer_that_says_too_late_is_kept_until_acknowledged(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row, timeouts_us=[0])
+    assert failure(talk, talk.subscribe(A)).code == DEADLINE
+    talk.free(A, 1, 1)
+    assert talk.core.holds_nothing
+
+
+def test_waiting_in_the_worker_counts_from_the_brokers_acceptance(talk: Talk, row: Request) -> None:
+    tasks = [Tasks(row.form, A, 1, 2_000_000, (2,), (5 * MS_US,))]
+    talk.assign(A, [1], row)
+    talk.tell(Assign(7, tasks, blob=row.payload))
+    [published] = [command for command in talk.finish(after=0.250) if isinstance(command, Publish)][1:]
+    message = talk.requests.unpack(published.head, published.frames)
+    assert message.groups[0].queue_us == pytest.approx(2_250_000, abs=2)
+
+
+# --- what cannot run ---
+
+
+def test_form_that_does_not_fit_is_answered(talk: Talk, row: Request) -> None:
+    lie = row._replace(form=row.form._replace(rows=2))
+    commands = talk.assign(A, [1, 2], lie, attempt=2)
+    assert failure(talk, commands).code == BAD_INPUT
+    assert "rows or key" in failure(talk, commands).message
+    assert talk.done(commands) == [Finished(A, 2, 0, (1, 2))]
+    assert talk.batches == []
+    assert count(talk, "penstock_request_failures", "double", "1", BAD_INPUT) == 2
+
+
+def test_unknown_model_is_answered_with_advice_to_retry(talk: Talk, row: Request) -> None:
+    commands = talk.assign(A, [1], row._replace(form=row.form._replace(version="2")))
+    answer = failure(talk, commands)
+    assert (answer.code, answer.retry_after_ms) == (UNAVAILABLE, 100)
+    assert "has just left this worker" in answer.message
+    assert talk.done(commands) == [Finished(A, 1, 0, (1,))]
+
+
+def test_refusal_beside_work_leaves_the_work_alone(talk: Talk, row: Request) -> None:
+    groups = [
+        Tasks(form, A, 1, 0, (number,), (10**7,))
+        for number, form in ((1, row.form._replace(body=b"junk")), (2, row.form))
+    ]
+    commands = talk.tell(Assign(7, groups, blob=row.payload * 2))
+    assert failure(talk, commands).message.startswith("the request's layout is malformed")
+    assert ids(talk, talk.finish()) == [2]
+
+
+def test_refusal_for_a_caller_that_has_gone_is_published_to_nobody(talk: Talk, row: Request) -> None:
+    commands = talk.assign(B, [1], row._replace(form=row.form._replace(rows=2)))
+    assert talk.heard(commands, B) == []
+    assert talk.done(commands) == [Finished(B, 1, 0, (1,))]
+    assert talk.core.holds_nothing
+
+
+def test_more_forms_than_are_remembered_are_served_all_the_same(
+    talk: Talk, row: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "_PLANS_MAX", 2)
+    for number in range(5):
+        form = row.form._replace(tenant=f"tenant {number}")
+        talk.assign(A, [number], row._replace(form=form))
+        assert ids(talk, talk.finish()) == [number]
+    assert len(talk.core._plans) <= 2
+
+
+# --- models ---
+
+
+def test_change_of_a_model_is_told_with_all_models(start_talk: StartTalk, double: Model, lookup: Model) -> None:
+    talk = start_talk(double)
+    talk.join()
+    [models] = talk.said(talk.load(lookup), WorkerModels)
+    assert [(state.name, state.state) for state in models.models] == [("double", READY), ("lookup", READY)]
+    assert count(talk, "penstock_model_ready", "lookup", "1") == 1
+
+
+def test_model_that_cannot_be_loaded_is_told_with_its_reason(start_talk: StartTalk) -> None:
+    talk = start_talk()
+    talk.join()
+    state = ModelState("bad", "1", NOT_LOADED, "it is garbage", None)
+    [models] = talk.said(talk.hear(Loaded(state, None)), WorkerModels)
+    assert list(models.models) == [state]
+    assert count(talk, "penstock_model_ready", "bad", "1") == 0
+
+
+def test_model_that_is_loaded_between_hello_and_welcome_is_told(start_talk: StartTalk, double: Model) -> None:
+    talk = start_talk()
+    talk.hear(BrokerFound())
+    assert talk.said(talk.load(double), WorkerModels) == []
+    [models] = talk.said(talk.join(), WorkerModels)
+    assert [state.name for state in models.models] == ["double"]
+    talk.tell(HelloWanted(7))
+    assert talk.said(talk.join(), WorkerModels) == []  # that hello has told it
+
+
+def test_models_are_told_in_the_hello_and_not_before(start_talk: StartTalk, double: Model) -> None:
+    talk = start_talk()
+    state = ModelState("double", "1", LOADING, "", None)
+    assert talk.said(talk.hear(Loaded(state, None)), WorkerModels) == []
+    assert talk.said(talk.load(double), WorkerModels) == []
+    [hello] = talk.said(talk.hear(BrokerFound()), WorkerHello)
+    assert [(each.name, each.state) for each in hello.models] == [("double", READY)]
+
+
+# --- the end, and what should not happen ---
+
+
+def test_draining_worker_says_that_it_leaves_and_finishes_what_it_has(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    assert talk.hear(Drain()) == [Say(Leaving(7))]
+    assert not talk.core.holds_nothing
+    assert ids(talk, talk.finish()) == [1]
+    assert not talk.core.holds_nothing
+    talk.free(A, 1, 1)
+    assert talk.core.holds_nothing
+
+
+@pytest.mark.parametrize("process", ["broker", "caller"])
+def test_garbage_is_counted_and_logged(talk: Talk, process: str) -> None:
+    [command] = talk.hear(Garbage(process, "not msgpack"))
+    assert command == Log("warning", "bad message dropped", {"process": process, "reason": "not msgpack"})
+    assert count(talk, "penstock_bad_messages", process) == 1
+
+
+def test_message_that_no_broker_sends_is_a_defect(talk: Talk) -> None:
+    with pytest.raises(AssertionError, match="a broker does not send"):
+        talk.core.handle(FromBroker(Leaving(7)), 2.0)
+
+
+def test_event_that_does_not_exist_is_a_defect(talk: Talk) -> None:
+    with pytest.raises(AssertionError, match="unexpected event"):
+        talk.core.handle("surprise", 2.0)  # type: ignore[arg-type]
+
+
+def test_batches_are_counted_by_reason_rows_and_time(talk: Talk, row: Request, slow_row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    talk.assign(A, [2, 3], slow_row)
+    talk.wait(0.010)
+    talk.finish()
+    talk.assign(A, [4], row, attempt=2)
+    talk.finish()
+    meters = talk.core.meters
+    assert count(talk, "penstock_batches", "double", "1", "idle") == 1
+    assert count(talk, "penstock_batches", "double", "1", "alone") == 1
+    assert count(talk, "penstock_batches", "slow", "1", "delay") == 1
+    assert meters.histogram("penstock_batch_rows", "slow", "1").total == 2
+    assert sum(meters.histogram("penstock_queue_seconds", "slow", "1").counts) == 2
+    assert sum(meters.histogram("penstock_compute_seconds", "double", "1").counts) == 2
+
+
+def test_what_is_counted_can_be_sent(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    samples = talk.core.meters.samples()
+    assert talk.tell(Beat(7, samples)) == []
+    assert {"penstock_batches", "penstock_model_ready"} <= {sample.family for sample in samples}
+
+
+def test_welcome_may_come_twice(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.tell(Welcome(7, "worker-1"))
+    assert talk.core.holds_nothing
+    assert talk.finish() == []
+    assert talk.wait() == []
+
+
+def test_tick_without_anything_due_is_silent(talk: Talk) -> None:
+    assert talk.hear(Tick()) == []
+
+
+@pytest.mark.parametrize(
+    ("break_it", "complaint"),
+    [
+        (lambda core: core.__dict__.update(_idle=5), "5 instances are idle while 1 batches run"),
+        (lambda core: core.__dict__.update(kept_bytes=1), "bytes are kept, and 1 are counted"),
+        (lambda core: core._lots[A].pop(3), "are indexed as"),
+        (lambda core: core._batcher._held.update({("double", "1"): 99}), "are held, and 99 are counted"),
+        (lambda core: core._kept.update({B: {}}), "empty index of results"),
+        (lambda core: core._callers.clear(), "which the broker does not know"),
+        (lambda core: core._subscriptions.update({B: 0}), "subscriptions are"),
+        (lambda core: core._done.append(1), "were not said"),
+        (lambda core: next(core._batcher.waiting()).move("start"), "is among those that wait"),
+        (lambda core: next(iter(core._batcher._groups.values())).__setattr__("rows", 7), "and 7 are counted"),
+    ],
+)
+def test_validate_says_what_is_wrong(
+    talk: Talk, row: Request, break_it: Callable[[object], object], complaint: str
+) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    talk.assign(A, [2], row)
+    talk.assign(A, [3, 4], row)
+    break_it(talk.core)
+    with pytest.raises(AssertionError, match=complaint):
+        talk.core.validate()
