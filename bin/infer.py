@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from penstock.wire.tensors import DTYPES
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--version", default="", help="Of the model.  [default: the newest]")
 @options.runtime_dir
-@click.option("--server", metavar="tcp://HOST:PORT", default=None, help="Ask a server over TCP instead.")
+@options.server
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def infer(
@@ -64,7 +65,7 @@ def _spec(client: Client, model: str, version: str) -> ModelSpec | None:
 
 
 def read_inputs(inputs: Sequence[str], spec: ModelSpec | None) -> dict[str, Any]:
-    """Arrays by name. Raises InputError."""
+    """Arrays by name. Of a model that is not known they may lack one: asking for it says more. Raises InputError."""
     only = spec.inputs[0].name if spec is not None and len(spec.inputs) == 1 else ""
     arrays: dict[str, Any] = {}
     for given in inputs:
@@ -72,7 +73,7 @@ def read_inputs(inputs: Sequence[str], spec: ModelSpec | None) -> dict[str, Any]
         if not equals or given.endswith((".npz", ".json")):
             name, path = "", given
         for found, array in _read(path, name or only).items():
-            if not found:
+            if not found and spec is not None:
                 raise InputError(f"{path} holds one array, and the model has several inputs; write NAME={path}")
             arrays[found] = array
     return arrays
@@ -81,19 +82,24 @@ def read_inputs(inputs: Sequence[str], spec: ModelSpec | None) -> dict[str, Any]
 def _read(path: str, name: str) -> dict[str, Any]:
     try:
         if path == "-":
-            return _from_json(json.load(sys.stdin))
+            return _from_json(sys.stdin.read())
         if path.endswith(".json"):
-            return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            return _from_json(Path(path).read_text(encoding="utf-8"))
         loaded = np.load(path, allow_pickle=False)
-        return {name: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        if isinstance(loaded, np.ndarray):
+            return {name: loaded}
+        with loaded:
+            return dict(loaded)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a .npy, .npz or JSON file: {error}") from None
+    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        shown = "standard input" if path == "-" else path
+        raise InputError(f"{shown} is no .npy, .npz or JSON file that can be used: {error}") from None
 
 
-def _from_json(value: Any) -> dict[str, Any]:
-    """A v2 request's inputs, or lists by name. Raises ValueError."""
+def _from_json(text: str) -> dict[str, Any]:
+    """A v2 request's inputs, or lists by name. Raises ValueError, or RecursionError (a RuntimeError)."""
+    value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     if not isinstance(value.get("inputs"), list):
@@ -109,7 +115,7 @@ def _from_json(value: Any) -> dict[str, Any]:
 
 def _plain(array: np.ndarray[Any, Any]) -> Any:
     if array.dtype.kind == "O":
-        return [element.decode("utf-8", "replace") for element in array.ravel()]
+        array = np.array([element.decode("utf-8", "replace") for element in array.flat], object).reshape(array.shape)
     return array.tolist()
 
 

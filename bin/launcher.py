@@ -73,13 +73,14 @@ class Child:
     ready: bool = False
     exit_code: int | None = None
     started: float = 0.0
-    backoff_s: float = _BACKOFF_FIRST_S
+    backoff_s: float = 0.0
     start_at: float = field(default=float("inf"))
 
 
 def next_backoff(before_s: float, ran_s: float) -> float:
-    """How long to wait before a process that ran for so long is started again, having waited ``before_s`` last time."""
-    return _BACKOFF_FIRST_S if ran_s >= _STEADY_S else min(before_s * 2, _BACKOFF_MAX_S)
+    """How long to wait before a process that ran for so long is started again. ``before_s``: how long it was last
+    time, 0 when this is the first."""
+    return _BACKOFF_FIRST_S if ran_s >= _STEADY_S or not before_s else min(before_s * 2, _BACKOFF_MAX_S)
 
 
 class Launcher:
@@ -150,7 +151,10 @@ class Launcher:
         workers = [self._start(name, [*arguments, f"--name={name}"]) for name in names[1:]]
         if not self._wait(workers):
             return False
-        listener.listen()
+        try:
+            listener.listen()
+        except OSError as error:  # a port that is only bound is not yet ours alone
+            raise LaunchError(f"cannot listen on {plan.http}: {error.strerror}") from None
         fd = listener.fileno()
         gateways = []
         for number in range(plan.gateways):

@@ -12,6 +12,7 @@ from typing import Any, Final
 FORMATS: Final = ("text", "json")
 _REPEATS_MAX: Final = 10  # lines of one event and level in one interval; the rest are counted
 _INTERVAL_S: Final = 10.0
+_KINDS_MAX: Final = 10_000  # that are counted
 
 
 def set_up(role: str, form: str, level: str) -> None:
@@ -44,6 +45,8 @@ class RepeatFilter(logging.Filter):
                 held_back = {"held_back": count - self._repeats_max}
                 record.__dict__["fields"] = {**getattr(record, "fields", {}), **held_back}
             since, count = record.created, 0
+        if len(self._seen) >= _KINDS_MAX:
+            self._seen.clear()
         self._seen[key] = since, count + 1
         return count < self._repeats_max
 
@@ -64,7 +67,8 @@ class _TextFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One object a line: time (RFC 3339, UTC), level, process, pid, event, and the fields of the event."""
+    """One object a line: time (RFC 3339, UTC), level, process, pid, event, and the fields of the event. A field with
+    the name of one of those is about another process: "about_pid" is not the pid of who says it."""
 
     def __init__(self, role: str) -> None:
         super().__init__()
@@ -79,7 +83,9 @@ class _JsonFormatter(logging.Formatter):
             "pid": os.getpid(),
             "event": record.getMessage(),
         }
-        line |= getattr(record, "fields", {})
+        own = frozenset(line)
+        for key, value in getattr(record, "fields", {}).items():
+            line[f"about_{key}" if key in own else key] = value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

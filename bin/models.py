@@ -14,7 +14,7 @@ from penstock.wire.models import ModelState
 
 @click.command()
 @options.runtime_dir
-@click.option("--server", metavar="tcp://HOST:PORT", default=None, help="Ask a server over TCP instead.")
+@options.server
 @click.option("--timeout", type=float, default=5.0, show_default=True, help="Seconds.")
 def models(runtime_dir: Path | None, server: str | None, timeout: float) -> None:
     """List what the server serves, and why what is not served is not."""

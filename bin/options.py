@@ -23,11 +23,35 @@ _PR_SET_PDEATHSIG: Final = 1
 
 EXIT_CANNOT_SERVE: Final = 2  # a file that cannot be served, or nothing that can; also click's code for bad usage
 
+
+class _Directory(click.Path):
+    """A path, and not an address, of which a path would make another directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(f"{value!r} is no directory; a TCP address goes with --bind, --broker or --server", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def check_tcp(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Of an option that takes a broker's TCP address: without tcp:// it would be taken for a directory."""
+    if value is not None and not value.startswith("tcp://"):
+        raise click.BadParameter(f"{value!r} is not of the form tcp://HOST:PORT")
+    return value
+
+
 runtime_dir = click.option(
     "--runtime-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=_Directory(file_okay=False, path_type=Path),
     default=None,
     help="Where the processes of one server find each other.  [default: $XDG_RUNTIME_DIR/penstock]",
+)
+server = click.option(
+    "--server",
+    metavar="tcp://HOST:PORT",
+    callback=check_tcp,
+    default=None,
+    help="Ask a server over TCP instead.",
 )
 config_file = click.option(
     "--config",

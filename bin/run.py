@@ -36,14 +36,13 @@ def run(role: str, log_format: str, log_level: str, parent: int, make: Callable[
     process = make()
     try:
         process.start()
+        # What has been imported lives as long as the process: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        return process, process.serve()
     except EndpointError as error:
         log.error("cannot start", extra=fields(reason=str(error)))
         sys.exit(1)
-    # What has been imported lives as long as the process: the collector need not look at it again and again.
-    gc.collect()
-    gc.freeze()
-    try:
-        return process, process.serve()
     finally:
         process.stop()
 

@@ -16,7 +16,11 @@ from penstock.bin.bundled import BUNDLED_MODELS
 @click.option("--name", default="", help="What it is called in logs and metrics.  [default: its device]")
 @options.device
 @click.option(
-    "--broker", metavar="tcp://HOST:PORT", default=None, help="Join a broker over TCP instead of by --runtime-dir."
+    "--broker",
+    metavar="tcp://HOST:PORT",
+    callback=options.check_tcp,
+    default=None,
+    help="Join a broker over TCP instead of by --runtime-dir.",
 )
 @options.bind
 @options.process_options

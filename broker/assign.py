@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeAlias
 
 from penstock.broker.lots import Lot
@@ -14,8 +15,8 @@ Given: TypeAlias = dict[WorkerPeer, list[Lot]]
 class Assigner:
     """Finds work for workers, and workers for work, without looking at either more often than something has changed.
 
-    A model is ``blocked`` when every worker that serves it is full: new requests for it then wait without a search,
-    until a worker has room again and looks for work itself.
+    A model is ``blocked`` when every worker that serves it has a full window: new requests for it then wait without a
+    search, until a worker has room again and looks for work itself.
     """
 
     def __init__(self) -> None:
@@ -57,18 +58,45 @@ class Assigner:
                 self._spread(model, given)
         return given
 
+    def validate(self, models: Collection[ModelQueue], workers: Collection[WorkerPeer]) -> None:
+        """Whether nothing has been overlooked, for tests. Raises AssertionError."""
+        idle = {worker for worker in workers if worker.batches == 0}
+        assert self._idle == idle, f"idle are {[worker.name for worker in idle]}"
+        assert self._free.keys() <= set(workers), "a worker that has gone is to be filled"
+        looked_at = self._changed.keys() | self._waiting.keys() | self._blocked
+        assert looked_at <= set(models), "a model that has gone is looked at"
+        assert self._waiting.keys() >= self._blocked, "a blocked model does not wait"
+        for model in models:
+            if model in self._changed:
+                continue
+            assert not model.requests or model in self._waiting, f"nobody looks at {model.requests} of {model.key}"
+            for worker in model.workers:
+                if worker in self._free:
+                    continue
+                room = worker.room(model.key)
+                full = room <= 0 or worker.batches >= worker.window
+                assert model not in self._blocked or full, f"{model.key} is blocked, {worker.name} has {room} rows"
+                overlooked = worker in idle and model.could_give(room, worker.callers, worker.full)
+                assert not overlooked, f"{worker.name} is idle, and {model.requests} of {model.key} wait"
+
     def _fill(self, worker: WorkerPeer, given: Given) -> None:
-        """Work for a worker that has room, from each waiting model in turn."""
+        """Work for a worker that has room, from each waiting model in turn.
+
+        A model whose turn it is, and for which there is no room, ends the filling: others that go on to fill up their
+        last batch could keep it waiting for ever.
+        """
         for model in list(self._waiting):
             if not worker.serves(model.key):
                 continue
             room = worker.room(model.key)
-            if room > 0:
-                self._give(model, worker, room, room, given)
+            if room <= 0:
+                break
+            gave = self._give(model, worker, room, room, given)
             if not model.requests:
                 self._settle(model)
             else:
-                self._waiting[model] = self._waiting.pop(model)  # behind the others
+                if gave:
+                    self._waiting[model] = self._waiting.pop(model)  # behind the others
                 if worker.room(model.key) > 0:
                     self._blocked.discard(model)
 

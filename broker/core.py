@@ -7,6 +7,7 @@ test. Requests that arrive between two ticks are assigned together at the second
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from penstock.broker.assign import Assigner
 from penstock.broker.events import (
@@ -31,6 +32,7 @@ from penstock.broker.peers import CallerPeer, WorkerPeer
 from penstock.broker.registry import Registry
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
+    MAX_NAME,
     MAX_REQUESTS,
     Ask,
     Assign,
@@ -58,7 +60,8 @@ from penstock.wire.messages import (
 )
 from penstock.wire.metrics import Meters
 
-_SWEEP_S = 0.25
+_SWEEP_S: Final = 0.25
+_BROKER: Final = "broker"  # its name among the peers'
 
 
 class Core:
@@ -77,6 +80,7 @@ class Core:
         self._open = False  # that time has come
         self._models_changed = False
         self._workers_changed = False
+        self._left_behind = False  # a worker has gone, perhaps without removing its socket
         self._free_at = float("inf")  # when acknowledgments travel even if no work does
         self._sweep_at = now
         self._commands: list[Command] = []
@@ -144,8 +148,11 @@ class Core:
         if len(self.callers) >= self.options.callers_max:
             self._log("error", "caller turned away: too many are connected", limit=self.options.callers_max)
             return
-        name = _free_name(hello.name, [caller.name for caller in self.callers.values()]) if hello.name else ""
+        name = self._free_name(hello.name) if hello.name else ""
         caller = self.callers[peer] = CallerPeer(peer, name, hello.local, now)
+        # Its requests of before may still run: ids go on growing from there, so that answers cannot be mixed up.
+        running = [max(worker.held[peer]) for worker in self.workers.values() if peer in worker.held]
+        caller.last_id = max(running, default=-1)
         self._commands.append(ToCaller(peer, Welcome(self.epoch, name)))
         self._log("info" if name else "debug", "caller joined", name=name, caller=peer.hex(), pid=hello.pid)
         for worker in self.workers.values():
@@ -209,7 +216,7 @@ class Core:
         if len(self.workers) >= self.options.workers_max:
             self._log("error", "worker turned away: too many are connected", limit=self.options.workers_max)
             return
-        name = _free_name(hello.name or hello.device, [worker.name for worker in self.workers.values()])
+        name = self._free_name(hello.name or hello.device)
         worker = WorkerPeer(
             peer,
             name,
@@ -233,7 +240,7 @@ class Core:
         self.registry.withdraw(worker, now)
         held = self.ledger.worker_gone(worker)
         self._workers_changed = self._models_changed = True
-        self._commands.append(Sweep())
+        self._left_behind = True
         if reason:
             self._log("warning", "worker lost", worker=worker.name, reason=reason, requests_held=held)
         else:
@@ -256,13 +263,17 @@ class Core:
                 self._was_away(now)
             self._sweep_at = now + _SWEEP_S
             self._drop_silent(now)
+            if self._left_behind:
+                # Not at once: the kernel closes a dead process's files one after another, its lock perhaps last.
+                self._left_behind = False
+                self._commands.append(Sweep())
             self.ledger.sweep(self.callers.values(), now)
         if self._open:
             given = self._assigner.assign()
             self.ledger.hand_out(given)
             for worker, lots in given.items():
-                for at in range(0, len(lots), MAX_REQUESTS):
-                    self._send_work(worker, lots[at : at + MAX_REQUESTS], now)
+                for part in _messages(lots):
+                    self._send_work(worker, part, now)
         self._send_news(now)
         if self.ledger.refusals:
             self._send_refusals()
@@ -334,6 +345,17 @@ class Core:
     def _peers(self) -> list[CallerPeer | WorkerPeer]:
         return [*self.workers.values(), *self.callers.values()]
 
+    def _free_name(self, wished: str) -> str:
+        """The wished name, or where another has it, the first free one of wished-1, wished-2, ...: names label metrics,
+        so there must never be more of them than peers."""
+        taken = {peer.name for peer in self._peers()} | {_BROKER}
+        name, number = wished, 0
+        while name in taken:
+            number += 1
+            suffix = f"-{number}"
+            name = wished[: MAX_NAME - len(suffix)] + suffix
+        return name
+
     def _was_away(self, now: float) -> None:
         """This process was itself stopped or starved: it cannot tell who was silent meanwhile."""
         for peer in self._peers():
@@ -360,19 +382,37 @@ class Core:
             value("penstock_running_requests", *key).value = running.get(key, 0)
         peers = [peer for peer in self._peers() if peer.name]
         return [
-            Snapshot("broker", self.meters.samples()),
+            Snapshot(_BROKER, self.meters.samples()),
             *(Snapshot(peer.name, tuple(peer.samples)) for peer in peers),
         ]
+
+    def validate(self) -> None:
+        """Derive every index and counter again, for tests. Raises AssertionError that says what is wrong."""
+        assert not self._commands, "commands were left behind"
+        names = [peer.name for peer in self._peers() if peer.name]
+        assert len(set(names)) == len(names), f"names are not unique: {names}"
+        workers = self.workers.values()
+        for worker in workers:
+            worker.validate()
+            assert worker.callers <= self.callers.keys(), f"{worker.name} is heard by callers that have gone"
+        self.ledger.validate(self.callers, self.workers)
+        self.registry.validate(workers)
+        self._assigner.validate(self.registry.queues.values(), workers)
 
     def _log(self, level: str, event: str, **fields: object) -> None:
         self._commands.append(Log(level, event, fields))
 
 
-def _free_name(wished: str, taken: Sequence[str]) -> str:
-    """The wished name, or where another has it, the first free one of wished-1, wished-2, ...: names label metrics, so
-    there must never be more of them than peers."""
-    name, number = wished, 0
-    while name in taken:
-        number += 1
-        name = f"{wished}-{number}"
-    return name
+def _messages(lots: list[Lot]) -> list[list[Lot]]:
+    """Work as it travels: at most MAX_REQUESTS requests in a message."""
+    if sum([len(lot.ids) for lot in lots]) <= MAX_REQUESTS:
+        return [lots]
+    parts: list[list[Lot]] = []
+    room = 0
+    for lot in lots:
+        room -= len(lot.ids)
+        if room < 0:
+            parts.append([])
+            room = MAX_REQUESTS - len(lot.ids)
+        parts[-1].append(lot)
+    return parts

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from penstock.broker.assign import Assigner, Given
-from penstock.broker.lots import ASSIGNED, DONE, ENDED, QUEUED, Lot
+from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, ENDED, QUEUED, Lot
 from penstock.broker.options import BrokerOptions
 from penstock.broker.peers import CallerPeer, WorkerPeer
 from penstock.broker.queues import ModelKey, ModelQueue
@@ -23,13 +23,13 @@ from penstock.wire.errors import (
     DEADLINE,
     DRAINING,
     LOST,
-    NOT_FOUND,
     OVERLOADED,
+    TOO_LARGE,
     UNAVAILABLE,
     PenstockError,
 )
 from penstock.wire.lots import lots_of
-from penstock.wire.messages import INLINE_MAX_BYTES, Finished, Form, Payload, Refusal, Requests, Submit
+from penstock.wire.messages import INLINE_MAX_BYTES, MAX_SENTENCE, Finished, Form, Payload, Refusal, Requests, Submit
 from penstock.wire.metrics import Meters
 
 
@@ -65,28 +65,28 @@ class Ledger:
                 self._admit(caller, group, message, start, now)
             else:
                 # A worker may still hold the ones that had these ids: their answers could not be told apart.
-                self._refuse_ids(caller, group.ids, PenstockError(BAD_INPUT, "request ids must grow, and these do not"))
+                self._refuse_ids(caller, group.ids, _not_growing())
             caller.last_id = max(caller.last_id, *group.ids)
 
     def _admit(self, caller: CallerPeer, group: Requests, message: Submit, start: int, now: float) -> None:
         form, ids, timeouts_us = group.form, group.ids, group.timeouts_us
+        key = ("", "")  # labels are ours, not the caller's
         try:
             model = self._registry.find(form.model, form.version)
+            key = model.key
             self._check(model, form, caller, now)
         except PenstockError as error:
             self._refuse_ids(caller, ids, error)
-            key = (
-                (form.model, form.version) if error.code != NOT_FOUND else ("", "")
-            )  # labels are ours, not the caller's
             self._count_failure(key, error.code, len(ids))
             return
         if not form.version:
-            form = form._replace(version=model.key[1])  # a worker is told which one it was
+            form = form._replace(version=key[1])  # a worker is told which one it was
         room = self._room(model, caller, form)
         if room < len(ids):
             room = max(0, room)
-            self._refuse_ids(caller, ids[room:], _full(model))
-            self._count_failure(model.key, OVERLOADED, len(ids) - room)
+            full = self._full(model, caller, form)
+            self._refuse_ids(caller, ids[room:], full)
+            self._count_failure(key, full.code, len(ids) - room)
             ids, timeouts_us = ids[:room], timeouts_us[:room]
             if not ids:
                 return
@@ -99,7 +99,11 @@ class Ledger:
         else:
             payload = message.blob[start : start + count * size]
         lot = Lot(caller, model, form, ids, timeouts_us, payload, now)
-        caller.requests.update(dict.fromkeys(ids, lot))
+        index = dict.fromkeys(ids, lot)
+        if len(index) != count:
+            self._refuse_ids(caller, index, _not_growing())
+            return
+        caller.requests.update(index)
         model.push(lot)
         self.requests += count
         self.bytes += count * size
@@ -137,6 +141,24 @@ class Ledger:
             options.caller_requests_max - len(caller.requests),
         )
         return min(room, (options.held_bytes_max - self.bytes) // form.nbytes) if form.nbytes else room
+
+    def _full(self, model: ModelQueue, caller: CallerPeer, form: Form) -> PenstockError:
+        """Why there is no more room."""
+        options, name = self._options, model.key[0]
+        if form.nbytes > options.held_bytes_max:
+            return PenstockError(
+                TOO_LARGE, f"the request has {form.nbytes} bytes, and the server holds {options.held_bytes_max} at most"
+            )
+        queued, held, own = options.queue_requests_max, options.held_requests_max, options.caller_requests_max
+        bounds = [
+            (queued - model.requests, f"Exceeds maximum queue size: {queued} requests wait for model '{name}'"),
+            (held - self.requests, f"the server holds {held} requests, which is all that it may"),
+            (own - len(caller.requests), f"{own} requests of this caller are under way, which is all that it may have"),
+        ]
+        if form.nbytes:
+            bytes_room = (options.held_bytes_max - self.bytes) // form.nbytes
+            bounds.append((bytes_room, f"the server holds {self.bytes} of at most {options.held_bytes_max} bytes"))
+        return PenstockError(OVERLOADED, f"{min(bounds)[1]}; try again shortly", 1.0)
 
     # --- on ---
 
@@ -182,6 +204,9 @@ class Ledger:
                 self._forget(lot)
                 continue
             lot.model.push_front(lot)
+            if self._registry.queues.get(lot.model.key) is not lot.model:
+                self._refuse(lot, UNAVAILABLE, _removed(lot.model))
+                continue
             if lot.attempt >= self._options.attempts_max:
                 self._refuse(
                     lot, LOST, f"{lot.attempt} workers were lost while they held the request, one after another"
@@ -223,7 +248,7 @@ class Ledger:
     def model_gone(self, model: ModelQueue) -> None:
         """No worker declares it any more: what waits for it ends."""
         for lot in model.lots():
-            self._refuse(lot, UNAVAILABLE, f"model '{model.key[0]}' was removed while the request waited")
+            self._refuse(lot, UNAVAILABLE, _removed(model))
         self._assigner.model_went(model)
 
     def expire(self, now: float) -> None:
@@ -274,6 +299,54 @@ class Ledger:
         lots = (lot for caller in callers for lot in caller.requests.values())
         return Counter(lot.model.key for lot in lots if lot.state == ASSIGNED)
 
+    def validate(self, callers: Mapping[bytes, CallerPeer], workers: Mapping[bytes, WorkerPeer]) -> None:
+        """Derive again what is indexed and counted, for tests. Raises AssertionError."""
+        lots = {lot for caller in callers.values() for lot in caller.requests.values()}
+        lots |= {lot for worker in workers.values() for index in worker.held.values() for lot in index.values()}
+        watched: dict[Lot, float] = {}
+        for at, _, lot in self._deadlines:
+            watched[lot] = min(at, watched.get(lot, at))
+        watched |= {lot: lot.accepted for lot in self._fresh if lot.ids}
+        for lot in lots:
+            self._validate_lot(lot, callers, workers)
+            seen = lot.state != QUEUED or watched.get(lot, float("inf")) <= lot.first_deadline
+            assert seen, f"nobody watches the deadline of {lot}"
+        count, nbytes = sum(len(lot.ids) for lot in lots), sum(len(lot.ids) * lot.form.nbytes for lot in lots)
+        assert self.requests == count, f"{self.requests} requests are {count}"
+        assert self.bytes == nbytes, f"{self.bytes} bytes are {nbytes}"
+        assert count <= self._options.held_requests_max, f"{count} requests are held"
+        assert nbytes <= self._options.held_bytes_max, f"{nbytes} bytes are held"
+        for caller in callers.values():
+            owned = sum(len(lot.ids) for lot in set(caller.requests.values()))
+            assert owned == len(caller.requests), f"{caller.id.hex()} has parts of lots"
+            assert max(caller.requests, default=-1) <= caller.last_id, f"{caller.id.hex()}: ids do not grow"
+        told = {worker for worker in workers.values() if worker.has_news}
+        assert told <= self.news.keys() <= set(workers.values()), "a worker does not hear its news, or has gone"
+        assert self.refusals.keys() <= set(callers.values()), "a caller that has gone has refusals"
+
+    def _validate_lot(self, lot: Lot, callers: Mapping[bytes, CallerPeer], workers: Mapping[bytes, WorkerPeer]) -> None:
+        assert len(set(lot.ids)) == len(lot.ids) == len(lot.timeouts_us) > 0, f"{lot} has ids twice, or none"
+        assert lot.state != ENDED, f"{lot} is still known"
+        pieces = len(lot.ids) * (lot.form.nbytes if lot.form.nbytes <= INLINE_MAX_BYTES else 1)
+        assert len(lot.payload) == pieces, f"{lot} has a payload of {len(lot.payload)}, not {pieces}"
+        assert lot.state == DONE or not lot.kept_bytes, f"{lot} keeps a result"
+        owner = callers.get(lot.caller.id)
+        if lot.state == ABANDONED:
+            assert owner is None or owner.requests.keys().isdisjoint(lot.ids), f"{lot} is still its caller's"
+        else:
+            assert owner is lot.caller, f"the caller of {lot} has gone"
+            assert all(owner.requests.get(number) is lot for number in lot.ids), f"{lot} cannot be found"
+        if lot.state == QUEUED:
+            assert lot.worker is None, f"{lot} waits, and is on {lot.worker}"
+            assert lot.in_line, f"{lot} stands in no line"
+            assert self._registry.queues.get(lot.model.key) is lot.model, f"{lot} waits for a model that has gone"
+            assert lot.attempt < self._options.attempts_max, f"{lot} is tried too often"
+        else:
+            assert lot.worker is not None, f"{lot} is on no worker"
+            assert workers.get(lot.worker.id) is lot.worker, f"the worker of {lot} has gone"
+            held = lot.worker.held.get(lot.caller.id, {})
+            assert all(held.get(number) is lot for number in lot.ids), f"{lot} cannot be found on its worker"
+
     @property
     def next_deadline(self) -> float:
         return self._deadlines[0][0] if self._deadlines else float("inf")
@@ -310,7 +383,8 @@ class Ledger:
     def _refuse_ids(self, caller: CallerPeer, ids: Iterable[int], error: PenstockError) -> None:
         after_ms = int(error.retry_after_s * 1000)
         refusals = self.refusals.setdefault(caller, [])
-        refusals.extend(Refusal(number, error.code, error.message, after_ms) for number in ids)
+        sentence = error.message[:MAX_SENTENCE]
+        refusals.extend(Refusal(number, error.code, sentence, after_ms) for number in ids)
 
     def _release(self, worker: WorkerPeer, lot: Lot) -> None:
         """Ended for its caller and on its worker: both forget it."""
@@ -330,7 +404,9 @@ class Ledger:
         self._meters.value("penstock_request_failures", *key, reason).value += count
 
 
-def _full(model: ModelQueue) -> PenstockError:
-    return PenstockError(
-        OVERLOADED, f"Exceeds maximum queue size: {model.requests} requests wait for model '{model.key[0]}'", 1.0
-    )
+def _not_growing() -> PenstockError:
+    return PenstockError(BAD_INPUT, "request ids must grow, and these do not")
+
+
+def _removed(model: ModelQueue) -> str:
+    return f"model '{model.key[0]}' was removed while the request waited"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from penstock.broker.lots import Lot
+from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, Lot
 from penstock.broker.queues import ModelKey
 from penstock.wire.codec import ranges
 from penstock.wire.messages import MAX_REQUESTS, Freed
@@ -152,6 +153,31 @@ class WorkerPeer:
         self.callers.discard(caller)
         self._freed.pop(caller, None)
         self._cancelled.pop(caller, None)
+
+    def validate(self) -> None:
+        """Derive again what is counted, for tests. Raises AssertionError."""
+        rows: Counter[ModelKey] = Counter()
+        kept: Counter[bytes] = Counter()
+        for caller, index in self.held.items():
+            lots = set(index.values())
+            assert lots, f"{self.name} holds nothing for {caller.hex()}, and still remembers it"
+            assert len(index) == sum(len(lot.ids) for lot in lots), f"{self.name} holds parts of {lots}"
+            for lot in lots:
+                assert lot.worker is self, f"{lot} is not on {self.name}"
+                assert lot.caller.id == caller, f"{lot} is held for {caller.hex()}"
+                assert all(index.get(number) is lot for number in lot.ids), f"{lot} cannot be found on {self.name}"
+                if lot.state == DONE:
+                    kept[caller] += lot.kept_bytes * len(lot.ids)
+                else:
+                    assert lot.state in (ASSIGNED, ABANDONED), f"{lot} is held by {self.name}"
+                    rows[lot.model.key] += lot.rows
+        kept = +kept
+        batches = sum(-(-count // self._sizes[key]) for key, count in rows.items())
+        full = {caller for caller, nbytes in kept.items() if nbytes >= self._kept_bytes_max}
+        assert self._rows == rows, f"{self.name}: rows {self._rows} are {dict(rows)}"
+        assert self.batches == batches, f"{self.name}: {self.batches} batches are {batches}"
+        assert self.kept_bytes == kept, f"{self.name}: kept bytes {self.kept_bytes} are {dict(kept)}"
+        assert self.full == full, f"{self.name}: full {self.full} is {full}"
 
 
 def _as_ranges(ids_of: dict[bytes, list[int]]) -> list[Freed]:

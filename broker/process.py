@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import select
@@ -42,6 +43,7 @@ log = logging.getLogger("penstock.broker")
 _ROUND_MESSAGES: Final = 64  # read from one socket before the others have their turn
 _HIGH_WATER: Final = 100_000  # messages that may wait for one peer; windows and bounds keep it far below
 _MEASURE_S: Final = 0.5
+_LINGER_MS: Final = 1000  # for what was said last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,21 +61,26 @@ class BrokerProcess:
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
-        self._context: zmq.Context[Any] = zmq.Context()
         self._poll = select.poll()
-        self._opened: list[Socket] = []
+        self._opened = contextlib.ExitStack()
 
     def start(self) -> None:
-        runtime = self._settings.runtime
+        runtime, opened = self._settings.runtime, self._opened
         runtime.make()
-        self._guards = [Guard(path) for path in (runtime.callers, runtime.workers, runtime.control)]
+        for path in (runtime.callers, runtime.workers, runtime.control):
+            opened.callback(Guard(path).release)
+        opened.callback(runtime.sweep)
         runtime.sweep()
+        self._context: zmq.Context[Any] = zmq.Context()
+        opened.callback(self._context.term)
         self._callers = self._bind(f"ipc://{runtime.callers}")
         self._workers = self._bind(f"ipc://{runtime.workers}")
         if self._settings.bind:
             bind_tcp(self._settings.bind, self._callers, self._workers)
         self._control = ControlServer(runtime.control)
+        opened.callback(self._control.close)
         self._stop_signal = StopSignal()
+        opened.callback(self._stop_signal.restore)
         for readable in (self._control.listener, self._stop_signal.fileno()):
             self._poll.register(readable, select.POLLIN)
         self._core = Core(self._settings.options, secrets.randbits(63) | 1, time.monotonic())
@@ -82,7 +89,7 @@ class BrokerProcess:
 
     def _bind(self, address: str) -> Socket:
         socket = Socket(self._context, zmq.ROUTER, _HIGH_WATER)
-        self._opened.append(socket)
+        self._opened.callback(socket.close, _LINGER_MS)
         socket.raw.bind(address)
         self._poll.register(socket.fileno(), select.POLLIN)
         return socket
@@ -104,14 +111,8 @@ class BrokerProcess:
         log.info("broker stopped", extra=fields(requests_left=self._core.ledger.requests))
 
     def stop(self) -> None:
-        """Close everything; what was said last is still delivered."""
-        for socket in self._opened:
-            socket.close(1000)
-        self._control.close()
-        self._stop_signal.restore()
-        self._context.term()
-        for guard in self._guards:
-            guard.release()
+        """Close what has been opened, in whatever state; what was said last is still delivered."""
+        self._opened.close()
 
     def _turn(self, until: float) -> None:
         """Read what there is; when there is nothing, sleep until there is, or until the core or ``until`` says."""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Container
 from typing import TYPE_CHECKING, TypeAlias
 
-from penstock.broker.lots import Lot
+from penstock.broker.lots import QUEUED, Lot
 from penstock.wire.fifo import Fifo
 from penstock.wire.models import ModelSpec
 
@@ -87,7 +87,7 @@ class ModelQueue:
         """
         taken: list[Lot] = []
         turns, passed, rows = self._turns, 0, 0
-        share = enough if len(turns) == 1 else max(1, enough // len(turns))
+        share = enough if len(turns) <= 1 else max(1, enough // len(turns))
         while passed < len(turns) and rows < enough:
             flow = turns[0]
             if flow.caller.id not in hears or flow.caller.id in full:
@@ -118,3 +118,28 @@ class ModelQueue:
 
     def lots(self) -> list[Lot]:
         return [lot for flow in self._flows.values() for lot in flow.lots]
+
+    def could_give(self, room: int, hears: Container[bytes], full: Container[bytes]) -> bool:
+        """Whether ``take`` with this room would find anything."""
+        for flow in self._turns:
+            if flow.caller.id in hears and flow.caller.id not in full:
+                return next(iter(flow.lots)).form.rows <= room
+        return False
+
+    def validate(self) -> None:
+        """Derive again what is counted, for tests. Raises AssertionError."""
+        lots = self.lots()
+        assert self.requests == sum(len(lot.ids) for lot in lots), f"{self.key}: {self.requests} requests in {lots}"
+        assert self.rows == sum(lot.rows for lot in lots), f"{self.key}: {self.rows} rows in {lots}"
+        assert len(set(lots)) == len(lots), f"{self.key}: a lot waits twice in {lots}"
+        assert len(self._turns) == len(self._flows), f"{self.key}: a line has no turn, or two"
+        for flow in self._turns:
+            assert self._flows.get(flow.key) is flow, f"{self.key}: a line that has ended still has its turn"
+            assert flow.lots, f"{self.key}: an empty line"
+            assert len(flow.lots) == len(list(flow.lots)), f"{self.key}: a line does not know its length"
+            for lot in flow.lots:
+                assert flow.key == (lot.caller.id, lot.form.tenant), f"{lot} waits in another's line"
+                assert flow.caller is lot.caller, f"{lot} waits in the line of a caller that has gone"
+                assert lot.state == QUEUED, f"{lot} waits in a line"
+                assert lot.in_line, f"{lot} is not marked as waiting in a line"
+                assert lot.model is self, f"{lot} waits for another model"

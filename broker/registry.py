@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from penstock.broker.peers import WorkerPeer
 from penstock.broker.queues import ModelKey, ModelQueue
 from penstock.wire.errors import NOT_FOUND, UNAVAILABLE, PenstockError
@@ -74,6 +76,18 @@ class Registry:
 
     def states(self) -> list[ModelState]:
         return [self.state(key) for key in sorted(self.queues)]
+
+    def validate(self, workers: Collection[WorkerPeer]) -> None:
+        """Derive again what is indexed, for tests. Raises AssertionError."""
+        versions: dict[str, set[str]] = {}
+        for key, queue in self.queues.items():
+            versions.setdefault(key[0], set()).add(key[1])
+            serving = {worker for worker in workers if worker.serves(key)}
+            assert queue.key == key, f"{key} is the queue of {queue.key}"
+            assert len(queue.workers) == len(serving), f"{key} has {len(queue.workers)} workers, not {len(serving)}"
+            assert set(queue.workers) == serving, f"{key} is served by others than its workers"
+            queue.validate()
+        assert self._versions == versions, f"versions {self._versions} are {versions}"
 
     def _enlist(self, queue: ModelQueue, worker: WorkerPeer, serves: bool, now: float) -> None:
         listed = worker in queue.workers

@@ -16,33 +16,48 @@ from penstock.wire.tensors import DTYPES, Array, datatype_of, decode, encode
 
 _FORMS_MAX: Final = 1024
 
+# What a list must not hold if it is to become an array of a kind: numpy would cut 1.5 to 1, and read "1" as a number.
+_UNFIT: Final = {"b": "fcSU", "i": "fcSU", "u": "fcSU", "f": "cSU"}
+_KINDS: Final = {"f": "numbers with a fraction", "c": "complex numbers", "S": "strings", "U": "strings"}
+
 
 class Forms:
-    """Builds requests for models, and remembers the forms of those that were built before."""
+    """Builds requests for models, and remembers the forms of those that were built before: requests of the same form
+    travel together only if it is the same object."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[ModelSpec, Layout], Form] = {}
+        self._known: dict[tuple[Layout, int], tuple[ModelSpec, Form]] = {}
 
     def build(self, spec: ModelSpec, inputs: Mapping[str, Any], outputs: Sequence[str]) -> tuple[Form, bytes]:
         """The form and payload (a copy) of a request. Raises PenstockError naming the input that does not fit."""
+        if not hasattr(inputs, "items"):
+            names = [each.name for each in spec.inputs]
+            raise PenstockError(
+                BAD_INPUT, f"the inputs of '{spec.name}' are arrays by name, {names}; {type(inputs).__name__} has none"
+            )
         expected = {each.name: each.datatype for each in spec.inputs}
         tensors, parts, at = [], [], 0
         for name, value in inputs.items():
             array, datatype = _as_array(name, value, expected.get(name))
-            part = encode(array, datatype)
+            try:
+                part = encode(array, datatype)
+            except (PenstockError, UnicodeEncodeError) as error:
+                raise PenstockError(BAD_INPUT, f"input '{name}': {error}") from None
             tensors.append(Tensor(name, datatype, array.shape, at, len(part)))
             parts.append(part)
             at += len(part)
-        return self._form(spec, Layout(tuple(tensors), tuple(outputs)), at), b"".join(parts)
+        return self.find(spec, Layout(tuple(tensors), tuple(outputs)), at), b"".join(parts)
 
-    def _form(self, spec: ModelSpec, layout: Layout, nbytes: int) -> Form:
-        key = (spec, layout)
-        form = self._known.get(key)
-        if form is None:
-            form = make_form(spec, layout, nbytes)
-            if len(self._known) >= _FORMS_MAX:
-                self._known.clear()
-            self._known[key] = form
+    def find(self, spec: ModelSpec, layout: Layout, nbytes: int, priority: int = 0) -> Form:
+        """The form of requests with this layout and payload bytes. Raises PenstockError when they do not fit the
+        model."""
+        known = self._known.get((layout, priority))
+        if known is not None and known[0] is spec and known[1].nbytes == nbytes:
+            return known[1]
+        form = make_form(spec, layout, nbytes, priority)
+        if len(self._known) >= _FORMS_MAX:
+            self._known.clear()
+        self._known[layout, priority] = spec, form
         return form
 
 
@@ -62,8 +77,8 @@ def _as_array(name: str, value: Any, datatype: str | None) -> tuple[Array, str]:
         if datatype == "BF16":
             dtype = np.dtype("<f4")
         try:
-            value = np.asarray(value, dtype)
-        except (ValueError, TypeError, OverflowError) as error:
+            value = _made(value, dtype)
+        except (ValueError, TypeError, ArithmeticError) as error:
             wanted = f" of {datatype}" if datatype else ""
             raise PenstockError(BAD_INPUT, f"input '{name}' cannot be made an array{wanted}: {error}") from None
     array = np.asarray(value)
@@ -73,6 +88,17 @@ def _as_array(name: str, value: Any, datatype: str | None) -> tuple[Array, str]:
         return array, datatype_of(array)
     except PenstockError as error:
         raise PenstockError(error.code, f"input '{name}': {error.message}") from None
+
+
+def _made(value: Any, dtype: np.dtype[Any] | None) -> Array:
+    """Raises TypeError, ValueError or ArithmeticError for what does not fit the type."""
+    with np.errstate(over="raise"):
+        made = np.asarray(value, dtype)
+    if made.size and made.dtype.kind in _UNFIT:
+        kind = np.asarray(value).dtype.kind
+        if kind in _UNFIT[made.dtype.kind]:
+            raise TypeError(f"it holds {_KINDS[kind]}")
+    return made
 
 
 @lru_cache(maxsize=1024)

@@ -137,10 +137,10 @@ class Caller:
 
     def find(self, name: str, version: str = "") -> ModelSpec:
         """What callers need to know of a model, "" for its newest version that is served. Raises PenstockError."""
-        spec = self._found.get((name, version))
+        found = self._found  # the client library asks from other threads, while ``_set_models`` begins a new one
+        spec = found.get((name, version))
         if spec is None:
-            spec = self._search(name, version)
-            self._found[name, version] = spec
+            spec = found[name, version] = self._search(name, version)
         return spec
 
     def _search(self, name: str, version: str) -> ModelSpec:
@@ -216,15 +216,33 @@ class Caller:
         commands, self._commands = self._commands, []
         return commands
 
+    def validate(self) -> None:
+        """Derive again what can be, for tests. Raises AssertionError."""
+        joined, calls = self.membership.joined, self.calls
+        assert not self._commands, "commands were left behind"
+        for number, call in calls.items():
+            assert number == call.id <= self._last_id, call
+            assert call.state in (WAITING, SENT), call
+            assert joined or call.state == WAITING, f"{call}, and no broker has it"
+            assert call.state == WAITING or call.payload is None, f"{call} keeps its payload"
+        waiting = [call.id for call in self._waiting if call.state == WAITING]
+        assert waiting == [call.id for call in calls.values() if call.state == WAITING]
+        assert calls.keys().isdisjoint(self._cancels), "a request that is cancelled is still waited for"
+        assert joined or not (self._acks or self._cancels), "nobody is there to be told"
+        assert bool(self._acks) == (self._acknowledge_at < float("inf"))
+        for (name, version), spec in self._found.items():
+            assert spec is self._search(name, version), f"'{name}' has changed"
+
     # --- what comes ---
 
     def _results(self, message: Results, now: float) -> None:
-        if self._acknowledge_at == float("inf"):
-            self._acknowledge_at = now + _ACKNOWLEDGE_S
         calls, commands = self.calls, self._commands
+        # A broker that does not know this caller has nothing to be told, and neither has the next one.
+        acks = self._acks if self.membership.joined else []
         for group, start in zip(message.groups, message.starts, strict=True):
             status, size, body, queue_us, ids = group
-            self._acks += ids
+            if status != PARTIAL:  # to acknowledge that would end the request
+                acks += ids
             if status == FAILED:
                 self._failures(ids, body)
                 continue
@@ -244,6 +262,8 @@ class Caller:
                 else:
                     payload = message.frames[start + at]
                 commands.append(Complete(call.sink, body, payload, message.batch, queue_us, message.worker))
+        if self._acks and self._acknowledge_at == float("inf"):
+            self._acknowledge_at = now + _ACKNOWLEDGE_S
 
     def _failures(self, ids: Sequence[int], body: bytes) -> None:
         try:
@@ -251,7 +271,7 @@ class Caller:
         except BadMessage as error:
             code, sentence, after_ms = INTERNAL, f"a worker failed, and its reason cannot be read: {error}", 0
         for number in ids:
-            self._fail(number, PenstockError(code, sentence, after_ms / 1000))
+            self._fail_sent(number, PenstockError(code, sentence, after_ms / 1000))
 
     def _from_broker(self, message: Message, now: float) -> None:
         membership = self.membership
@@ -263,9 +283,10 @@ class Caller:
                 self.name = message.name
                 self._log("debug", "joined the broker", name=message.name)
                 return
-            case HelloWanted():
+            case HelloWanted(epoch=epoch):
                 if membership.joined:
-                    self._lost("the broker restarted")
+                    same = epoch == membership.epoch
+                    self._lost("the broker took this process for gone" if same else "the broker restarted")
                     membership.found()
                 return
         if message.epoch != membership.epoch:
@@ -274,7 +295,7 @@ class Caller:
         match message:
             case Refusals(refusals=refusals):
                 for number, code, sentence, after_ms in refusals:
-                    self._fail(number, PenstockError(code, sentence, after_ms / 1000))
+                    self._fail_sent(number, PenstockError(code, sentence, after_ms / 1000))
             case Models(models=models):
                 self._set_models(models)
             case Workers(workers=workers):
@@ -293,7 +314,7 @@ class Caller:
         for state in models:
             known.setdefault(state.name, {})[state.version] = state
         self.models = known
-        self._found.clear()
+        self._found = {}
 
     def _hear_only(self, endpoints: set[str]) -> None:
         self._commands += [Hear(endpoint, True) for endpoint in sorted(endpoints - self._endpoints)]
@@ -329,17 +350,24 @@ class Caller:
                 self._lost("the broker fell silent")
 
     def _expire(self, call: Call) -> None:
+        limit = f"{round(call.timeout_s, 3):g} s"  # less what the client library took to build the request
         if call.state == WAITING and not self.membership.joined:
             sentence = (
-                f"no Penstock broker answered at {self.identity.address} within {call.timeout_s:g} s; "
+                f"no Penstock broker answered at {self.identity.address} within {limit}; "
                 "is 'penstock up' running there, and as the same user?"
             )
             error = PenstockError(UNAVAILABLE, sentence)
         else:
-            error = PenstockError(DEADLINE, f"no result for model '{call.form.model}' within {call.timeout_s:g} s")
+            error = PenstockError(DEADLINE, f"no result for model '{call.form.model}' within {limit}")
             if call.state == SENT:
                 self._cancels.append(call.id)
         self._fail(call.id, error)
+
+    def _fail_sent(self, number: int, error: PenstockError) -> None:
+        """A peer says that a request has failed: it cannot speak of one that it has never seen."""
+        call = self.calls.get(number)
+        if call is not None and call.state == SENT:
+            self._fail(number, error)
 
     def _fail(self, number: int, error: PenstockError) -> None:
         call = self.calls.pop(number, None)
@@ -373,9 +401,9 @@ class Caller:
             for call in same:
                 into.append(call.payload)
                 call.payload = None
-        acks.sort()
         epoch = self.membership.epoch
-        return Submit(epoch, groups, ranges(acks), cancels, blob=b"".join(inline), frames=frames)
+        # A set: what a worker publishes again must not stand twice in what becomes ranges.
+        return Submit(epoch, groups, ranges(sorted(set(acks))), cancels, blob=b"".join(inline), frames=frames)
 
     def _say(self, message: Message) -> None:
         self._commands.append(Say(message))

@@ -167,7 +167,9 @@ class Client:
         form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs)
         call = _Call(self)
         self._enqueue(self._submit, call, form, payload, limit_s - (time.monotonic() - start))
-        if self._closed:  # meanwhile: the thread may have looked for the last time
+        thread = self._thread
+        if self._closed and thread is not None and thread is not threading.current_thread():
+            thread.join()  # closed meanwhile: the thread may have looked for the last time
             self._end_call(call)
         return call
 

@@ -84,6 +84,9 @@ class Link:
         return None if self._control is None else self._control.fileno()
 
     def due(self) -> float:
+        """When ``pump`` has something to do even if nothing happens before."""
+        if self._results.pending or self._broker.pending:
+            return 0.0
         return min(self.caller.due(), self._control_at)
 
     def pump(self) -> bool:
@@ -104,7 +107,9 @@ class Link:
     def flush(self) -> None:
         """Send what has been submitted and what is to be acknowledged."""
         for message in self.caller.flush(time.monotonic()):
-            self._broker.send((pack(message),), message.frames)
+            if self._broker.send((pack(message),), message.frames) != "sent":
+                self._hear(BrokerLost("the connection to the broker broke"))
+                break
         if self._broker.pending:
             self._read_broker()
 
@@ -156,13 +161,20 @@ class Link:
                 case Say(message):
                     self.say(message)
                 case Hear(endpoint, on):
-                    (self._results.raw.connect if on else self._results.raw.disconnect)(endpoint)
+                    self._hear_worker(endpoint, on)
                 case Report(metrics):
                     self._on_report(metrics)
                 case Log(level, event, about):
                     log.log(logging.getLevelNamesMapping()[level.upper()], event, extra=fields(**about))
                 case _:
                     raise AssertionError(f"unexpected command {command!r}")
+
+    def _hear_worker(self, endpoint: str, on: bool) -> None:
+        self._results.pending = True  # to connect may swallow a wake-up, as to send does
+        try:
+            (self._results.raw.connect if on else self._results.raw.disconnect)(endpoint)
+        except zmq.ZMQError as error:
+            log.warning("a worker's address cannot be used", extra=fields(endpoint=endpoint, reason=str(error)))
 
     def _find_broker(self, now: float) -> None:
         assert self._address.runtime is not None

@@ -26,7 +26,7 @@ from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import CONTENT_TYPE, Reports
 from penstock.gateway.routes import Route, RouteError, Routes
 from penstock.wire import errors
-from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
+from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import Payload
 from penstock.wire.metrics import Value
 from penstock.wire.models import READY, ModelSpec
@@ -108,19 +108,33 @@ class Application:
             self._count(error.status)
             exchange.answer_error(error.status, error.sentence, allow)
         except Exception:
-            # A defect of ours must end one request, not the connections of everybody else.
             log.exception("request handler failed", extra=fields(url=repr(head.url)))
-            self._count(500)
-            exchange.answer_error(500, "an internal error; it is in the gateway's log")
+            self._crashed(exchange)
+
+    def _crashed(self, exchange: Exchange) -> None:
+        """A defect of ours must end one request, not the connections of everybody else."""
+        self._count(500)
+        exchange.answer_error(500, "an internal error; it is in the gateway's log")
 
     def refused(self, status: int, sentence: str) -> None:
         """A connection was answered without a request."""
         self._count(status)
         log.info("connection refused", extra=fields(status=status, reason=sentence))
 
-    def fail(self, exchange: Exchange, error: PenstockError, identifier: str = "") -> None:
-        """Answer with an error."""
+    def fail(self, exchange: Exchange, error: PenstockError, identifier: str = "", number: int = 0) -> None:
+        """Answer with an error. ``identifier``: the request's own id, ``number``: the broker's for it."""
         status = STATUSES[error.code]
+        log.log(
+            logging.WARNING if status >= 500 else logging.INFO,
+            "request failed",
+            extra=fields(
+                request_id=identifier or (f"{self.caller.identity.id.hex()}:{number}" if number else ""),
+                url=exchange.request.head.url.decode("latin-1"),
+                status=status,
+                code=error.code,
+                reason=error.message,
+            ),
+        )
         extra = b""
         if status == 503:
             extra = b"Retry-After: %d\r\n" % max(1, math.ceil(error.retry_after_s))
@@ -199,7 +213,13 @@ class Application:
             self._submit(exchange, target, body)
             return
         expand = partial(decompress, body, target.encoding, self.options.body_bytes_max)
-        self._aside(exchange, len(body), expand, partial(self._submit, exchange, target))
+
+        def expanded(whole: bytes) -> None:
+            if not exchange.charge(len(whole)):
+                raise PenstockError(OVERLOADED, "too many bytes of request bodies are under way; try again shortly")
+            self._submit(exchange, target, whole)
+
+        self._aside(exchange, len(body), expand, expanded)
 
     def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:
@@ -258,6 +278,9 @@ class Application:
                 then(future.result())
             except PenstockError as error:
                 self.fail(exchange, error)
+            except Exception:
+                log.exception("request handler failed", extra=fields(url=repr(exchange.request.head.url)))
+                self._crashed(exchange)
 
         self._loop.run_in_executor(None, work).add_done_callback(done)
 
@@ -291,7 +314,7 @@ class Target:
         self.model = arguments.get("model", "")
         self.version = arguments.get("version", "")
         self.header_length = _header_length(headers.get("inference-header-content-length"))
-        encoding = headers.get("content-encoding", b"identity").decode("latin-1")
+        encoding = headers.get("content-encoding", b"identity").decode("latin-1").strip()
         self.encoding = "" if encoding.lower() == "identity" else encoding
         self.accepts = choose(headers.get("accept-encoding", b"").decode("latin-1"))
 
@@ -299,6 +322,7 @@ class Target:
 def _header_length(value: bytes | None) -> int | None:
     if value is None:
         return None
+    value = value.strip()
     if not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
         raise PenstockError(BAD_INPUT, "Inference-Header-Content-Length is not a number of bytes")
     return int(value)
@@ -326,7 +350,7 @@ class _Inference:
         self._application.finish(self._exchange, self._query, answer, time.monotonic() - self._start)
 
     def fail(self, error: PenstockError) -> None:
-        self._application.fail(self._exchange, error, self._query.id)
+        self._application.fail(self._exchange, error, self._query.id, self._number)
 
     def __call__(self) -> None:
         """The client has hung up: nobody else wants the result."""

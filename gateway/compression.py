@@ -47,7 +47,8 @@ def choose(accepted: str) -> str:
         except ValueError:
             continue  # what cannot be read is not asked for
     best = max(ENCODINGS, key=lambda name: weights.get(name, weights.get("*", 0.0)))
-    return best if weights.get(best, weights.get("*", 0.0)) > 0 else ""
+    wish = weights.get(best, weights.get("*", 0.0))
+    return best if wish > 0 and wish >= weights.get("identity", 0.0) else ""
 
 
 def compress(body: bytes, encoding: str) -> bytes:

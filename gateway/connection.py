@@ -97,6 +97,14 @@ class Exchange:
     def abandoned(self) -> bool:
         return self._connection is None
 
+    def charge(self, count: int) -> bool:
+        """Count more bytes as this request's until it has been answered; False when there is no room for them."""
+        if self._connection is None:
+            return True
+        room = self._connection.budget.take(count)
+        self.request.charged += count if room else 0
+        return room
+
 
 def _response(status: int, body: bytes, content_type: bytes, extra: bytes) -> bytes:
     kind = b"Content-Type: %b\r\n" % content_type if body else b""
@@ -122,6 +130,10 @@ class Connection(asyncio.BufferedProtocol):
         self._reading_paused = False
         self._writing_paused = False
         self._phase = IDLE  # the one that the deadline is for
+
+    @property
+    def budget(self) -> Budget:
+        return self._http.budget
 
     # --- asyncio calls these ---
 
@@ -163,14 +175,16 @@ class Connection(asyncio.BufferedProtocol):
             self._enter(reader.phase)
 
     def eof_received(self) -> bool:
-        """The client sends nothing more; it may still read what it has asked for."""
-        self._last = True
-        return bool(self._exchanges) and not self._lingering
+        """The client has closed its side. Whether it has left or would still read cannot be told, and nearly all have
+        left: nobody computes for them."""
+        return False
 
     def pause_writing(self) -> None:
         """The client does not read fast enough: read no more from it until it has."""
+        assert self._transport is not None
         self._writing_paused = True
-        self.deadline = self._http.loop.time() + self._http.options.write_timeout_s
+        options, left = self._http.options, self._transport.get_write_buffer_size()
+        self.deadline = self._http.loop.time() + options.write_timeout_s + left / options.body_bytes_per_s_min
         self._pause_reading()
 
     def resume_writing(self) -> None:
@@ -197,11 +211,13 @@ class Connection(asyncio.BufferedProtocol):
             self.deadline = float("inf")  # the answers have deadlines of their own
             if len(self._exchanges) >= http.options.pipelined_max:
                 self._pause_reading()
-        else:
+        elif not self._last:
             self._set_deadline()
 
     def _enter(self, phase: str) -> None:
         """The reader has come to another part of a request."""
+        if self._last:
+            return  # it will not be answered
         if self._reader.wants_continue and not self._exchanges and self._transport is not None:
             self._reader.wants_continue = False
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -223,20 +239,22 @@ class Connection(asyncio.BufferedProtocol):
     def expire(self) -> None:
         """The deadline has passed."""
         assert self._transport is not None
-        if self._writing_paused or self._lingering:
+        if self._writing_paused or self._lingering or self._transport.is_closing():
             self._transport.abort()
+        elif self._last or self._reading_paused:
+            self.deadline = float("inf")  # it waits for its answers, and not for more from the client
         elif self._phase == HEAD:
             self._refuse(HttpError(408, f"the head did not come within {self._http.options.head_timeout_s:g} s"))
         elif self._phase == BODY:
             self._refuse(HttpError(408, "the body came too slowly"))
         else:
-            self._transport.close()
+            self._close()
 
     def _refuse(self, error: HttpError) -> None:
         """Answer with an error, behind whatever is still to be answered, and end the connection."""
-        if self._transport is None:
-            return
         self._reader.close()
+        if self._transport is None or self._last:
+            return  # what follows the last request is not even refused
         self._last = True
         self._phase = IDLE
         self._http.application.refused(error.status, error.sentence)
@@ -285,13 +303,20 @@ class Connection(asyncio.BufferedProtocol):
         with it the answer that says why (RFC 9112, 9.6)."""
         assert self._transport is not None
         if self._reader.phase == IDLE or not self._transport.can_write_eof():
-            self._transport.close()
+            self._close()
             return
         self._lingering = True
         self._transport.write_eof()
-        self.deadline = self._http.loop.time() + self._http.options.linger_s
-        self._writing_paused = False
+        if not self._writing_paused:  # which has a deadline of its own
+            self.deadline = self._http.loop.time() + self._http.options.linger_s
         self._resume_reading()
+
+    def _close(self) -> None:
+        """Close once everything is written, or when that takes too long."""
+        assert self._transport is not None
+        self._transport.close()
+        if not self._writing_paused:
+            self.deadline = self._http.loop.time() + self._http.options.write_timeout_s
 
     def _pause_reading(self) -> None:
         if not self._reading_paused and self._transport is not None and not self._transport.is_closing():
@@ -344,7 +369,7 @@ class Http:
         """End what is late, from now on and until ``stop``; the whole wheel is looked at once in ``turn_s`` seconds."""
         for connection in self.wheel.advance(self.loop.time()):
             connection.expire()
-        self._turning = self.loop.call_later(turn_s / 4, self.turn, turn_s)
+        self._turning = self.loop.call_later(turn_s / self.wheel.spokes, self.turn, turn_s)
 
     def drain(self) -> None:
         """Close connections as soon as they have nothing under way; idle ones may still bring one request."""

@@ -12,10 +12,10 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from penstock.client.arrays import make_form
+from penstock.client.arrays import Forms
 from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
 from penstock.wire.codec import unpack_outcome
-from penstock.wire.errors import BAD_INPUT, PenstockError
+from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
 from penstock.wire.messages import MAX_PRIORITY, MAX_TIMEOUT_US, Form, Outcome, Payload
 from penstock.wire.models import Layout, ModelSpec, Tensor, check_declaration
 from penstock.wire.tensors import Buffer
@@ -56,42 +56,42 @@ class Parser:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str, bytes], Query] = {}
+        self._forms = Forms()
 
     def parse(self, spec: ModelSpec, body: Buffer, header_length: int | None) -> tuple[Query, Payload]:
         """``header_length``: bytes of JSON before the binary tensors, None when all is JSON. Raises PenstockError."""
         if header_length is None:
-            return _parse(spec, body, memoryview(b""))
+            return self._parse(spec, body, memoryview(b""))
         if not 0 < header_length <= len(body):
             raise PenstockError(
                 BAD_INPUT, f"Inference-Header-Content-Length is {header_length}, and the body has {len(body)} bytes"
             )
         if header_length > _KNOWN_BYTES_MAX:
-            return _parse(spec, body[:header_length], memoryview(body)[header_length:])
+            return self._parse(spec, body[:header_length], memoryview(body)[header_length:])
         key = (spec.name, spec.version, bytes(body[:header_length]))
         query = self._known.get(key)
         if query is not None and query.spec is spec and query.form.nbytes == len(body) - header_length:
             return query, body[header_length:]
-        query, payload = _parse(spec, key[2], memoryview(body)[header_length:])
+        query, payload = self._parse(spec, key[2], memoryview(body)[header_length:])
         if query.reusable:
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()
             self._known[key] = query
         return query, payload
 
-
-def _parse(spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Query, Payload]:
-    request = _object(loads(text), "the request")
-    identifier = request.get("id", "")
-    if type(identifier) is not str or len(identifier) > _ID_MAX:
-        raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
-    parameters = _object(request.get("parameters", {}), "'parameters'")
-    outputs, style = _read_outputs(request.get("outputs", []), parameters)
-    _check_style(spec, outputs, style)
-    tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
-    priority = _integer(parameters, "priority", MAX_PRIORITY)
-    timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
-    form = make_form(spec, Layout(tuple(tensors), tuple(outputs)), len(payload), priority)
-    return Query(spec, form, style, identifier, timeout_us / 1e6, all_binary and not identifier), payload
+    def _parse(self, spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Query, Payload]:
+        request = _object(loads(text), "the request")
+        identifier = request.get("id", "")
+        if type(identifier) is not str or len(identifier) > _ID_MAX:
+            raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
+        parameters = _object(request.get("parameters", {}), "'parameters'")
+        outputs, style = _read_outputs(request.get("outputs", []), parameters)
+        _check_style(spec, outputs, style)
+        tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
+        priority = _integer(parameters, "priority", MAX_PRIORITY)
+        timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
+        form = self._forms.find(spec, Layout(tuple(tensors), tuple(outputs)), len(payload), priority)
+        return Query(spec, form, style, identifier, timeout_us / 1e6, all_binary and not identifier), payload
 
 
 def _read_inputs(inputs: Any, binary: memoryview) -> tuple[list[Tensor], Payload, bool]:
@@ -217,7 +217,7 @@ class _Head(NamedTuple):
     start: bytes
     outputs: list[_Output]
     response: bytes  # head and JSON of a response without an id, when all outputs are binary; else empty
-    whole: bool  # the payload is just the binary outputs, in their order
+    whole_bytes: int  # of a payload that is just the binary outputs, in their order; -1: none is
 
 
 _HEADS_MAX: Final = 4096
@@ -242,7 +242,7 @@ def _head(body: bytes, style: Style) -> _Head:
         json = start + b",".join(output.before for output in outputs) + b"]}"
         nbytes = sum(output.nbytes for output in outputs)
         response = _BINARY_HEAD % (b"", len(json), len(json) + nbytes, json)
-    return _Head(start, outputs, response, _lies_in_order(outcome))
+    return _Head(start, outputs, response, _whole_bytes(outcome))
 
 
 def _output(tensor: Tensor, binary: bool) -> _Output:
@@ -251,13 +251,13 @@ def _output(tensor: Tensor, binary: bool) -> _Output:
     return _Output(described[:-1] + tail, binary, tensor.datatype, tensor.shape, tensor.offset, tensor.nbytes)
 
 
-def _lies_in_order(outcome: Outcome) -> bool:
+def _whole_bytes(outcome: Outcome) -> int:
     at = 0
     for tensor in outcome.tensors:
         if tensor.offset != at:
-            return False
+            return -1
         at += tensor.nbytes
-    return True
+    return at
 
 
 def render(body: bytes, payload: Payload, style: Style, identifier: str) -> tuple[bytes, Payload]:
@@ -266,7 +266,7 @@ def render(body: bytes, payload: Payload, style: Style, identifier: str) -> tupl
     Raises BadMessage or PenstockError for an answer that cannot be rendered.
     """
     head = _head(body, style)
-    if head.response and head.whole and not identifier:
+    if head.response and len(payload) == head.whole_bytes and not identifier:
         return head.response, payload
     json, binary = render_body(body, payload, style, identifier)
     return wrap(json, len(binary), b"", style.binary or bool(binary)), binary
@@ -280,6 +280,8 @@ def render_body(body: bytes, payload: Payload, style: Style, identifier: str) ->
     binary: list[memoryview] = []
     for before, is_binary, datatype, shape, offset, nbytes in head.outputs:
         data = view[offset : offset + nbytes]
+        if len(data) != nbytes:
+            raise BadMessage(f"an output lies from {offset} to {offset + nbytes} in a payload of {len(view)} bytes")
         if is_binary:
             parts.append(before)
             binary.append(data)

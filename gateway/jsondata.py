@@ -29,7 +29,10 @@ def loads(text: Buffer) -> Any:
         raw = bytes(text)
         if b"NaN" in raw or b"Infinity" in raw:
             try:
-                return json.loads(raw)
+                value = json.loads(raw.decode())
+                if b"\\u" in raw:
+                    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, as above
+                return value
             except (ValueError, RecursionError):
                 pass  # then the first error says it better
         raise PenstockError(BAD_INPUT, f"the request is not JSON: {error}") from None

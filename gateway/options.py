@@ -16,9 +16,9 @@ class GatewayOptions:
 
     head_timeout_s: float = 10.0  # from a request's first byte to the end of its head: 408
     body_timeout_s: float = 30.0  # for a body, beside what its size takes at the slowest rate: 408
-    body_bytes_per_s_min: int = 64 * 1024
+    body_bytes_per_s_min: int = 64 * 1024  # of requests, and of answers
     keep_alive_s: float = 75.0  # a connection without a request is closed
-    write_timeout_s: float = 30.0  # a client that does not read its answer is cut off
+    write_timeout_s: float = 30.0  # a client that does not read its answer is cut off; likewise beside its size
     linger_s: float = 2.0  # after a refusal, what the client still sends is read and thrown away
 
     request_timeout_s: float = 30.0  # a request that names none: 504

@@ -44,21 +44,30 @@ class GatewaySettings:
 def listen(http: str) -> socket.socket:
     """A bound socket, which listens once it is told to; or one that was inherited. Raises EndpointError."""
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
-        return socket.socket(fileno=_SYSTEMD_FD)
+        return _inherited(str(_SYSTEMD_FD))
     if http.startswith("fd://"):
-        return socket.socket(fileno=int(http.removeprefix("fd://")))
+        return _inherited(http.removeprefix("fd://"))
     host, port = parse_host_port(http)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise EndpointError(
-            f"cannot listen on {http}: {error.strerror}; choose another with --http HOST:PORT"
-        ) from None
+    with contextlib.ExitStack() as undo:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = found[0]
+            listener = undo.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise EndpointError(
+                f"cannot listen on {http}: {error.strerror}; choose another with --http HOST:PORT"
+            ) from None
+        undo.pop_all()
     return listener
+
+
+def _inherited(number: str) -> socket.socket:
+    try:
+        return socket.socket(fileno=int(number))
+    except (OSError, ValueError) as error:
+        raise EndpointError(f"the inherited descriptor {number!r} is no socket: {error}") from None
 
 
 def url_of(listener: socket.socket) -> str:
@@ -71,6 +80,7 @@ class GatewayProcess:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
+        self._listener: socket.socket | None = None
 
     def start(self) -> None:
         self._listener = listen(self._settings.http)
@@ -79,9 +89,11 @@ class GatewayProcess:
         uvloop.run(self._serve())
 
     def stop(self) -> None:
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
 
     async def _serve(self) -> None:
+        assert self._listener is not None, "start comes before serve"
         settings, loop = self._settings, asyncio.get_running_loop()
         stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -12,6 +12,7 @@ from typing import Any, Final
 import httptools
 
 from penstock.gateway.options import GatewayOptions
+from penstock.wire.tensors import Buffer
 
 IDLE: Final = "idle"  # between requests
 HEAD: Final = "head"
@@ -78,7 +79,7 @@ class Request:
 
     __slots__ = ("body", "charged", "head")
 
-    def __init__(self, head: Head, body: bytes | memoryview, charged: int) -> None:
+    def __init__(self, head: Head, body: Buffer, charged: int) -> None:
         self.head = head
         self.body = body
         self.charged = charged
@@ -124,13 +125,16 @@ class Reader:
 
     def _fresh(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
-        self._body: list[bytes] = []
+        self._body: list[bytes | bytearray] = []
+        self._headers: dict[str, bytes] = {}
         self._head_bytes = 0
+        self._hidden_bytes = 0
 
     def feed(self, data: memoryview) -> None:
         """Take in bytes. ``data`` is not kept."""
         if self.phase is not IDLE or len(data) > _KNOWN_READ_BYTES_MAX:
-            self._parse(data)
+            if self.phase is not BROKEN:
+                self._parse(data)
             return
         raw = bytes(data)
         end = raw.find(b"\r\n\r\n") + 4
@@ -149,21 +153,31 @@ class Reader:
                 self._heads[key] = head
 
     def _parse(self, data: memoryview | bytes) -> None:
-        if self.phase == HEAD:
-            self._head_bytes += len(data)  # a header that does not end is not shown until it does
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # The client offers another protocol and may be ignored (RFC 9110, 7.8); llhttp wants to be replaced.
-            self._fresh()
-            self._parse(data[upgrade.args[0] :])
-        except httptools.HttpParserError as error:
-            self._break(error)
-        else:
-            if self.phase == HEAD and self._head_bytes > self._options.head_bytes_max:
-                self._break(HttpError(431, self._too_long()))
-            elif self.body_left >= _DIRECT_MIN_BYTES:
-                self._receive_directly()
+        headers, shown = self._headers, self._head_bytes + self._charged
+        while True:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # The client offers another protocol and may be ignored (RFC 9110, 7.8); llhttp wants to be replaced.
+                self._fresh()
+                data = data[upgrade.args[0] :]
+                continue
+            except httptools.HttpParserError as error:
+                self._break(error)
+                return
+            break
+        if self.phase is not IDLE and not self.body_left:
+            hidden = headers is self._headers and shown == self._head_bytes + self._charged
+            self._limit_hidden(len(data) if hidden else 0)
+        elif self.body_left >= _DIRECT_MIN_BYTES:
+            self._receive_directly()
+
+    def _limit_hidden(self, count: int) -> None:
+        """``count`` bytes have come and nothing was shown of them; 0: something was. llhttp shows a header, and the
+        size of a chunk, when it has ended, which it need never do."""
+        self._hidden_bytes = self._hidden_bytes + count if count else 0
+        if self._head_bytes + self._hidden_bytes > self._options.head_bytes_max:
+            self._break(HttpError(431, self._too_long()))
 
     def filled(self, count: int) -> None:
         """So many bytes have been put into ``direct``."""
@@ -181,6 +195,7 @@ class Reader:
         """The connection has ended: whatever was half read is given up."""
         self._budget.give_back(self._charged)
         self._charged = 0
+        self._body = []
         self.direct = None
         self.phase = BROKEN
 
@@ -211,7 +226,7 @@ class Reader:
     def on_message_begin(self) -> None:
         self.phase = HEAD
         self._url = b""
-        self._headers: dict[str, bytes] = {}
+        self._headers = {}
         self._header_count = 0
         self._head_bytes = 0
 
@@ -249,13 +264,13 @@ class Reader:
         if parser.should_upgrade() and (length or parser.get_method() == b"CONNECT"):
             raise HttpError(501, "no other protocol is spoken here; leave out CONNECT and Upgrade")
         expect = headers.get("expect")
-        if expect is not None and expect.lower() != b"100-continue":
+        if expect is not None and expect.strip().lower() != b"100-continue":
             raise HttpError(417, "of all expectations only 100-continue is known")
         if length > 0:
             self._charge(length)
         self._head = Head(parser.get_method(), self._url, headers, length, parser.should_keep_alive(), version == "1.0")
         self.body_left = max(0, length)
-        self.wants_continue = expect is not None and length != 0
+        self.wants_continue = expect is not None and length != 0 and version == "1.1"  # RFC 9110, 10.1.1
         self.phase = BODY
 
     def _body_length(self, version: str, headers: dict[str, bytes]) -> int:
@@ -266,7 +281,7 @@ class Reader:
                 raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding")
             if "content-length" in headers:
                 raise HttpError(400, "Transfer-Encoding and Content-Length contradict each other")
-            if coding.lower() != b"chunked":
+            if coding.strip().lower() != b"chunked":
                 raise HttpError(501, "of all transfer encodings only chunked is known; use Content-Encoding")
             return -1
         length = int(headers.get("content-length", b"0"))  # llhttp has seen that it is a number
@@ -282,20 +297,25 @@ class Reader:
         self._charged += count
 
     def on_body(self, data: bytes) -> None:
-        self.body_left = max(0, self.body_left - len(data))
-        self._body.append(data)
-        if "content-length" not in self._headers:
-            self._charge(len(data))
-            if self._charged > self._options.body_bytes_max:
-                limit = self._options.body_bytes_max
-                raise HttpError(413, f"the body is over the limit of {limit} bytes (body_bytes_max)")
+        if "content-length" in self._headers:
+            self.body_left -= len(data)
+            self._body.append(data)
+            return
+        self._charge(len(data))
+        if self._charged > self._options.body_bytes_max:
+            limit = self._options.body_bytes_max
+            raise HttpError(413, f"the body is over the limit of {limit} bytes (body_bytes_max)")
+        # Chunks may be of two bytes each: as objects they would take far more memory than is charged for them.
+        if not self._body:
+            self._body.append(bytearray())
+        self._body[0] += data
 
     def on_message_complete(self) -> None:
         parts = self._body
         self._body = []
         self._complete(parts[0] if len(parts) == 1 else b"".join(parts))
 
-    def _complete(self, body: bytes | memoryview) -> None:
+    def _complete(self, body: Buffer) -> None:
         self.phase = IDLE
         self.wants_continue = False
         charged, self._charged = self._charged, 0

@@ -43,7 +43,10 @@ class Reports:
 
     def ask(self, report: Callable[[bytes], None]) -> None:
         """Have ``report`` called with the text, at the latest after the timeout."""
-        serial = self._ask_broker() if len(self._waiting) < _WAITING_MAX else None
+        if len(self._waiting) >= _WAITING_MAX:
+            report(render([], self._own(), broker=None))
+            return
+        serial = self._ask_broker()
         if serial is None:
             report(render([], self._own(), broker=False))
             return
@@ -61,20 +64,22 @@ class Reports:
         report(render([], self._own(), broker=False))
 
 
-def render(snapshots: Iterable[Snapshot], own: Snapshot, broker: bool) -> bytes:
-    """Prometheus text of all processes. ``own``: this gateway's, which is newer than what the broker has of it."""
+def render(snapshots: Iterable[Snapshot], own: Snapshot, broker: bool | None) -> bytes:
+    """Prometheus text of all processes. ``own``: this gateway's, which is newer than what the broker has of it.
+    ``broker``: whether it answers, None when it was not asked."""
     registry = CollectorRegistry()
     registry.register(_Collector([*(each for each in snapshots if each.name != own.name), own], broker))
     return generate_latest(registry)
 
 
 class _Collector(Collector):
-    def __init__(self, snapshots: Sequence[Snapshot], broker: bool) -> None:
+    def __init__(self, snapshots: Sequence[Snapshot], broker: bool | None) -> None:
         self._snapshots = snapshots
         self._broker = broker
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("penstock_broker_up", "1 when the broker answers", float(self._broker))
+        if self._broker is not None:
+            yield GaugeMetricFamily("penstock_broker_up", "1 when the broker answers", float(self._broker))
         samples: dict[str, list[tuple[str, Sample]]] = {}
         for name, series in self._snapshots:
             for sample in series:

@@ -20,6 +20,7 @@ class Wheel(Generic[T]):
     """``spokes``: how many parts a turn has, so that many connections are not all looked at in one go."""
 
     def __init__(self, spokes: int = 4) -> None:
+        self.spokes = spokes
         self._spokes: list[set[T]] = [set() for _ in range(spokes)]
         self._next = 0
 

@@ -6,6 +6,7 @@ docs/protocol.md says, or raises BadMessage. Fuzzed by tests/wire/test_codec.py.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from operator import attrgetter
@@ -14,7 +15,7 @@ from typing import Any, Final
 import msgpack
 
 from penstock.wire.errors import BadMessage
-from penstock.wire.fields import U64_MAX, Check
+from penstock.wire.fields import U64_MAX, Check, brief
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
     VERSION,
@@ -61,12 +62,12 @@ def unpack(head: bytes, frames: Sequence[Payload], kinds: Mapping[int, type[Mess
         raise BadMessage("a message is an array [version, tag, epoch, fields...]")
     if value[0] != VERSION:
         raise BadMessage(
-            f"the peer speaks version {value[0]!r:.20} of the protocol, and this process version {VERSION}"
+            f"the peer speaks version {brief(value[0])} of the protocol, and this process version {VERSION}"
         )
     tag, epoch = value[1:3]
     kind = kinds.get(tag) if type(tag) is int else None
     if kind is None:
-        raise BadMessage(f"this peer does not send messages with the tag {tag!r:.20}")
+        raise BadMessage(f"this peer does not send messages with the tag {brief(tag)}")
     if type(epoch) is not int or not 0 <= epoch <= U64_MAX:
         raise BadMessage("an epoch is a whole number of at most 64 bits")
     checks = kind.CHECKS
@@ -148,7 +149,7 @@ def _unpack(data: bytes) -> Any:
 
 
 def ranges(ids: Sequence[int]) -> tuple[int, ...]:
-    """Ids, in order, as ranges: first, last, first, last, ..., both ends included."""
+    """Ids, ascending and each once, as ranges: first, last, first, last, ..., both ends included."""
     if not ids:
         return ()
     if ids[-1] - ids[0] == len(ids) - 1:
@@ -165,13 +166,19 @@ def ranges(ids: Sequence[int]) -> tuple[int, ...]:
 
 
 def ids_in(ranges: Sequence[int], known: Mapping[int, Any]) -> list[int]:
-    """Those of ``known`` that lie in ``ranges``. A range is as long as its sender says; the work is bounded by
-    ``known``."""
+    """Those of ``known`` that lie in ``ranges``, each once. A range is as long as its sender says; the work is bounded
+    by ``known``."""
     found: list[int] = []
+    left = len(known)
     for at in range(0, len(ranges), 2):
         first, last = ranges[at], ranges[at + 1]
-        if last - first < len(known):
-            found += [number for number in range(first, last + 1) if number in known]
-        else:
-            found += [number for number in known if first <= number <= last]
+        left -= last - first + 1
+        if left < 0:
+            return [number for number in known if _lies_in(ranges, number)]
+        found += [number for number in range(first, last + 1) if number in known]
     return found
+
+
+def _lies_in(ranges: Sequence[int], number: int) -> bool:
+    at = bisect_left(ranges, number)
+    return at % 2 == 1 or (at < len(ranges) and ranges[at] == number)

@@ -51,7 +51,9 @@ def peer_id(packet: bytes) -> bytes:
     if len(packet) != HELLO_BYTES:
         raise BadMessage(f"a control hello has {HELLO_BYTES} bytes, and {len(packet)} came")
     magic, version, peer = _HELLO.unpack(packet)
-    if magic != _MAGIC or version != VERSION:
+    if magic != _MAGIC:
+        raise BadMessage("a control connection whose first packet is no hello of Penstock's")
+    if version != VERSION:
         raise BadMessage(f"the peer speaks version {version} of the protocol, and this broker version {VERSION}")
     return bytes(peer)
 

@@ -170,9 +170,10 @@ def parse_host_port(text: str, whole: str = "") -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     plain = bare == host and ":" in host
-    if not colon or not bare or plain or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+    number = int(port) if port.isascii() and port.isdecimal() and len(port) <= 5 else -1
+    if not colon or not bare or plain or not 0 <= number <= 65535:
         raise EndpointError(f"{whole or text!r} is not of the form HOST:PORT, such as 127.0.0.1:8000 or [::1]:8000")
-    return bare, int(port)
+    return bare, number
 
 
 def check_loopback(host: str, option: str) -> None:

@@ -19,7 +19,7 @@ U64_MAX: Final = (1 << 64) - 1
 def integer(low: int, high: int) -> Check:
     def check(value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise BadMessage(f"{_brief(value)} is not a whole number from {low} to {high}")
+            raise BadMessage(f"{brief(value)} is not a whole number from {low} to {high}")
         return value
 
     return check
@@ -30,7 +30,7 @@ def text(longest: int) -> Check:
 
     def check(value: Any) -> str:
         if type(value) is not str or len(value) > longest:
-            raise BadMessage(f"{_brief(value)} is not a text of at most {longest} characters")
+            raise BadMessage(f"{brief(value)} is not a text of at most {longest} characters")
         return value
 
     return check
@@ -39,7 +39,7 @@ def text(longest: int) -> Check:
 def binary(longest: int, shortest: int = 0) -> Check:
     def check(value: Any) -> bytes:
         if type(value) is not bytes or not shortest <= len(value) <= longest:
-            raise BadMessage(f"{_brief(value)} is not binary data of {shortest} to {longest} bytes")
+            raise BadMessage(f"{brief(value)} is not binary data of {shortest} to {longest} bytes")
         return value
 
     return check
@@ -47,21 +47,21 @@ def binary(longest: int, shortest: int = 0) -> Check:
 
 def flag(value: Any) -> bool:
     if type(value) is not bool:
-        raise BadMessage(f"{_brief(value)} is not true or false")
+        raise BadMessage(f"{brief(value)} is not true or false")
     return value
 
 
 def number(value: Any) -> float:
     """A finite number."""
     if type(value) not in (int, float) or not abs(value) < float("inf"):
-        raise BadMessage(f"{_brief(value)} is not a finite number")
+        raise BadMessage(f"{brief(value)} is not a finite number")
     return float(value)
 
 
 def one_of(allowed: frozenset[str]) -> Check:
     def check(value: Any) -> str:
         if type(value) is not str or value not in allowed:
-            raise BadMessage(f"{_brief(value)} is not one of {sorted(allowed)}")
+            raise BadMessage(f"{brief(value)} is not one of {sorted(allowed)}")
         return value
 
     return check
@@ -77,7 +77,7 @@ def optional(inner: Check) -> Check:
 def sequence(inner: Check, longest: int) -> Check:
     def check(value: Any) -> tuple[Any, ...]:
         if type(value) is not tuple or len(value) > longest:
-            raise BadMessage(f"{_brief(value)} is not a sequence of at most {longest}")
+            raise BadMessage(f"{brief(value)} is not a sequence of at most {longest}")
         return tuple(map(inner, value)) if value else value
 
     return check
@@ -88,7 +88,7 @@ def record(make: Callable[..., Any], *inner: Check) -> Check:
 
     def check(value: Any) -> Any:
         if type(value) is not tuple or len(value) != len(inner):
-            raise BadMessage(f"{_brief(value)} is not a sequence of {len(inner)} fields")
+            raise BadMessage(f"{brief(value)} is not a sequence of {len(inner)} fields")
         return make(*[check_field(field) for check_field, field in zip(inner, value, strict=True)])
 
     return check
@@ -98,7 +98,9 @@ def pair(first: Check, second: Check) -> Check:
     return record(lambda one, two: (one, two), first, second)
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value as an error shows it; what is nested is not shown, since it may be as deep and long as its sender
+    likes."""
     if isinstance(value, (tuple, dict)):
         return type(value).__name__
     return repr(value[:40] if isinstance(value, (str, bytes)) else value)

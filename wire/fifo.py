@@ -10,7 +10,8 @@ T = TypeVar("T")
 
 
 class Fifo(Generic[T]):
-    """First in, first out; members are hashable and there once. Every method takes constant time, on average.
+    """First in, first out; members are hashable, there once, and do not come back after ``remove``. Every method takes
+    constant time, on average.
 
     A member that is removed stays in the deque as long as it does no harm, and is passed over: an OrderedDict, which
     would need no such trick, costs five times as much for each member that comes and goes in order, as nearly all do.

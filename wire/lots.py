@@ -25,14 +25,15 @@ L = TypeVar("L", bound=AnyLot)
 
 
 def lots_of(index: Mapping[int, L], ids: Sequence[int]) -> list[L]:
-    """Lots that hold exactly those of ``ids`` that are in ``index``; others are split to that end."""
+    """Lots that hold exactly those of ``ids`` that are in ``index``; others are split to that end. What stands in
+    ``ids`` twice counts once."""
     if not ids:
         return []
     first = index.get(ids[0])
     if first is not None and len(first.ids) == len(ids) and first.ids == tuple(ids):
         return [first]  # as nearly always
     parts: dict[L, list[int]] = {}
-    for number in ids:
+    for number in dict.fromkeys(ids):
         lot = index.get(number)
         if lot is not None:
             parts.setdefault(lot, []).append(number)

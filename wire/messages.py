@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import ge, gt
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from penstock.wire.errors import CODES, BadMessage
@@ -31,7 +32,7 @@ from penstock.wire.fields import (
     text,
 )
 from penstock.wire.metrics import Sample, check_samples
-from penstock.wire.models import MAX_TENSORS, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
+from penstock.wire.models import MAX_TENSORS, READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
 from penstock.wire.tensors import DATATYPES, MAX_DIMS, MAX_ELEMENTS
 
 VERSION: Final = 1
@@ -161,7 +162,8 @@ class Finished(NamedTuple):
 
 
 class Freed(NamedTuple):
-    """Requests of one caller that a worker may forget. ``ranges``: first id, last id, first id, last id, ..."""
+    """Requests of one caller that a worker may forget. ``ranges``: first id, last id, first id, last id, ..., both
+    included, ascending and apart."""
 
     caller: bytes
     ranges: tuple[int, ...]
@@ -187,10 +189,27 @@ _shape: Final = sequence(integer(0, MAX_ELEMENTS), MAX_DIMS)
 _datatype: Final = one_of(DATATYPES)
 _tensor_spec: Final = record(TensorSpec, _name, _datatype, sequence(integer(-1, MAX_ELEMENTS), MAX_DIMS))
 _tensor_specs: Final = sequence(_tensor_spec, MAX_TENSORS)
-_model_spec: Final = record(ModelSpec, _name, _name, _name, _tensor_specs, _tensor_specs, flag, integer(1, 1 << 32))
-_models: Final = sequence(
-    record(ModelState, _name, _name, one_of(STATES), _sentence, optional(_model_spec)), MAX_MODELS
-)
+_spec_fields: Final = record(ModelSpec, _name, _name, _name, _tensor_specs, _tensor_specs, flag, integer(1, 1 << 32))
+
+
+def _model_spec(value: Any) -> ModelSpec:
+    spec: ModelSpec = _spec_fields(value)
+    if spec.batchable and not (spec.inputs and all(each.shape for each in spec.inputs)):
+        raise BadMessage("a model that is batchable has inputs, and each of them has a first dimension")
+    return spec
+
+
+_state_fields: Final = record(ModelState, _name, _name, one_of(STATES), _sentence, optional(_model_spec))
+
+
+def _model_state(value: Any) -> ModelState:
+    state: ModelState = _state_fields(value)
+    if state.state == READY and state.spec is None:
+        raise BadMessage("a model that is READY has a spec")
+    return state
+
+
+_models: Final = sequence(_model_state, MAX_MODELS)
 _tensor: Final = record(Tensor, _name, _datatype, _shape, _u64, _u64)
 _tensors: Final = sequence(_tensor, MAX_TENSORS)
 check_layout: Final = record(Layout, _tensors, sequence(_name, MAX_TENSORS))
@@ -245,7 +264,12 @@ def _column(value: Any, length: int) -> tuple[int, ...]:
 def _ranges(value: Any) -> tuple[int, ...]:
     if type(value) is not tuple or len(value) > 2 * MAX_REQUESTS or len(value) % 2:
         raise BadMessage(f"ranges are at most {MAX_REQUESTS} pairs of a first and a last id, in one sequence")
-    return _column(value, len(value)) if value else value
+    if not value:
+        return value
+    firsts, lasts = _column(value, len(value))[::2], value[1::2]
+    if any(map(gt, firsts, lasts)) or any(map(ge, lasts, firsts[1:])):
+        raise BadMessage("ranges ascend, and no two of them meet")
+    return value
 
 
 def _cancels(value: Any) -> tuple[int, ...]:

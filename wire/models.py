@@ -184,7 +184,7 @@ def check_declaration(name: str, datatype: str, shape: Sequence[int]) -> None:
     if datatype not in DATATYPES:
         raise PenstockError(
             BAD_INPUT,
-            f"input '{name}' has the unknown data-type '{datatype}'; known are {', '.join(sorted(DATATYPES))}",
+            f"input '{name}' has the unknown data-type '{datatype:.40}'; known are {', '.join(sorted(DATATYPES))}",
         )
     if len(shape) > MAX_DIMS:
         raise PenstockError(BAD_INPUT, f"input '{name}' has {len(shape)} dimensions; at most {MAX_DIMS} are allowed")
@@ -192,7 +192,7 @@ def check_declaration(name: str, datatype: str, shape: Sequence[int]) -> None:
         if type(dim) is not int or not 0 <= dim <= MAX_ELEMENTS:
             raise PenstockError(
                 BAD_INPUT,
-                f"the shape of input '{name}' holds {dim!r}; a dimension is a whole number, 0 or more",
+                f"the shape of input '{name}' holds {repr(dim)[:40]}; a dimension is a whole number, 0 or more",
             )
     if element_count(shape) > MAX_ELEMENTS:
         raise PenstockError(BAD_INPUT, f"byte size overflow for input '{name}' of shape {list(shape)}")

@@ -85,19 +85,27 @@ def decode(datatype: str, shape: Sequence[int], data: Buffer) -> Array:
     Raises PenstockError when the number of bytes or strings is not what the shape asks for.
     """
     if datatype == "BYTES":
-        array = np.empty(element_count(shape), dtype=object)
-        array[:] = unpack_strings(data, len(array))
-        return array.reshape(shape)
+        elements = unpack_strings(data, element_count(shape))
+        array = np.empty(len(elements), dtype=object)
+        array[:] = elements
+        return _reshape(array, datatype, shape)
     expected = element_count(shape) * ITEM_SIZES[datatype]
     if len(data) != expected:
         raise PenstockError(
             BAD_INPUT, f"{datatype} of shape {list(shape)} takes {expected} bytes, and {len(data)} came"
         )
-    array = np.frombuffer(data, DTYPES[datatype]).reshape(shape)
+    array = _reshape(np.frombuffer(data, DTYPES[datatype]), datatype, shape)
     if datatype == "BF16":
         return from_bf16(array)
     array.flags.writeable = False
     return array
+
+
+def _reshape(array: Array, datatype: str, shape: Sequence[int]) -> Array:
+    try:
+        return array.reshape(shape)
+    except ValueError as error:  # without elements a shape may claim any size in its other dimensions
+        raise PenstockError(BAD_INPUT, f"{datatype} of shape {list(shape)} cannot be made an array: {error}") from None
 
 
 def pack_strings(elements: Iterable[Any]) -> bytes:

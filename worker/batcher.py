@@ -7,11 +7,13 @@ configured; every batch says which it was.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from penstock.wire.fifo import Fifo
-from penstock.worker.lots import Lot
+from penstock.worker.lots import WAITING, Lot
 
 ModelKey: TypeAlias = tuple[str, str]
 
@@ -116,10 +118,51 @@ class Batcher:
         self._held[batch.model] -= batch.rows
         self._running[batch.model] -= 1
 
+    def shrink(self, batch: Batch, lots: list[Lot]) -> None:
+        """Only ``lots`` of a batch are run after all."""
+        rows = sum([lot.rows for lot in lots])
+        self._held[batch.model] -= batch.rows - rows
+        batch.lots, batch.rows = lots, rows
+
     def due(self) -> float:
         """When waiting alone makes a batch ready, if nothing else does before."""
         dues = (self._due(group) for group in self._groups.values() if self._may_run(group.key[0]))
         return min(dues, default=float("inf"))
+
+    @property
+    def running(self) -> int:
+        """Batches that have not ended."""
+        return sum(self._running.values())
+
+    def waiting(self) -> Iterator[Lot]:
+        for group in self._groups.values():
+            yield from group.lots
+        yield from self._alone
+
+    def validate(self) -> None:
+        """For tests: derive every index and counter anew. Raises AssertionError saying what is wrong."""
+        rows: Counter[ModelKey] = Counter()
+        for key, group in self._groups.items():
+            lots = list(group.lots)
+            assert lots, f"the group {key} is empty"
+            assert key == group.key, f"the group {group.key} is found as {key}"
+            total = sum(lot.rows for lot in lots)
+            assert group.rows == total, f"{key} has {total} rows, and {group.rows} are counted"
+            for lot in lots:
+                assert (lot.plan.key, lot.plan.form.key) == key, f"{lot!r} is in the group {key}"
+                assert lot.attempt == 1, f"{lot!r} is in a group"
+                if self._rules[key[0]].delay_s:
+                    assert group.earliest_deadline <= lot.first_deadline, f"{lot!r} is due before its group"
+        assert all(lot.attempt > 1 for lot in self._alone), f"{list(self._alone)} run alone without a reason"
+        for lot in self.waiting():
+            assert lot.ids, "a lot without requests waits"
+            assert lot.state == WAITING, f"{lot!r} is among those that wait"
+            rows[lot.plan.key] += lot.rows
+        for model, held in self._held.items():
+            running, rules = self._running.get(model, 0), self._rules[model]
+            assert 0 <= running <= rules.instances, f"{running} batches of {model} run"
+            low, high = rows[model] + running, rows[model] + running * rules.rows_max
+            assert low <= held <= high, f"{low} to {high} rows of {model} are held, and {held} are counted"
 
     def _may_run(self, model: ModelKey) -> bool:
         return self._running.get(model, 0) < self._rules[model].instances

@@ -7,6 +7,7 @@ that a slow joiner, a reconnect and a lost message are one rule.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -58,7 +59,7 @@ from penstock.worker.events import (
     Unsubscribed,
 )
 from penstock.worker.execute import Executed, Publication, failure_answers
-from penstock.worker.lots import WAITING, Lot
+from penstock.worker.lots import ENDED, RUNNING, WAITING, Lot
 from penstock.worker.model import Model
 from penstock.worker.plan import Plan
 
@@ -110,6 +111,7 @@ class Core:
         self.meters = Meters()
         self.states: dict[ModelKey, ModelState] = {(state.name, state.version): state for state in models}
         self.kept_bytes = 0
+        self._told: tuple[ModelState, ...] = ()  # what the broker knows of the models
         self._models: dict[ModelKey, Model] = {}
         self._batcher = Batcher()
         self._idle = identity.instances
@@ -168,6 +170,42 @@ class Core:
         batch = self._batcher.due() if self._idle else float("inf")
         return min(batch, self.membership.due())
 
+    def validate(self) -> None:
+        """For tests: derive every index and counter anew. Raises AssertionError saying what is wrong."""
+        self._batcher.validate()
+        assert not self._commands, f"{self._commands} were not given out"
+        assert not self._done, f"{self._done} were not said"
+        idle, running = self._idle, self._batcher.running
+        assert idle + running == self.identity.instances, f"{idle} instances are idle while {running} batches run"
+        known: set[Lot] = set()
+        for caller, index in self._lots.items():
+            assert index, f"{caller!r} has an empty index of requests"
+            for number, lot in index.items():
+                assert number in lot.ids, f"{number} leads to {lot!r}"
+                assert lot.caller == caller, f"{lot!r} is among those of {caller!r}"
+                assert lot.index is index, f"{lot!r} is found in another index than its own"
+                known.add(lot)
+            ids = [number for lot in dict.fromkeys(index.values()) for number in lot.ids]
+            assert sorted(ids) == sorted(index), f"requests {ids} of {caller!r} are indexed as {list(index)}"
+            kept = index.keys() & self._kept.get(caller, {}).keys()
+            assert not kept, f"results {kept} of {caller!r} are kept while the requests have not ended"
+        waiting = {lot for lot in known if lot.state == WAITING}
+        assert waiting == set(self._batcher.waiting()), "what waits is not what the batcher has"
+        assert waiting == {lot for lot in known if lot.state != RUNNING}, f"of {known} some have ended"
+        assert running or known == waiting, f"no batch runs, and of {known} some do"
+        self._validate_kept()
+
+    def _validate_kept(self) -> None:
+        nbytes = 0
+        for caller, held in self._kept.items():
+            assert held, f"{caller!r} has an empty index of results"
+            assert caller in self._callers, f"results are kept for {caller!r}, which the broker does not know"
+            for kept, left in Counter(held.values()).items():
+                assert kept.left == left, f"{left} answers of a message are kept, and {kept.left} are counted"
+                nbytes += len(kept.head) + sum(map(len, kept.frames))
+        assert self.kept_bytes == nbytes, f"{nbytes} bytes are kept, and {self.kept_bytes} are counted"
+        assert all(count > 0 for count in self._subscriptions.values()), f"subscriptions are {self._subscriptions}"
+
     # --- the broker ---
 
     def _from_broker(self, message: Message, now: float) -> None:
@@ -199,14 +237,16 @@ class Core:
         for index in self._lots.values():
             for lot in dict.fromkeys(index.values()):
                 if lot.state == WAITING:
-                    lot.move("cancel")
                     self._batcher.remove(lot, True)
+                lot.move("drop")
         self._lots.clear()
         self._kept.clear()
         self.kept_bytes = 0
         self._callers.clear()
         self.membership.welcomed(message.epoch, now)
         self._log("info", "joined the broker", worker=message.name)
+        if self._told != tuple(self.states.values()):  # a model has been loaded since the hello
+            self._tell_models()
 
     def _expect(self, callers: Sequence[bytes], gone: Sequence[bytes]) -> None:
         for caller in callers:
@@ -244,7 +284,7 @@ class Core:
             try:
                 plan = self._plan(form)
             except PenstockError as error:
-                self._refuse(caller, attempt, group.ids, error, group.waited_us)
+                self._refuse((form.model, form.version), caller, attempt, group.ids, error, group.waited_us)
                 continue
             index = self._lots.get(caller)
             if index is None:
@@ -278,10 +318,11 @@ class Core:
                 return
             for lot in batch.lots:
                 lot.move("start")
-            late = any(lot.first_deadline <= now for lot in batch.lots)
-            if late and not self._expire(batch, now):
-                self._batcher.ended(batch)
-                continue
+            if any(lot.first_deadline <= now for lot in batch.lots):
+                self._expire(batch, now)
+                if not batch.lots:
+                    self._batcher.ended(batch)
+                    continue
             self._idle -= 1
             self._commands.append(Run(batch, self._models[batch.model]))
 
@@ -289,19 +330,16 @@ class Core:
         self._idle += 1
         self._batcher.ended(event.batch)
         self._measure(event)
+        if event.batch.lots[0].state == ENDED:
+            return  # dropped: what the new broker may have sent under the same ids is not this
         for caller, publication in event.publications.items():
-            index = self._lots.get(caller)
-            if index is None:
-                continue  # a new broker, which knows nothing of it
-            heard = False
+            index = self._lots[caller]
             for group in publication.groups:
                 for lot in lots_of(index, group.ids):
-                    heard = True
                     lot.move("finish")
                     self._forget(lot)
                     self._done.append(Finished(caller, lot.attempt, group.nbytes, lot.ids))
-            if heard:
-                self._publish(caller, publication, event.info)
+            self._publish(caller, publication, event.info)
 
     def _publish(self, caller: bytes, publication: Publication, info: BatchInfo) -> None:
         if caller not in self._callers:
@@ -324,14 +362,17 @@ class Core:
         self.kept_bytes += kept.nbytes
         self._commands.append(Publish(caller, kept.head, kept.frames))
 
-    def _refuse(self, caller: bytes, attempt: int, ids: tuple[int, ...], error: PenstockError, queue_us: int) -> None:
+    def _refuse(
+        self, model: ModelKey, caller: bytes, attempt: int, ids: tuple[int, ...], error: PenstockError, queue_us: int
+    ) -> None:
         """Answer requests that cannot run."""
-        answers = failure_answers(error.code, error.message, queue_us, ids)
+        self.meters.value("penstock_request_failures", *model, error.code).value += len(ids)
+        answers = failure_answers(error, queue_us, ids)
         self._publish(caller, Publication([answers]), _NO_BATCH)
         self._done.append(Finished(caller, attempt, 0, ids))
 
-    def _expire(self, batch: Batch, now: float) -> bool:
-        """Take out of a batch what is too late already. Whether anything is left of it."""
+    def _expire(self, batch: Batch, now: float) -> None:
+        """Take out of a batch what is too late already."""
         left: list[Lot] = []
         for lot in batch.lots:
             ids = lot.late(now)
@@ -344,13 +385,10 @@ class Core:
                 left.append(lot)
             late.move("expire")
             self._forget(late)
-            name, version = batch.model
-            self.meters.value("penstock_request_failures", name, version, DEADLINE).value += len(ids)
             queue_us = late.waited_us + int((now - late.arrived) * 1e6)
-            error = PenstockError(DEADLINE, f"time was up before the request's batch on '{name}' began")
-            self._refuse(late.caller, late.attempt, late.ids, error, queue_us)
-        batch.lots = left
-        return bool(left)
+            error = PenstockError(DEADLINE, f"time was up before the request's batch on '{batch.model[0]}' began")
+            self._refuse(batch.model, late.caller, late.attempt, late.ids, error, queue_us)
+        self._batcher.shrink(batch, left)
 
     def _cancel(self, caller: bytes, ids: Sequence[int]) -> None:
         """Take out what has not started; what runs goes on, and its answer is of no interest."""
@@ -396,7 +434,11 @@ class Core:
             self._batcher.set_rules(key, rules)
         self.meters.value("penstock_model_ready", *key).value = int(state.state == READY)
         if self.membership.joined:
-            self._say(WorkerModels(self.membership.epoch, tuple(self.states.values())))
+            self._tell_models()
+
+    def _tell_models(self) -> None:
+        self._told = tuple(self.states.values())
+        self._say(WorkerModels(self.membership.epoch, self._told))
 
     def _measure(self, event: Executed) -> None:
         key, batch = event.batch.model, event.batch
@@ -423,6 +465,7 @@ class Core:
         match self.membership.say(now):
             case "hello":
                 identity = self.identity
+                self._told = tuple(self.states.values())
                 self._say(
                     WorkerHello(
                         0,
@@ -431,7 +474,7 @@ class Core:
                         identity.pid,
                         identity.endpoints,
                         identity.instances,
-                        tuple(self.states.values()),
+                        self._told,
                         tuple(self._subscriptions),
                     )
                 )

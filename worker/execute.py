@@ -20,11 +20,11 @@ from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.tensors import DTYPES, Array, decode, pack_strings
 from penstock.worker.batcher import Batch
 from penstock.worker.lots import Lot
-from penstock.worker.model import ORT_ERRORS, Model, brief
+from penstock.worker.model import RUN_ERRORS, Model, brief
 from penstock.worker.plan import Plan
 
 _SENTENCE_MAX: Final = 2000
-_FAILURES: Final[tuple[type[Exception], ...]] = (*ORT_ERRORS, PenstockError)
+_FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, PenstockError)
 
 
 @dataclass(slots=True)
@@ -108,12 +108,10 @@ def _run_one_by_one(
                     own = failure
             if own is not None:
                 publication = publications.setdefault(lot.caller, Publication())
-                code = own.code if isinstance(own, PenstockError) else MODEL_FAILED
-                sentence = str(own)
                 if not isinstance(own, PenstockError):
-                    sentence = f"model '{model.spec.name}' failed on this input: {brief(own)}"
-                publication.groups.append(failure_answers(code, sentence, _queue_us(lot, start), (number,)))
-                publication.failed.append(code)
+                    own = PenstockError(MODEL_FAILED, f"model '{model.spec.name}' failed on this input: {brief(own)}")
+                publication.groups.append(failure_answers(own, _queue_us(lot, start), (number,)))
+                publication.failed.append(own.code)
 
 
 def _one_of(lot: Lot, at: int) -> Lot:
@@ -128,7 +126,7 @@ def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int) -> Array:
     """Input ``at`` of all requests, in one array: a view of where they lie, when they lie there as the model wants
     them.
 
-    Raises PenstockError for strings that are none.
+    Raises PenstockError for strings that are none, and shapes that cannot be.
     """
     datatype = model.spec.inputs[at].datatype
     if datatype == "BYTES":
@@ -142,7 +140,11 @@ def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int) -> Array:
         view = blocks[0].reshape(-1).view(dtype)
         if view.flags.aligned:
             return view.reshape(shape)
-    array = np.empty(shape, dtype)
+    try:
+        array = np.empty(shape, dtype)
+    except ValueError as error:  # without elements a shape may claim any size in its other dimensions
+        name = model.spec.inputs[at].name
+        raise PenstockError(BAD_INPUT, f"input '{name}' cannot be of shape {list(shape)}: {error}") from None
     flat, end = array.reshape(-1).view(np.uint8), 0
     for block in blocks:
         begin, end = end, end + block.size
@@ -230,6 +232,7 @@ def _answer_strings(plan: Plan, number: int, outputs: Sequence[Array], queue_us:
         into.frames.append(payload)
 
 
-def failure_answers(code: str, sentence: str, queue_us: int, ids: tuple[int, ...]) -> Answers:
+def failure_answers(error: PenstockError, queue_us: int, ids: tuple[int, ...]) -> Answers:
     """One error for some requests."""
-    return Answers(FAILED, 0, pack_failure(Failure(code, sentence[:_SENTENCE_MAX], 0)), queue_us, ids)
+    failure = Failure(error.code, error.message[:_SENTENCE_MAX], int(error.retry_after_s * 1000))
+    return Answers(FAILED, 0, pack_failure(failure), queue_us, ids)

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 WAITING: Final = "WAITING"  # in the batcher
 RUNNING: Final = "RUNNING"  # in a batch
-ENDED: Final = "ENDED"  # answered, or cancelled
+ENDED: Final = "ENDED"  # answered, cancelled or dropped
 
 TABLE: Final[dict[str, dict[str, str]]] = {
     "start": {WAITING: RUNNING},
     "cancel": {WAITING: ENDED, RUNNING: RUNNING},  # what runs cannot be stopped
     "expire": {RUNNING: ENDED},  # taken out of a batch just before it runs
     "finish": {RUNNING: ENDED},
+    "drop": {WAITING: ENDED, RUNNING: ENDED},  # a new broker knows nothing of it
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,8 +12,9 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
-from penstock.wire.models import ModelSpec, TensorSpec
-from penstock.wire.tensors import Array
+from penstock.wire.messages import MAX_NAME
+from penstock.wire.models import MAX_TENSORS, ModelSpec, TensorSpec
+from penstock.wire.tensors import MAX_DIMS, Array
 from penstock.worker.config import DEFAULT_BATCH_SIZE, ModelConfig
 
 _DATATYPES: Final = {
@@ -32,11 +34,19 @@ _DATATYPES: Final = {
     "tensor(string)": "BYTES",
 }
 _ONNX_BFLOAT16: Final = 16  # TensorProto.DataType
-_LOG_ERRORS_ONLY: Final = 3
+_LOG_FATAL_ONLY: Final = 4  # errors come as exceptions, which are told in our own words
 
 # ONNX Runtime's own exceptions have no common base.
 ORT_ERRORS: Final[tuple[type[Exception], ...]] = tuple(
     each for each in vars(_state).values() if isinstance(each, type) and issubclass(each, Exception)
+)
+# What Model.run may raise: also errors of numpy and of the binding, as for a model's strings that are not UTF-8.
+RUN_ERRORS: Final[tuple[type[Exception], ...]] = (*ORT_ERRORS, ValueError, RuntimeError, MemoryError)
+
+# In an ONNX Runtime error: its number, the file's name once more, and where in its source it was raised.
+_NOISE: Final = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : (?:Load model from .*? failed: ?)?"
+    r"|\S*/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)(?: const)? ?"
 )
 
 
@@ -56,6 +66,8 @@ class Model:
         self._session = session
         inputs = session.get_inputs()
         outputs = session.get_outputs()
+        if max(len(inputs), len(outputs)) > MAX_TENSORS:
+            raise LoadError(f"it has {len(inputs)} inputs and {len(outputs)} outputs; {MAX_TENSORS} are allowed")
         self.dims: list[list[int | str | None]] = [list(each.shape) for each in inputs]
         self.why_alone = _why_alone(inputs, outputs)
         self.spec = ModelSpec(
@@ -69,7 +81,10 @@ class Model:
         )
         self._names = [each.name for each in self.spec.outputs]
         # numpy has no bfloat16, so such models take ONNX Runtime's own values in and out.
-        self._has_bf16 = any(each.datatype == "BF16" for each in (*self.spec.inputs, *self.spec.outputs))
+        datatypes = {each.datatype for each in (*self.spec.inputs, *self.spec.outputs)}
+        self._has_bf16 = "BF16" in datatypes
+        if {"BF16", "BYTES"} <= datatypes:
+            raise LoadError("it has both bfloat16 and string tensors, which cannot be run together from Python")
         self.run_s = float("inf")  # how long a full batch took when it was tried
         if self.why_alone:
             self.run_alone(self.why_alone)
@@ -81,7 +96,7 @@ class Model:
 
     def run(self, feeds: Sequence[Array]) -> list[Array]:
         """The outputs for one array per input, in the order of the spec; BF16 are uint16 arrays, BYTES object arrays
-        of str. Releases the GIL. Raises one of ORT_ERRORS when the model fails on them."""
+        of str. Releases the GIL. Raises one of RUN_ERRORS when the model fails on them."""
         if self._has_bf16:
             return self._run_values(feeds)
         feed = {spec.name: array for spec, array in zip(self.spec.inputs, feeds, strict=True)}
@@ -104,24 +119,28 @@ class Model:
 
 def load(path: Path, name: str, version: str, config: ModelConfig) -> Model:
     """Raises LoadError saying what is wrong with the file."""
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise LoadError(f"{path} cannot be loaded: ONNX Runtime opens no path that is not UTF-8; rename it")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.log_severity_level = _LOG_FATAL_ONLY
     options.intra_op_num_threads = config.intra_op_threads
     # A waiting thread that spins burns a core of an idle server.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except ORT_ERRORS as error:
+    except RUN_ERRORS as error:
         raise LoadError(f"{path} cannot be loaded: {brief(error)}") from None
-    return Model(session, name, version, config)
+    try:
+        return Model(session, name, version, config)
+    except LoadError as error:
+        raise LoadError(f"{path} cannot be served: {error}") from None
+    except UnicodeDecodeError:
+        raise LoadError(f"{path} cannot be served: it has a tensor whose name is not UTF-8") from None
 
 
 def brief(error: Exception) -> str:
-    """An ONNX Runtime error without its number and its source lines."""
-    text = str(error).strip()
-    if text.startswith("[ONNXRuntimeError]"):
-        text = text.split(" : ", 3)[-1]
-    return " ".join(text.split())[:1000]
+    """What an error of ONNX Runtime says to a user, in one line."""
+    return " ".join(_NOISE.sub("", str(error)).split())[:1000] or type(error).__name__
 
 
 def _spec(kind: str, about: Any) -> TensorSpec:
@@ -131,6 +150,9 @@ def _spec(kind: str, about: Any) -> TensorSpec:
         raise LoadError(
             f"{kind} '{about.name}' is of type {about.type}, which the v2 protocol has no datatype for{hint}"
         )
+    if len(about.name) > MAX_NAME or len(about.shape) > MAX_DIMS:
+        limits = f"{MAX_NAME} characters of a name and {MAX_DIMS} dimensions"
+        raise LoadError(f"{kind} '{about.name[:40]}...' with {len(about.shape)} dimensions exceeds {limits}")
     return TensorSpec(about.name, datatype, tuple(dim if type(dim) is int and dim >= 0 else -1 for dim in about.shape))
 
 

@@ -12,8 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from penstock.wire.tensors import DTYPES, Array, from_bf16, to_bf16
-from penstock.worker.model import ORT_ERRORS, Model, brief
+from penstock.wire.tensors import DTYPES, Array, element_count, from_bf16, to_bf16
+from penstock.worker.model import RUN_ERRORS, Model, brief
 
 # What symbolic dimensions other than the rows are tried with: many models take any, image models often want multiples.
 _SIZES: Final = (8, 32, 64, 224, 1, 3, 128, 512)
@@ -47,7 +47,7 @@ class _TooLarge(Exception):
     """Made-up inputs would take more memory than trying them is worth."""
 
 
-_FAILURES: Final[tuple[type[Exception], ...]] = (*ORT_ERRORS, _TooLarge)
+_FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, _TooLarge)
 
 
 def _compare_rows(model: Model, size: int) -> None:
@@ -103,17 +103,18 @@ def _sample(model: Model, rows: int, size: int) -> list[Array]:
         shape = [dim if isinstance(dim, int) and dim >= 0 else size for dim in dims]
         if model.spec.batchable:
             shape[0] = rows
-        if int(np.prod(shape, dtype=np.float64)) > _MAX_ELEMENTS:
+        if element_count(shape) > _MAX_ELEMENTS:
             raise _TooLarge(f"input '{spec.name}' of shape {shape} is too large to try")
         arrays.append(_random(random, spec.datatype, shape))
     return arrays
 
 
 def _random(random: np.random.Generator, datatype: str, shape: Sequence[int]) -> Array:
-    if datatype == "BYTES":
-        return random.integers(0, 2, shape).astype("U1").astype(object)
     if datatype == "BF16":
         return to_bf16(random.standard_normal(shape))
     if datatype in ("FP16", "FP32", "FP64"):
         return random.standard_normal(shape).astype(DTYPES[datatype])
-    return random.integers(0, 2, shape).astype(DTYPES[datatype])
+    bits = np.asarray(random.integers(0, 2, shape))
+    if bits.ndim:
+        bits[1:2] = 1 - bits[:1]  # two rows that were equal by chance would not show that they are mixed
+    return bits.astype("U1").astype(object) if datatype == "BYTES" else bits.astype(DTYPES[datatype])

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -22,7 +23,7 @@ from penstock.wire import control
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
-from penstock.wire.messages import PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
+from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
 from penstock.wire.process import StopSignal, fields, measure, notify
 from penstock.wire.sockets import Socket
@@ -53,6 +54,7 @@ log = logging.getLogger("penstock.worker")
 
 _ROUND_MESSAGES: Final = 64
 _HIGH_WATER: Final = 100_000  # messages that may wait for one caller; what a worker keeps for it is far below
+_LINGER_MS: Final = 200  # for what was said last
 _CONTROL_AGAIN_S: Final = 0.05  # between two looks for a broker's control socket
 _SWITCH_INTERVAL_S: Final = 0.0005  # the talking thread gets the GIL back within this from a compute thread's Python
 
@@ -101,7 +103,9 @@ def _load(file: ModelFile) -> Loaded:
         model = load(file.path, file.name, file.version, file.config)
         probe(model)
     except LoadError as error:
-        return Loaded(ModelState(file.name, file.version, UNAVAILABLE, str(error)[:4096], None), None)
+        # A path in it may hold what is not UTF-8.
+        reason = str(error).encode("utf-8", "replace").decode()[:MAX_SENTENCE]
+        return Loaded(ModelState(file.name, file.version, UNAVAILABLE, reason, None), None)
     log.info(
         "model loaded",
         extra=fields(
@@ -121,32 +125,41 @@ class WorkerProcess:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._context: zmq.Context[Any] = zmq.Context()
         self._poll = select.poll()
-        self._guards: list[Guard] = []
+        self._opened = contextlib.ExitStack()
         self._control: Any = None
         self._control_at = 0.0
         self.failures: list[str] = []  # a sentence for each model that could not be loaded
 
     def start(self) -> None:
-        settings = self._settings
-        self._loader = _Loader(find_models(settings.models))
+        settings, opened = self._settings, self._opened
+        files = find_models(settings.models)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
+        if settings.broker.runtime is not None:
+            settings.broker.runtime.make()
+            opened.callback(Guard(settings.broker.runtime.results(number)).release)
+        self._context: zmq.Context[Any] = zmq.Context()
+        opened.callback(self._context.term)
         self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER)
+        opened.callback(self._results.close, _LINGER_MS)
         # Manual: a subscription takes effect only when it is accepted here; so nobody can ask for everything.
         self._results.raw.set(zmq.XPUB_MANUAL, 1)
         self._results.raw.set(zmq.XPUB_VERBOSE, 1)
         endpoints = tuple(self._bind(number))
         self._broker = Socket(self._context, zmq.DEALER, _HIGH_WATER, number)
+        opened.callback(self._broker.close, _LINGER_MS)
         self._broker.raw.connect(settings.broker.workers)
-        local = settings.broker.runtime is not None
-        instances = max(file.config.instances for file in self._loader.files)
+        instances = max(file.config.instances for file in files)
         self._instances = Instances(instances)
+        opened.callback(self._instances.stop)
         self._stop_signal = StopSignal()
+        opened.callback(self._stop_signal.restore)
+        opened.callback(self._lose_control)
+        local = settings.broker.runtime is not None
         identity = Identity(number, settings.name, settings.device, os.getpid(), endpoints, instances, local)
-        states = [ModelState(file.name, file.version, LOADING, "", None) for file in self._loader.files]
-        self._core = Core(identity, states)
+        self._core = Core(identity, [ModelState(file.name, file.version, LOADING, "", None) for file in files])
+        self._loader = _Loader(files)
         sockets = self._results.fileno(), self._broker.fileno()
         for readable in (*sockets, self._instances.fileno(), self._loader.wake, self._stop_signal.fileno()):
             self._poll.register(readable, select.POLLIN)
@@ -155,8 +168,6 @@ class WorkerProcess:
     def _bind(self, number: bytes) -> Iterable[str]:
         runtime, bind = self._settings.broker.runtime, self._settings.bind
         if runtime is not None:
-            runtime.make()
-            self._guards.append(Guard(runtime.results(number)))
             self._results.raw.bind(f"ipc://{runtime.results(number)}")
             yield f"ipc://{runtime.results(number)}"
         if bind or runtime is None:
@@ -186,15 +197,8 @@ class WorkerProcess:
         log.info("worker stopped", extra=fields(drained=self._core.holds_nothing))
 
     def stop(self) -> None:
-        """Close everything; what was said last is still delivered."""
-        self._instances.stop()
-        self._broker.close(200)
-        self._results.close(200)
-        self._lose_control()
-        self._stop_signal.restore()
-        self._context.term()
-        for guard in self._guards:
-            guard.release()
+        """Close what has been opened, in whatever state; what was said last is still delivered."""
+        self._opened.close()
 
     # --- the loop ---
 
@@ -326,10 +330,13 @@ def bind_results(address: str, results: Socket) -> str:
         raise EndpointError(f"--bind {address!r} is not of the form tcp://HOST:PORT")
     host, port = parse_host_port(address.removeprefix("tcp://"), address)
     check_loopback(host, "--bind")
+    if host == "localhost":
+        host = "127.0.0.1"  # whoever reads the name elsewhere might find ::1 by it
     shown = f"[{host}]" if ":" in host else host
     try:
         results.raw.bind(f"tcp://{shown}:{port or '*'}")
     except zmq.ZMQError as error:
         raise EndpointError(f"cannot listen on {address}: {error}") from None
+    # Of this only the port: the host would be [::ffff:127.0.0.1], which a peer without IPv6 cannot reach.
     bound: bytes = results.raw.get(zmq.LAST_ENDPOINT)
-    return bound.rstrip(b"\0").decode()
+    return f"tcp://{shown}:{bound.rstrip(bytes(1)).decode().rpartition(':')[2]}"

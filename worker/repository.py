@@ -39,7 +39,7 @@ def find_models(path: Path) -> list[ModelFile]:
             raise RepositoryError(f"{path} is neither a directory nor an .onnx file")
     except OSError as error:
         raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
-    return [ModelFile(path.stem, "1", path, problem=_check_name(path.stem))]
+    return [ModelFile(_shown(path.stem), "1", path, problem=_check_name(path.stem))]
 
 
 def _find_in_directory(path: Path) -> list[ModelFile]:
@@ -50,7 +50,7 @@ def _find_in_directory(path: Path) -> list[ModelFile]:
             hint = f"; {loose[0].name} lies beside it: move it to {path}/{loose[0].stem}/1/model.onnx, or give the file"
         raise RepositoryError(f"{path} holds no models: a repository has the form NAME/VERSION/model.onnx{hint}")
     if all(entry.name.isdecimal() for entry in entries) and any((entry / "model.onnx").exists() for entry in entries):
-        raise RepositoryError(f"{path} is one model, not a repository; give {path.parent or Path('.')} instead")
+        raise RepositoryError(f"{path} is one model, not a repository; give {path.resolve().parent} instead")
     return [_find_model(entry) for entry in entries]
 
 
@@ -58,8 +58,7 @@ def _find_model(directory: Path) -> ModelFile:
     name = directory.name
     problem = _check_name(name)
     if problem:
-        shown = name.encode("utf-8", "replace").decode()[:MAX_NAME]
-        return ModelFile(shown, "1", directory, problem=problem)
+        return ModelFile(_shown(name), "1", directory, problem=problem)
     try:
         versions = [entry.name for entry in directory.iterdir() if entry.is_dir() and entry.name.isdecimal()]
     except OSError as error:
@@ -78,14 +77,19 @@ def _find_model(directory: Path) -> ModelFile:
     return ModelFile(name, version, path, config, missing)
 
 
+def _shown(name: str) -> str:
+    """A name as messages can carry it, whatever the file system has."""
+    return name.encode("utf-8", "replace").decode()[:MAX_NAME]
+
+
 def _check_name(name: str) -> str:
     """Why a name cannot be used, or ""."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        return "its name is not UTF-8; rename it"
+        return f"the name {name!r} is not UTF-8; rename it"
     if len(name) > MAX_NAME:
-        return f"its name is longer than {MAX_NAME} characters; rename it"
-    if not name.isprintable() or "/" in name:
-        return f"its name {name!r} holds characters that cannot be printed; rename it"
+        return f"the name '{name[:40]}...' is longer than {MAX_NAME} characters; rename it"
+    if not name.isprintable():
+        return f"the name {name!r} holds characters that cannot be printed; rename it"
     return ""

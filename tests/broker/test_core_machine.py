@@ -39,6 +39,12 @@ ACKNOWLEDGE_GRACE_S = 4.0
 LARGE = INLINE_MAX_BYTES + 1
 MODELS = {"m": model("m", batch=4), "n": model("n", batch=2)}
 
+HAPPENINGS = (
+    *("caller", "remote caller", "worker", "worker", "tcp worker"),
+    *("heard", "heard", "heard", "unheard", "models", "models", "nonsense", "leaving"),
+    *("caller bye", "caller gone", "caller hello", "worker gone", "worker gone", "worker hello"),
+)
+
 picks = st.lists(st.integers(0, 50), max_size=8) | st.just([*range(50)])  # some of what there is, or all
 
 
@@ -91,7 +97,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.callers: dict[bytes, CallerLife] = {}
         self.workers: dict[bytes, WorkerLife] = {}
         for who in ("caller", "caller", "worker", "worker"):
-            self.somebody_joins(who)
+            self.join(who)
 
     def caller(self, pick: int) -> CallerLife:
         return list(self.callers.values())[pick % len(self.callers)]
@@ -264,19 +270,41 @@ class CoreMachine(RuleBasedStateMachine):
         if life is not None and number in life.open:
             life.answered.add(number)
 
-    @precondition(lambda self: self.workers and self.callers)
-    @rule(pick=st.integers(0, 9), whom=st.integers(0, 9), attached=st.sampled_from([True, True, True, False]))
-    def worker_is_heard(self, pick: int, whom: int, attached: bool) -> None:
-        worker, caller = self.worker(pick), self.caller(whom).talk
-        worker.talk.hear(caller, attached)
-        worker.hears = worker.hears | {caller.id} if attached else worker.hears - {caller.id}
-
     # --- coming and going ---
 
     @rule(
-        who=st.sampled_from(["caller", "remote caller", "worker", "worker", "tcp worker"]), instances=st.integers(1, 2)
+        what=st.sampled_from(HAPPENINGS),
+        pick=st.integers(0, 9),
+        whom=st.integers(0, 9),
+        serves=st.sets(st.sampled_from(sorted(MODELS))),
+        removed=st.booleans(),
     )
-    def somebody_joins(self, who: str, instances: int = 1) -> None:
+    def something_happens(self, what: str, pick: int, whom: int, serves: set[str], removed: bool) -> None:
+        if what in ("caller", "remote caller", "worker", "tcp worker"):
+            self.join(what, 1 + removed)
+        elif what.startswith("caller"):
+            if self.callers:
+                self.end_caller(self.caller(pick).talk, what)
+        elif self.workers:
+            worker = self.worker(pick)
+            if what in ("heard", "unheard"):
+                if self.callers:
+                    self.attach(worker, self.caller(whom).talk, what == "heard")
+            elif what == "models":
+                others = [] if removed else [model(name, state=LOADING, batch=0) for name in MODELS.keys() - serves]
+                worker.talk.declare(*(MODELS[name] for name in sorted(serves)), *others)
+                worker.serves = serves
+            elif what == "leaving":
+                worker.talk.say(Leaving(EPOCH))
+                worker.serves = set()
+            elif what == "nonsense":  # done with other attempts than those that it has, and with what it does not have
+                wrong = [Finished(*key[:1], attempt + 1, 5, key[1:]) for key, attempt in worker.holds.items()]
+                unknown = [Finished(caller, 1, 5, (999, 1000)) for caller in [*self.callers, b"nobody.."]]
+                worker.talk.say(Done(EPOCH, wrong + unknown))
+            else:
+                self.end_worker(worker.talk, what)
+
+    def join(self, who: str, instances: int = 1) -> None:
         if "caller" in who and len(self.callers) < CALLERS:
             caller = self.talk.caller(local=who == "caller")
             self.callers[caller.id] = CallerLife(caller)
@@ -286,47 +314,29 @@ class CoreMachine(RuleBasedStateMachine):
             worker = self.talk.worker(*MODELS.values(), hears=callers, instances=instances, endpoints=endpoints)
             self.workers[worker.id] = WorkerLife(worker, hears=set(self.callers))
 
-    @precondition(has_caller)
-    @rule(what=st.sampled_from(["bye", "gone", "hello", "hello"]), pick=st.integers(0, 9))
-    def something_happens_to_a_caller(self, what: str, pick: int) -> None:
-        caller = self.caller(pick).talk
+    def attach(self, worker: WorkerLife, caller: CallerTalk, attached: bool) -> None:
+        worker.talk.hear(caller, attached)
+        worker.hears = worker.hears | {caller.id} if attached else worker.hears - {caller.id}
+
+    def end_caller(self, caller: CallerTalk, how: str) -> None:
         del self.callers[caller.id]
-        if what == "bye":
+        if how == "caller bye":
             caller.bye()
-        elif what == "gone":
+        elif how == "caller gone":
             caller.vanish()
         else:
             caller.say(CallerHello(0, "", 1, True))
             self.callers[caller.id] = CallerLife(caller)
         self.hear()
 
-    @precondition(has_worker)
-    @rule(
-        what=st.sampled_from(["gone", "gone", "hello", "leaving", "models", "models", "nonsense"]),
-        pick=st.integers(0, 9),
-        serves=st.sets(st.sampled_from(sorted(MODELS))),
-        removed=st.booleans(),
-    )
-    def something_happens_to_a_worker(self, what: str, pick: int, serves: set[str], removed: bool) -> None:
-        worker = self.worker(pick)
-        if what == "gone":
-            del self.workers[worker.talk.id]
-            worker.talk.vanish()
-        elif what == "hello":
+    def end_worker(self, worker: WorkerTalk, how: str) -> None:
+        del self.workers[worker.id]
+        if how == "worker gone":
+            worker.vanish()
+        else:
             models = tuple(MODELS.values())
-            worker.talk.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, models, tuple(self.callers)))
-            self.workers[worker.talk.id] = WorkerLife(worker.talk, hears=set(self.callers))
-        elif what == "leaving":
-            worker.talk.say(Leaving(EPOCH))
-            worker.serves = set()
-        elif what == "models":
-            others = [] if removed else [model(name, state=LOADING, batch=0) for name in MODELS.keys() - serves]
-            worker.talk.declare(*(MODELS[name] for name in sorted(serves)), *others)
-            worker.serves = serves
-        else:  # done with other attempts than those that it has, and with what it does not have
-            wrong = [Finished(*key[:1], attempt + 1, 5, key[1:]) for key, attempt in worker.holds.items()]
-            unknown = [Finished(caller, 1, 5, (999, 1000)) for caller in [*self.callers, b"nobody.."]]
-            worker.talk.say(Done(EPOCH, wrong + unknown))
+            worker.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, models, tuple(self.callers)))
+            self.workers[worker.id] = WorkerLife(worker, hears=set(self.callers))
 
     # --- time ---
 
@@ -334,7 +344,7 @@ class CoreMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.tick(seconds)
 
-    @rule(steps=st.sampled_from([1, 2, 8]), stopped=st.booleans())
+    @rule(steps=st.sampled_from([1, 1, 2, 8]), stopped=st.booleans())
     def much_time_passes(self, steps: int, stopped: bool) -> None:
         """While everybody beats, or while the broker was stopped."""
         if stopped:
@@ -348,8 +358,8 @@ class CoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Everybody becomes careful and patient: then everything that is left ends."""
         while len(self.workers) >= WORKERS:
-            self.something_happens_to_a_worker("gone", 0, set(), False)
-        self.somebody_joins("tcp worker", 2)
+            self.end_worker(self.worker(0).talk, "worker gone")
+        self.join("tcp worker", 2)
         for _ in range(40):
             self.tick(0.02)
             for at, worker in enumerate(list(self.workers.values())):
@@ -373,5 +383,5 @@ class CoreMachine(RuleBasedStateMachine):
 
 TestCore = CoreMachine.TestCase
 TestCore.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

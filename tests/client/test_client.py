@@ -304,6 +304,32 @@ def test_closing_ends_what_is_under_way(server: Server) -> None:
         assert (error.code, error.message) == (CANCELLED, "the client was closed")
 
 
+def test_closing_while_others_submit_ends_every_future(server: Server, images: Array) -> None:
+    client = Client(server.runtime, timeout=20.0)
+    client.models()
+    busy = threading.Barrier(5)
+
+    def submit_until_refused() -> list[Future[Result]]:
+        futures = [client.submit("digits", {"image": images[:1]})]
+
+        def submit_on() -> None:
+            while True:
+                futures.append(client.submit("digits", {"image": images[:1]}))
+
+        busy.wait(20)
+        assert refused(submit_on).message == CLOSED
+        return futures
+
+    with ThreadPoolExecutor(4) as pool:
+        submitters = [pool.submit(submit_until_refused) for _ in range(4)]
+        busy.wait(20)
+        client.close()
+        futures = [future for submitter in submitters for future in submitter.result(20)]
+    assert all(future.done() for future in futures)
+    said = {str(future.exception()) for future in futures if future.exception() is not None}
+    assert said <= {"the client was closed"}
+
+
 def test_closed_client_says_so(server: Server) -> None:
     with Client(server.runtime) as used, Client(server.runtime) as unused:
         used.models()

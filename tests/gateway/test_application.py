@@ -81,6 +81,9 @@ class Said(NamedTuple):
 class Line:
     """Where answers go: the part of a connection that an exchange knows."""
 
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+
     def answered(self, exchange: Exchange) -> None:
         assert exchange._response is not None
 
@@ -95,7 +98,8 @@ class Desk:
         self.serials: list[int] = []
         self.flushes = 0
         self.application = Application(loop.loop, self.caller, GatewayOptions(**limits), self.reports, self._flush)
-        self._reader = Reader(GatewayOptions(**limits), Budget(1 << 30), {})
+        self.budget = Budget(GatewayOptions(**limits).bodies_bytes_max)
+        self._reader = Reader(GatewayOptions(**limits), self.budget, {})
 
     def _flush(self) -> None:
         self.flushes += 1
@@ -150,7 +154,7 @@ class Desk:
         self._reader.feed(memoryview(head.encode("latin-1") + body))
         [request] = self._reader.requests
         self._reader.requests = []
-        exchange = Exchange(cast(Connection, Line()), request)
+        exchange = Exchange(cast(Connection, Line(self.budget)), request)
         self.application.handle(exchange)
         return exchange
 
@@ -551,6 +555,13 @@ def test_result_that_is_no_outcome_is_500(joined: Desk) -> None:
 # --- compression ---
 
 
+def test_what_a_request_expands_to_is_charged(loop: Loop) -> None:
+    desk = Desk(loop, bodies_bytes_max=200).join(ready())
+    body = json.dumps(INFER).encode() + b" " * 500
+    exchange = desk.begin("POST", "/v2/models/double/infer", gzip.compress(body), Content_Encoding="gzip")
+    assert exchange.status == 503
+
+
 def test_compressed_request_is_expanded(joined: Desk) -> None:
     for encoding, squeeze in (("gzip", gzip.compress), ("deflate", zlib.compress), ("GZIP ", gzip.compress)):
         body = cast(Callable[[bytes], bytes], squeeze)(json.dumps(INFER).encode())
@@ -704,7 +715,7 @@ def test_defect_in_a_handler_is_500_and_in_the_log(joined: Desk, caplog: pytest.
         raise ZeroDivisionError("a defect")
 
     head = Head(b"GET", b"/v2", {}, 0, True, False)
-    exchange = Exchange(cast(Connection, Line()), Request(head, b"", 0))
+    exchange = Exchange(cast(Connection, Line(Budget(0))), Request(head, b"", 0))
     head.target = type("Target", (), {"handler": staticmethod(broken)})()
     with caplog.at_level(logging.ERROR, "penstock.gateway"):
         joined.application.handle(exchange)

@@ -1,0 +1,332 @@
+"""How much processor time a request over HTTP costs, and how long it takes: ``python bench/http.py``.
+
+Starts a server, drives it with wrk (Debian package ``wrk``) over several models and numbers of connections, and reads
+from /proc what each process used meanwhile. Processor time per request repeats within some 15 % on a shared machine;
+requests per second and p99 do not: judge by the first. Medians of the repeats go to standard output as a table, and
+with everything else to a JSON file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run as a script, this folder would come first, and this file pass for the standard library's http.
+sys.path[0] = str(Path(__file__).parents[1])
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Final
+from urllib.request import urlopen
+
+import numpy as np
+import onnxruntime
+
+from bench import models as bench_models
+
+ROLES: Final = ("gateway", "broker", "worker")
+RESULTS: Final = Path(__file__).parent / "results"
+_TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how its requests are written (``binary``, ``json``, or ``binary-id``: each with an id of its own), and
+    how many connections ask at once."""
+
+    model: str
+    form: str
+    connections: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One run, or the medians of several. Microseconds of processor time are per request."""
+
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    gateway_us: float
+    broker_us: float
+    worker_us: float
+    batch_rows: float
+    errors: int
+
+    @property
+    def total_us(self) -> float:
+        return self.gateway_us + self.broker_us + self.worker_us
+
+
+class Server:
+    """``penstock up`` on a repository of bench models, for the time of a ``with``."""
+
+    def __init__(self, repository: Path, runtime: Path) -> None:
+        self._repository = repository
+        self._runtime = runtime
+
+    def __enter__(self) -> Server:
+        command = [sys.executable, "-m", "penstock.bin", "up", str(self._repository), "--http=127.0.0.1:0"]
+        self._process = subprocess.Popen(
+            [*command, f"--runtime-dir={self._runtime}", "--log-level=warning"], stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        ready = self._process.stdout.readline()
+        if not ready.startswith("penstock ready: "):
+            sys.exit("bench: the server did not start")
+        self.url = ready.split()[-1]
+        self.pids = {role: list(_children(self._process.pid, role)) for role in ROLES}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(60)
+
+    def cpu_s(self, role: str) -> float:
+        """Processor time, user and system, of all processes of a role so far."""
+        return sum(_cpu_s(pid) for pid in self.pids[role])
+
+    def batches(self) -> tuple[float, float]:
+        """How many batches have run, and of how many rows together."""
+        text = urlopen(self.url + "/metrics", timeout=10).read().decode()
+        count = re.findall(r"^penstock_batch_rows_count\{.*\} (\S+)", text, re.M)
+        total = re.findall(r"^penstock_batch_rows_sum\{.*\} (\S+)", text, re.M)
+        return sum(map(float, count)), sum(map(float, total))
+
+
+def _children(parent: int, role: str) -> Iterator[int]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                status = (entry / "stat").read_text().rpartition(")")[2].split()
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue  # ended meanwhile
+            if int(status[1]) == parent and role.encode() in command:
+                yield int(entry.name)
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_S
+
+
+def request_body(model: str, form: str) -> tuple[bytes, int]:
+    """A request for one row, and how many bytes of it are JSON in front of binary data (0: all is JSON)."""
+    inputs, binary = [], b""
+    for name, array in bench_models.sample(model, 1).items():
+        about: dict[str, Any] = {"name": name, "shape": list(array.shape), "datatype": "FP32"}
+        if form == "json":
+            about["data"] = [float(f"{value:.6g}") for value in array.ravel()]
+        else:
+            about["parameters"] = {"binary_data_size": array.nbytes}
+            binary += array.tobytes()
+        inputs.append(about)
+    request: dict[str, Any] = {"inputs": inputs}
+    if form != "json":
+        request["parameters"] = {"binary_data_output": True}
+    if form == "binary-id":
+        request = {"id": "0000000000000000", **request}
+    head = json.dumps(request, separators=(",", ":")).encode()
+    return head + binary, 0 if form == "json" else len(head)
+
+
+def write_script(directory: Path, case: Case) -> Path:
+    """A wrk script that sends the case's request."""
+    body, header_length = request_body(case.model, case.form)
+    (directory / "body").write_bytes(body)
+    lines = [
+        f'local file = io.open("{directory}/body", "rb")',
+        'local body = file:read("*a")',
+        "file:close()",
+        'wrk.method = "POST"',
+        f'wrk.path = "/v2/models/{case.model}/infer"',
+        "wrk.body = body",
+        f'wrk.headers["Content-Type"] = "application/{"octet-stream" if header_length else "json"}"',
+    ]
+    if header_length:
+        lines.append(f'wrk.headers["Inference-Header-Content-Length"] = "{header_length}"')
+    if case.form == "binary-id":
+        lines += [
+            "local count = 0",
+            "function request()",
+            "  count = count + 1",
+            '  return wrk.format(nil, nil, nil, (body:gsub("0000000000000000", string.format("%016d", count), 1)))',
+            "end",
+        ]
+    script = directory / "script.lua"
+    script.write_text("\n".join(lines) + "\n")
+    return script
+
+
+def run_wrk(url: str, script: Path, connections: int, seconds: float) -> tuple[int, float, float, int]:
+    """(requests, p50 ms, p99 ms, errors). One thread of wrk is enough for anything that is measured here."""
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds:g}s",
+        "--latency",
+        "--timeout=30s",
+        "-s",
+        str(script),
+        url,
+    ]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    requests = int(_find(r"(\d+) requests in", text))
+    errors = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
+    sockets = re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", text)
+    failed = int(errors[1]) if errors else 0
+    failed += sum(map(int, sockets.groups())) if sockets else 0
+    return (
+        requests,
+        _milliseconds(_find(r"^\s+50%\s+(\S+)", text)),
+        _milliseconds(_find(r"^\s+99%\s+(\S+)", text)),
+        failed,
+    )
+
+
+def _find(pattern: str, text: str) -> str:
+    found = re.search(pattern, text, re.MULTILINE)
+    if found is None:
+        sys.exit(f"bench: wrk printed something else than expected:\n{text}")
+    return found[1]
+
+
+def _milliseconds(text: str) -> float:
+    for unit, factor in (("us", 1e-3), ("ms", 1.0), ("s", 1e3)):
+        if text.endswith(unit):
+            return float(text.removesuffix(unit)) * factor
+    raise ValueError(text)
+
+
+def measure(server: Server, case: Case, script: Path, seconds: float) -> Figures:
+    batches, rows = server.batches()
+    before = {role: server.cpu_s(role) for role in ROLES}
+    requests, p50_ms, p99_ms, errors = run_wrk(server.url, script, case.connections, seconds)
+    used = {role: (server.cpu_s(role) - before[role]) / max(1, requests) * 1e6 for role in ROLES}
+    more_batches, more_rows = server.batches()
+    mean = (more_rows - rows) / max(1.0, more_batches - batches)
+    return Figures(requests / seconds, p50_ms, p99_ms, used["gateway"], used["broker"], used["worker"], mean, errors)
+
+
+def medians(runs: Sequence[Figures]) -> Figures:
+    by_name = {name: [asdict(run)[name] for run in runs] for name in asdict(runs[0])}
+    return Figures(
+        **{name: statistics.median(values) for name, values in by_name.items()} | {"errors": sum(by_name["errors"])}
+    )
+
+
+def bare_model_us(model: str, rows: int, seconds: float = 1.0) -> float:
+    """What the model itself costs on one thread: microseconds of processor time a row, in batches of ``rows``."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(bench_models.build(model), options, providers=["CPUExecutionProvider"])
+    feed = {name: np.concatenate([array] * rows) for name, array in bench_models.sample(model, 1).items()}
+    session.run(None, feed)
+    runs, start, until = 0, time.thread_time(), time.monotonic() + seconds
+    while time.monotonic() < until:
+        session.run(None, feed)
+        runs += 1
+    return (time.thread_time() - start) / runs / rows * 1e6
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
+        yield Path(name)
+
+
+def about_machine() -> dict[str, str]:
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.machine()}",
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("penstock", "onnxruntime-gpu", "pyzmq", "uvloop", "httptools", "msgpack")},
+    }
+
+
+def print_table(rows: Sequence[tuple[Case, Figures, float]]) -> None:
+    print(
+        "| model, form | conn. | requests/s | p50 ms | p99 ms "
+        "| CPU-us: gateway | broker | worker | sum | over bare | batch |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for case, each, bare_us in rows:
+        errors = f" ({each.errors} errors)" if each.errors else ""
+        print(
+            f"| {case.model}, {case.form} | {case.connections} | {each.requests_per_s:.0f}{errors} | {each.p50_ms:.2f} "
+            f"| {each.p99_ms:.2f} | {each.gateway_us:.1f} | {each.broker_us:.1f} | {each.worker_us:.1f} "
+            f"| **{each.total_us:.1f}** | {each.total_us - bare_us:.1f} | {each.batch_rows:.1f} |"
+        )
+
+
+def cases(models: Sequence[str], forms: Sequence[str], connections: Sequence[int]) -> list[Case]:
+    """Binary for all; JSON and ids only for the small model, where they are what a request costs."""
+    return [
+        Case(model, form, count)
+        for model in models
+        for form in forms
+        if form == "binary" or model == "tiny"
+        for count in connections
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="tiny,mlp,image", help=f"of {', '.join(bench_models.MODELS)}")
+    parser.add_argument("--forms", default="binary,json,binary-id")
+    parser.add_argument("--connections", default="1,16,64,256")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each run")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "http.json")
+    arguments = parser.parse_args()
+    if shutil.which("wrk") is None:
+        sys.exit("bench: wrk is missing; on Debian and Ubuntu: apt install wrk")
+    models = arguments.models.split(",")
+    wanted = cases(models, arguments.forms.split(","), [int(each) for each in arguments.connections.split(",")])
+    rows: list[tuple[Case, Figures, float]] = []
+    with _directory() as directory:
+        repository = bench_models.make_repository(directory / "models", models)
+        with Server(repository, directory / "run") as server:
+            for number, case in enumerate(wanted, start=1):
+                print(f"{number}/{len(wanted)} {case}", file=sys.stderr)
+                script = write_script(directory, case)
+                run_wrk(server.url, script, case.connections, 1.0)
+                runs = [measure(server, case, script, arguments.seconds) for _ in range(arguments.repeats)]
+                figures = medians(runs)
+                bare_us = bare_model_us(case.model, max(1, round(figures.batch_rows)))
+                rows.append((case, figures, bare_us))
+    machine = about_machine()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print_table(rows)
+    content = {
+        "machine": machine,
+        "seconds": arguments.seconds,
+        "repeats": arguments.repeats,
+        "cases": [
+            asdict(case) | asdict(figures) | {"total_us": figures.total_us, "bare_us": bare_us}
+            for case, figures, bare_us in rows
+        ],
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""The broker as a process: real sockets, a real signal, and peers that are threads of this one."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from penstock.broker.options import BrokerOptions
+from penstock.broker.process import BrokerProcess, BrokerSettings, bind_tcp
+from penstock.wire import control
+from penstock.wire.codec import pack, unpack
+from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
+from penstock.wire.messages import (
+    TO_CALLER,
+    TO_WORKER,
+    Ask,
+    Assign,
+    Attached,
+    Bye,
+    CallerHello,
+    Carrier,
+    Done,
+    Expect,
+    Finished,
+    Form,
+    HelloWanted,
+    Message,
+    Metrics,
+    Models,
+    Refusals,
+    Requests,
+    Submit,
+    Welcome,
+    WorkerHello,
+)
+from penstock.wire.sockets import Socket
+from tests.broker.conversation import model
+
+WAIT_S = 20.0
+SECOND = 1_000_000
+
+
+class Peer:
+    """A caller or worker on a broker's sockets."""
+
+    def __init__(self, context: zmq.Context[Any], address: str, number: bytes) -> None:
+        self.id = number
+        self.epoch = 0
+        self.kinds: dict[int, type[Message]] = {**TO_CALLER, **TO_WORKER}
+        self.socket = Socket(context, zmq.DEALER, 1000, number)
+        self.socket.raw.connect(address)
+        self.read: list[Message] = []
+
+    def say(self, message: Message) -> None:
+        message.epoch = self.epoch
+        self.say_bytes(pack(message), message.frames if isinstance(message, Carrier) else ())
+
+    def say_bytes(self, head: bytes, frames: Any = ()) -> None:
+        while self.socket.send([head], frames) == "full":  # until the connection stands
+            self.wait()
+
+    def wait(self) -> None:
+        assert select.select([self.socket.fileno()], [], [], WAIT_S)[0], "nothing came"
+        self.socket.pending = True
+
+    def hear(self, kind: type[Message]) -> Any:
+        """The next message of a kind; others before it are passed over."""
+        while True:
+            if not self.socket.pending:
+                self.wait()
+            for heads, frames in self.socket.receive(1, 1):
+                message = unpack(heads[0], list(map(bytes, frames)), self.kinds)
+                if isinstance(message, kind):
+                    return message
+
+    def join(self, hello: Message) -> None:
+        self.say(hello)
+        self.epoch = self.hear(Welcome).epoch
+
+    def join_as_caller(self) -> None:
+        self.join(CallerHello(0, "", 1, True))
+        self.hear(Models)
+
+    def join_as_worker(self, *callers: bytes) -> None:
+        self.join(WorkerHello(0, "w", "cpu", 1, (), 1, (model(),), callers))
+
+
+def ask(number: int, size: int = 0, timeout_us: int = 60 * SECOND) -> Submit:
+    payload = bytes([number]) * size
+    inline = size <= 16 * 1024
+    groups = [Requests(Form("m", "1", 0, "", 1, size, b"", b"layout"), (number,), (timeout_us,))]
+    return Submit(0, groups, blob=payload if inline else b"", frames=() if inline else [payload])
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> RuntimeDir:
+    return RuntimeDir(tmp_path / "run")
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    context: zmq.Context[Any] = zmq.Context()
+    yield context
+    context.term()
+
+
+@pytest.fixture
+def routers(context: zmq.Context[Any]) -> Iterator[list[Socket]]:
+    routers = [Socket(context, zmq.ROUTER, 10) for _ in range(4)]
+    yield routers
+    for router in routers:
+        router.close()
+
+
+@pytest.fixture
+def serve(runtime: RuntimeDir, context: zmq.Context[Any]) -> Iterator[Callable[..., None]]:
+    """Runs a broker in this thread while the peers in ``talk`` speak in another; ends it with a signal after them."""
+    peers: list[Peer] = []
+
+    def make(role: str, number: bytes) -> Peer:
+        path = runtime.callers if role == "caller" else runtime.workers
+        peers.append(Peer(context, f"ipc://{path}", number))
+        return peers[-1]
+
+    def run(talk: Callable[[Callable[[str, bytes], Peer]], None], ends: bool = True, **settings: Any) -> None:
+        def talk_and_end() -> None:
+            try:
+                talk(make)
+            finally:
+                if ends:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        process = BrokerProcess(BrokerSettings(runtime=runtime, **settings))
+        process.start()
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                future = pool.submit(talk_and_end)
+                process.serve()
+                future.result()
+        finally:
+            process.stop()
+
+    yield run
+    for peer in peers:
+        peer.socket.close()
+
+
+@pytest.mark.parametrize("size", [0, 100, 200_000])
+def test_a_request_goes_from_its_caller_to_a_worker_and_ends(serve: Callable[..., None], size: int) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        caller, worker = make("caller", b"caller00"), make("worker", b"worker00")
+        worker.join_as_worker()
+        caller.join_as_caller()
+        assert worker.hear(Expect).callers == ()
+        assert worker.hear(Expect).callers == (caller.id,)
+        worker.say(Attached(0, caller.id, True))
+        caller.say(ask(7, size))
+        work = worker.hear(Assign)
+        assert [(group.caller, group.ids) for group in work.groups] == [(caller.id, (7,))]
+        assert (work.blob or b"".join(work.frames)) == bytes([7]) * size
+        worker.say(Done(0, [Finished(caller.id, 1, 0, (7,))]))
+        caller.say(Submit(0, (), (7, 7)))
+        assert worker.hear(Assign).freed == ((caller.id, (7, 7)),)
+
+    serve(talk)
+
+
+def test_who_ends_its_control_connection_is_gone_at_once(serve: Callable[..., None], runtime: RuntimeDir) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        first, second, caller = make("worker", b"worker00"), make("worker", b"worker01"), make("caller", b"caller00")
+        held = control.connect(runtime.control, first.id)
+        assert held is not None
+        first.join_as_worker()
+        caller.join_as_caller()
+        first.say(Attached(0, caller.id, True))
+        caller.say(ask(1))
+        assert first.hear(Assign).groups[0].attempt == 1
+        second.join_as_worker(caller.id)
+        held.close()
+        assert second.hear(Assign).groups[0].attempt == 2
+
+    serve(talk, options=BrokerOptions(silence_max_s=1000.0))
+
+
+def test_a_broker_survives_whatever_comes_and_counts_it(serve: Callable[..., None], runtime: RuntimeDir) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        short, caller = make("caller", b"short"), make("caller", b"caller00")
+        short.say_bytes(b"\x93\x01\x05\x00")
+        for garbage in (b"", b"\xc1", b"x" * 1000, b"\x91" * 2000, pack(Assign(0, ()))):
+            caller.say_bytes(garbage, [b"", b"x" * 100])
+        caller.say_bytes(pack(Bye(0)), [b""] * 5000)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.connect(str(runtime.control))
+            stranger.send(b"GET / HTTP/1.1")
+            assert select.select([stranger], [], [], WAIT_S)[0]
+        caller.join_as_caller()
+        caller.say(Ask(0, 1))
+        broker = caller.hear(Metrics).snapshots[0]
+        counted = {each.labels: each.value for each in broker.samples if each.family == "penstock_bad_messages"}
+        assert counted == {("caller",): 7, ("control",): 1}
+
+    serve(talk)
+
+
+def test_a_peer_of_an_earlier_broker_is_asked_to_say_hello(serve: Callable[..., None]) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        caller = make("caller", b"caller00")
+        caller.epoch = 12345
+        caller.say(ask(1))
+        assert caller.hear(HelloWanted).epoch != 12345
+
+    serve(talk)
+
+
+def test_deadlines_pass_without_anything_happening(serve: Callable[..., None]) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        caller, worker = make("caller", b"caller00"), make("worker", b"worker00")
+        worker.join_as_worker()
+        caller.join_as_caller()
+        caller.say(ask(1, timeout_us=20_000))
+        [refusal] = caller.hear(Refusals).refusals
+        assert (refusal.id, refusal.code) == (1, "deadline")
+
+    serve(talk)
+
+
+def test_a_signal_drains_and_then_everybody_is_told(serve: Callable[..., None], runtime: RuntimeDir) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        caller, worker = make("caller", b"caller00"), make("worker", b"worker00")
+        worker.join_as_worker()
+        caller.join_as_caller()
+        worker.say(Attached(0, caller.id, True))
+        caller.say(ask(1))
+        worker.hear(Assign)
+        os.kill(os.getpid(), signal.SIGTERM)
+        number, refused = 1, None
+        while refused is None:  # the signal is not heard before what was sent first
+            number += 1
+            caller.say(ask(number, timeout_us=60 * SECOND))
+            caller.say(Ask(0, number))
+            heard = caller.hear((Refusals, Metrics))  # type: ignore[arg-type]
+            refused = heard if isinstance(heard, Refusals) else None
+        assert refused.refusals[0].code == "draining"
+        caller.say(Submit(0, (), (), tuple(range(2, number + 1))))
+        worker.say(Done(0, [Finished(caller.id, 1, 0, tuple(range(1, number)))]))
+        caller.say(Submit(0, (), (1, number)))
+        for peer in (caller, worker):
+            peer.hear(Bye)
+
+    serve(talk, ends=False)
+    assert list(runtime.path.iterdir()) == []
+
+
+def test_draining_ends_when_its_time_is_up(serve: Callable[..., None]) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        caller, worker = make("caller", b"caller00"), make("worker", b"worker00")
+        worker.join_as_worker()
+        caller.join_as_caller()
+        caller.say(ask(1))
+        caller.say(Ask(0, 1))
+        caller.hear(Metrics)  # so the request is in
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caller.hear(Refusals).refusals[0].code == "draining"
+        caller.hear(Bye)
+
+    serve(talk, ends=False, drain_s=0.05)
+
+
+def test_a_second_broker_in_the_same_directory_does_not_start(serve: Callable[..., None], runtime: RuntimeDir) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        with pytest.raises(EndpointError, match=r"callers.sock is in use by another process"):
+            Guard(runtime.callers)
+        make("caller", b"caller00").join_as_caller()  # the first one does not notice
+
+    serve(talk)
+
+
+def port_of(bound: Socket) -> int:
+    return int(bound.raw.get(zmq.LAST_ENDPOINT).rstrip(b"\0").rpartition(b":")[2])
+
+
+def test_a_broker_listens_on_a_port_and_the_next(routers: list[Socket]) -> None:
+    bind_tcp("tcp://127.0.0.1:0", *routers[:2])
+    port = port_of(routers[0])
+    assert port_of(routers[1]) == port + 1
+    with pytest.raises(EndpointError, match=rf"cannot listen on tcp://127.0.0.1:{port} and the port after it"):
+        bind_tcp(f"tcp://127.0.0.1:{port}", *routers[2:])
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("tcp://0.0.0.0:1", "0.0.0.0 can be reached from other machines"),
+        ("tcp://127.0.0.1", "is not of the form HOST:PORT"),
+        ("127.0.0.1:1", "is not of the form tcp://HOST:PORT"),
+    ],
+)
+def test_an_address_that_a_broker_may_not_use_is_refused(routers: list[Socket], address: str, sentence: str) -> None:
+    with pytest.raises(EndpointError, match=sentence):
+        bind_tcp(address, *routers[:2])
