@@ -27,6 +27,9 @@ from penstock.wire.process import fields, measure, notify
 log = logging.getLogger("penstock.gateway")
 
 _BACKLOG: Final = 2048
+# A gateway that starts leaves connections to the kernel's queue, and so to the gateways beside it, for as long as it may
+# take to hear from a broker that is there: who comes at once is then not told that there is none.
+_PATIENCE_S: Final = 1.0
 _SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
 
 
@@ -84,6 +87,10 @@ class GatewayProcess:
 
     def start(self) -> None:
         self._listener = listen(self._settings.http)
+        try:
+            self._listener.listen(_BACKLOG)
+        except OSError as error:  # a port that is only bound is not yet ours alone
+            raise EndpointError(f"cannot listen on {self._settings.http}: {error.strerror}") from None
 
     def serve(self) -> None:
         uvloop.run(self._serve())
@@ -100,11 +107,12 @@ class GatewayProcess:
             loop.add_signal_handler(number, stopped.set)
         context: zmq.Context[Any] = zmq.Context()
         coupling = Coupling(loop, context, settings)
-        server = await loop.create_server(coupling.http.connection, sock=self._listener, backlog=_BACKLOG)
-        coupling.http.turn()
-        coupling.pump()
         log.info("gateway listens", extra=fields(url=url_of(self._listener)))
         notify("READY=1")
+        coupling.pump()
+        await _first_of(_PATIENCE_S, coupling.introduced, stopped)
+        server = await loop.create_server(coupling.http.connection, sock=self._listener, backlog=_BACKLOG)
+        coupling.http.turn()
         await stopped.wait()
         notify("STOPPING=1")
         await self._drain(server, coupling.http)
@@ -122,6 +130,14 @@ class GatewayProcess:
         http.stop()
 
 
+async def _first_of(limit_s: float, *events: asyncio.Event) -> None:
+    """Until one of them is set or the time is up."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+
+
 class Coupling:
     """The HTTP side and the caller's sockets on one loop.
 
@@ -131,6 +147,7 @@ class Coupling:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, context: zmq.Context[Any], settings: GatewaySettings) -> None:
         self._loop = loop
+        self.introduced = asyncio.Event()  # a broker has said what models there are
         self._link = Link(context, settings.broker, settings.name, lambda metrics: reports.arrived(metrics))
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
         application = Application(loop, self._link.caller, settings.options, reports, self._flush_soon)
@@ -152,6 +169,8 @@ class Coupling:
             self._loop.call_soon(self.pump)  # there may be more; others have their turn first
         if self._link.control_fileno != self._control:
             self._watch_control()
+        if self._link.caller.models is not None:
+            self.introduced.set()
         self._set_timer()
 
     def _flush_soon(self) -> None:
