@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Run as a script, this folder would come first, and this file pass for the standard library's http.
-sys.path[0] = str(Path(__file__).parents[1])
+if __name__ == "__main__":  # this folder comes first then, and this file would pass for the standard library's http
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import argparse
 import json
@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -39,6 +39,7 @@ import onnxruntime
 from bench import models as bench_models
 
 ROLES: Final = ("gateway", "broker", "worker")
+FORMS: Final = ("binary", "json", "binary-id")
 RESULTS: Final = Path(__file__).parent / "results"
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -172,13 +173,13 @@ def write_script(directory: Path, case: Case) -> Path:
     return script
 
 
-def run_wrk(url: str, script: Path, connections: int, seconds: float) -> tuple[int, float, float, int]:
+def run_wrk(url: str, script: Path, connections: int, seconds: int) -> tuple[int, float, float, int]:
     """(requests, p50 ms, p99 ms, errors). One thread of wrk is enough for anything that is measured here."""
     command = [
         "wrk",
         "-t1",
         f"-c{connections}",
-        f"-d{seconds:g}s",
+        f"-d{seconds}s",
         "--latency",
         "--timeout=30s",
         "-s",
@@ -213,7 +214,7 @@ def _milliseconds(text: str) -> float:
     raise ValueError(text)
 
 
-def measure(server: Server, case: Case, script: Path, seconds: float) -> Figures:
+def measure(server: Server, case: Case, script: Path, seconds: int) -> Figures:
     batches, rows = server.batches()
     before = {role: server.cpu_s(role) for role in ROLES}
     requests, p50_ms, p99_ms, errors = run_wrk(server.url, script, case.connections, seconds)
@@ -257,7 +258,8 @@ def about_machine() -> dict[str, str]:
         "cpu": f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.machine()}",
         "kernel": platform.release(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("penstock", "onnxruntime-gpu", "pyzmq", "uvloop", "httptools", "msgpack")},
+        "onnxruntime": onnxruntime.__version__,
+        **{name: version(name) for name in ("penstock", "pyzmq", "uvloop", "httptools", "msgpack")},
     }
 
 
@@ -287,27 +289,51 @@ def cases(models: Sequence[str], forms: Sequence[str], connections: Sequence[int
     ]
 
 
+def _words(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """For argparse: some of the known words, with commas between them."""
+
+    def words(text: str) -> list[str]:
+        found = text.split(",")
+        for word in found:
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
+        return found
+
+    return words
+
+
+def _count(text: str) -> int:
+    """For argparse: a whole number from 1 on."""
+    if not text.isascii() or not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(each) for each in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="tiny,mlp,image", help=f"of {', '.join(bench_models.MODELS)}")
-    parser.add_argument("--forms", default="binary,json,binary-id")
-    parser.add_argument("--connections", default="1,16,64,256")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each run")
-    parser.add_argument("--repeats", type=int, default=3)
+    models = bench_models.MODELS
+    parser.add_argument("--models", type=_words(models), default="tiny,mlp,image", help=f"of {', '.join(models)}")
+    parser.add_argument("--forms", type=_words(FORMS), default=",".join(FORMS))
+    parser.add_argument("--connections", type=_counts, default="1,16,64,256")
+    parser.add_argument("--seconds", type=_count, default=5, help="for each run; wrk takes whole ones")
+    parser.add_argument("--repeats", type=_count, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "http.json")
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("bench: wrk is missing; on Debian and Ubuntu: apt install wrk")
-    models = arguments.models.split(",")
-    wanted = cases(models, arguments.forms.split(","), [int(each) for each in arguments.connections.split(",")])
+    wanted = cases(arguments.models, arguments.forms, arguments.connections)
     rows: list[tuple[Case, Figures, float]] = []
     with _directory() as directory:
-        repository = bench_models.make_repository(directory / "models", models)
+        repository = bench_models.make_repository(directory / "models", arguments.models)
         with Server(repository, directory / "run") as server:
             for number, case in enumerate(wanted, start=1):
                 print(f"{number}/{len(wanted)} {case}", file=sys.stderr)
                 script = write_script(directory, case)
-                run_wrk(server.url, script, case.connections, 1.0)
+                run_wrk(server.url, script, case.connections, 1)
                 runs = [measure(server, case, script, arguments.seconds) for _ in range(arguments.repeats)]
                 figures = medians(runs)
                 bare_us = bare_model_us(case.model, max(1, round(figures.batch_rows)))

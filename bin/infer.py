@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import lzma
 import sys
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import numpy as np
@@ -17,6 +19,22 @@ from penstock.bin import options
 from penstock.client import Client, PenstockError, Result
 from penstock.wire.models import ModelSpec
 from penstock.wire.tensors import DTYPES
+
+# What numpy raises for files that are none, beside OSError.
+_UNREADABLE: Final = (
+    ValueError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    TypeError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+# The kinds of numbers in JSON that a kind of datatype takes: numpy would cut 1.5 to 1, and make null a NaN.
+_FITTING: Final = {"b": "b", "i": "biu", "u": "biu", "f": "biuf"}
 
 
 @click.command()
@@ -75,6 +93,8 @@ def read_inputs(inputs: Sequence[str], spec: ModelSpec | None) -> dict[str, Any]
         for found, array in _read(path, name or only).items():
             if not found and spec is not None:
                 raise InputError(f"{path} holds one array, and the model has several inputs; write NAME={path}")
+            if found and found in arrays:
+                raise InputError(f"{path} holds input '{found}', and so does a file before it")
             arrays[found] = array
     return arrays
 
@@ -85,14 +105,15 @@ def _read(path: str, name: str) -> dict[str, Any]:
             return _from_json(sys.stdin.read())
         if path.endswith(".json"):
             return _from_json(Path(path).read_text(encoding="utf-8"))
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {name: loaded}
-        with loaded:
-            return dict(loaded)
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {name: loaded}
+            with loaded:
+                return dict(loaded)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         shown = "standard input" if path == "-" else path
         raise InputError(f"{shown} is no .npy, .npz or JSON file that can be used: {error}") from None
 
@@ -105,12 +126,19 @@ def _from_json(text: str) -> dict[str, Any]:
     if not isinstance(value.get("inputs"), list):
         return value
     try:
-        return {
-            each["name"]: np.array(each["data"], DTYPES[each["datatype"]]).reshape(each["shape"])
-            for each in value["inputs"]
-        }
-    except (KeyError, TypeError, OverflowError) as error:
+        return {each["name"]: _tensor(each["data"], each["datatype"]).reshape(each["shape"]) for each in value["inputs"]}
+    except (KeyError, TypeError, ArithmeticError) as error:
         raise ValueError(f"its inputs are not those of a v2 request ({error!r})") from None
+
+
+def _tensor(data: Any, datatype: str) -> np.ndarray[Any, Any]:
+    """Raises KeyError, TypeError, ValueError and ArithmeticError for what does not fit the datatype."""
+    dtype = np.dtype("<f4") if datatype == "BF16" else DTYPES[datatype]  # the client rounds it
+    with np.errstate(over="raise"):
+        array = np.array(data, dtype)
+    if array.size and np.array(data).dtype.kind not in _FITTING.get(dtype.kind, "OSUbiuf"):
+        raise TypeError(f"the data are not {datatype}")
+    return array
 
 
 def _plain(array: np.ndarray[Any, Any]) -> Any:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from penstock.gateway.process import listen, url_of
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
@@ -142,13 +142,14 @@ class Launcher:
         if not self._wait([broker]):
             return False
         results = ["--bind=tcp://127.0.0.1:0"] if plan.bind else []
-        arguments = ["worker", str(plan.models), f"--device={plan.device}", *options, *results]
+        arguments = ["worker", f"--device={plan.device}", *options, *results]
+        models = ["--", str(plan.models)]  # a name may begin with a hyphen
         names = [f"{plan.device}-{number}" for number in range(plan.workers)]
         # The first alone: what is wrong with a model is then said once.
-        workers = [self._start(names[0], [*arguments, f"--name={names[0]}"])]
+        workers = [self._start(names[0], [*arguments, f"--name={names[0]}", *models])]
         if not self._wait(workers):
             return False
-        workers = [self._start(name, [*arguments, f"--name={name}"]) for name in names[1:]]
+        workers = [self._start(name, [*arguments, f"--name={name}", *models]) for name in names[1:]]
         if not self._wait(workers):
             return False
         try:
@@ -165,7 +166,9 @@ class Launcher:
         return self._wait(gateways) and self._wait_until(lambda: _answers(url_of(listener)))
 
     def _start(self, name: str, arguments: Sequence[str], inherits: tuple[int, ...] = ()) -> Child:
-        child = Child(name, [sys.executable, "-m", "penstock.bin", *arguments, f"--parent={os.getpid()}"], inherits)
+        command, *options = arguments
+        start = [sys.executable, "-m", "penstock.bin", command, f"--parent={os.getpid()}"]
+        child = Child(name, [*start, *options], inherits)
         self._children.append(child)
         self._spawn(child)
         return child
@@ -185,21 +188,17 @@ class Launcher:
         self._poll.register(child.pidfd, select.POLLIN)
 
     def _wait(self, children: Sequence[Child]) -> bool:
-        """Until all are ready. False: told to stop meanwhile. LaunchError: one has ended instead."""
-
-        def ready() -> bool:
-            for child in children:
-                if child.exit_code is not None:
-                    raise LaunchError("", child.exit_code if child.exit_code > 0 else 1)
-            return all(child.ready for child in children)
-
-        return self._wait_until(ready)
+        """Until all are ready. False: told to stop meanwhile. LaunchError: a process has ended instead."""
+        return self._wait_until(lambda: all(child.ready for child in children))
 
     def _wait_until(self, condition: Callable[[], bool]) -> bool:
         while not condition():
             self._turn(time.monotonic() + _PROBE_S)
             if self._stop_signal.received:
                 return False
+            for child in self._children:
+                if child.exit_code is not None:
+                    _give_up(child.name, child.exit_code)
         return True
 
     # --- running ---
@@ -272,6 +271,14 @@ class Launcher:
             self._turn(min(until, time.monotonic() + 1.0))
 
 
+def _give_up(name: str, exit_code: int) -> NoReturn:
+    """Raises LaunchError: what ends by itself has said why, what is ended by a signal has not."""
+    if exit_code > 0:
+        raise LaunchError("", exit_code)
+    how = f"was ended by signal {-exit_code}" if exit_code else "ended"
+    raise LaunchError(f"the process {name} {how} before the server was ready; start it again")
+
+
 def _notify_socket(path: Path) -> socket.socket:
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     notify.bind(os.fspath(path))
@@ -293,4 +300,4 @@ def _answers(url: str) -> bool:
     if response.status == 200:
         return True
     reason = json.loads(body)["error"]
-    return "UNAVAILABLE" in reason and "LOADING" not in reason
+    return "(UNAVAILABLE)" in reason and "(LOADING)" not in reason

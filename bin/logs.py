@@ -40,7 +40,7 @@ class RepeatFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         key = (record.name, str(record.msg), record.levelno)
         since, count = self._seen.get(key, (record.created, 0))
-        if record.created - since >= self._interval_s:
+        if not 0 <= record.created - since < self._interval_s:  # nor is a clock that was set back waited for
             if count > self._repeats_max:
                 held_back = {"held_back": count - self._repeats_max}
                 record.__dict__["fields"] = {**getattr(record, "fields", {}), **held_back}
@@ -62,7 +62,7 @@ class _TextFormatter(logging.Formatter):
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
         words = [f"{stamp}.{int(record.msecs):03d} {record.levelname[0]} {self._role}: {record.getMessage()}"]
         words += [f"{key}={_quoted(value)}" for key, value in getattr(record, "fields", {}).items()]
-        line = " ".join(words)
+        line = _printable(" ".join(words))
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -88,7 +88,17 @@ class _JsonFormatter(logging.Formatter):
             line[f"about_{key}" if key in own else key] = value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        try:
+            return json.dumps(line, default=str, allow_nan=False)
+        except (TypeError, ValueError):  # NaN, keys of a dictionary that JSON has not, what holds itself
+            return json.dumps({key: value if isinstance(value, int) else str(value) for key, value in line.items()})
+
+
+def _printable(text: str) -> str:
+    """With escapes for line ends and whatever else cannot be seen: one event is one line."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
 
 
 def _quoted(value: object) -> str:

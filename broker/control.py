@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from penstock.broker.events import Garbage, Gone
+from penstock.broker.events import Gone
 from penstock.wire import control
 from penstock.wire.errors import BadMessage
+from penstock.wire.events import Garbage
 
 _UNNAMED_MAX: Final = 256  # connections that have not said who they are yet
 
@@ -63,7 +64,7 @@ class ControlServer:
             self._peers[fileno] = control.peer_id(packet)
         except BadMessage as error:
             self._close(fileno)
-            return Garbage("control", known or b"", str(error))
+            return Garbage("control", str(error), known or b"")
         return None
 
     def __contains__(self, fileno: int) -> bool:

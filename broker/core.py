@@ -10,26 +10,13 @@ from collections.abc import Sequence
 from typing import Final
 
 from penstock.broker.assign import Assigner
-from penstock.broker.events import (
-    Command,
-    Drain,
-    End,
-    Event,
-    FromCaller,
-    FromWorker,
-    Garbage,
-    Gone,
-    Log,
-    Sweep,
-    Tick,
-    ToCaller,
-    ToWorker,
-)
+from penstock.broker.events import Command, End, Event, FromCaller, FromWorker, Gone, Sweep, ToCaller, ToWorker
 from penstock.broker.ledger import Ledger
 from penstock.broker.lots import Lot
 from penstock.broker.options import BrokerOptions
 from penstock.broker.peers import CallerPeer, WorkerPeer
 from penstock.broker.registry import Registry
+from penstock.wire.events import Drain, Garbage, Log, Tick
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
     MAX_NAME,
@@ -96,7 +83,7 @@ class Core:
                 self._tick(now)
             case Gone(peer, reason):
                 self._gone(peer, reason, now)
-            case Garbage(process, peer, reason):
+            case Garbage(process, reason, peer):
                 self.meters.value("penstock_bad_messages", process).value += 1
                 self._log("warning", "bad message dropped", process=process, peer=peer.hex(), reason=reason)
             case Drain():

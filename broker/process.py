@@ -15,25 +15,12 @@ import zmq
 
 from penstock.broker.control import ControlServer
 from penstock.broker.core import Core
-from penstock.broker.events import (
-    Command,
-    Drain,
-    End,
-    Event,
-    FromCaller,
-    FromWorker,
-    Garbage,
-    Gone,
-    Log,
-    Sweep,
-    Tick,
-    ToCaller,
-    ToWorker,
-)
+from penstock.broker.events import Command, End, Event, FromCaller, FromWorker, Gone, Sweep, ToCaller, ToWorker
 from penstock.broker.options import BrokerOptions
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
+from penstock.wire.events import Drain, Garbage, Log, Tick
 from penstock.wire.messages import FROM_CALLER, FROM_WORKER, PEER_ID_BYTES, Carrier, Message
 from penstock.wire.process import StopSignal, fields, measure, notify
 from penstock.wire.sockets import Socket
@@ -153,7 +140,7 @@ class BrokerProcess:
             message = unpack(heads[1], frames, kinds)
             event = FromCaller(peer, message) if process == "caller" else FromWorker(peer, message)
         except BadMessage as error:
-            event = Garbage(process, peer[:PEER_ID_BYTES], str(error))
+            event = Garbage(process, str(error), peer[:PEER_ID_BYTES])
         self._obey(self._core.handle(event, time.monotonic()))
 
     def _read_control(self, readable: int) -> None:

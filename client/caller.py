@@ -13,23 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from penstock.client.calls import SENT, WAITING, Call
-from penstock.client.events import (
-    BrokerFound,
-    BrokerLost,
-    Command,
-    Complete,
-    Event,
-    Fail,
-    FromBroker,
-    FromWorker,
-    Garbage,
-    Hear,
-    Log,
-    Report,
-    Say,
-    Sink,
-    Tick,
-)
+from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report, Sink
 from penstock.wire.codec import ranges, unpack_failure
 from penstock.wire.errors import (
     DEADLINE,
@@ -41,6 +25,7 @@ from penstock.wire.errors import (
     BadMessage,
     PenstockError,
 )
+from penstock.wire.events import BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.membership import Membership
 from penstock.wire.messages import (
     FAILED,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from penstock.wire.errors import PenstockError
-from penstock.wire.messages import Batch, Message, Metrics, Payload, Results
+from penstock.wire.events import BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
+from penstock.wire.messages import Batch, Metrics, Payload, Results
 
 
 class Sink(Protocol):
@@ -17,36 +18,8 @@ class Sink(Protocol):
 
 
 @dataclass(slots=True)
-class FromBroker:
-    message: Message
-
-
-@dataclass(slots=True)
 class FromWorker:
     message: Results
-
-
-@dataclass(slots=True)
-class BrokerFound:
-    """A control connection has been made: whoever listens there may be new."""
-
-
-@dataclass(slots=True)
-class BrokerLost:
-    reason: str
-
-
-@dataclass(slots=True)
-class Garbage:
-    """A peer ("broker" or "worker") sent what is no message."""
-
-    process: str
-    reason: str
-
-
-@dataclass(slots=True)
-class Tick:
-    """``Caller.due`` has come."""
 
 
 @dataclass(slots=True)
@@ -68,13 +41,6 @@ class Fail:
 
 
 @dataclass(slots=True)
-class Say:
-    """To the broker."""
-
-    message: Message
-
-
-@dataclass(slots=True)
 class Hear:
     """Connect to a worker's results, or with ``on`` false, no longer."""
 
@@ -87,15 +53,6 @@ class Report:
     """The whole server's metrics, that were asked for."""
 
     metrics: Metrics
-
-
-@dataclass(slots=True)
-class Log:
-    """A line for the log. ``level``: of the logging module, by name."""
-
-    level: str
-    event: str
-    fields: dict[str, Any] = field(default_factory=dict)
 
 
 Event: TypeAlias = FromBroker | FromWorker | BrokerFound | BrokerLost | Garbage | Tick

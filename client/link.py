@@ -17,26 +17,12 @@ from typing import Any, Final
 import zmq
 
 from penstock.client.caller import Caller, Identity
-from penstock.client.events import (
-    BrokerFound,
-    BrokerLost,
-    Command,
-    Complete,
-    Event,
-    Fail,
-    FromBroker,
-    FromWorker,
-    Garbage,
-    Hear,
-    Log,
-    Report,
-    Say,
-    Tick,
-)
+from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report
 from penstock.wire import control
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import BrokerAddress
 from penstock.wire.errors import BadMessage
+from penstock.wire.events import BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.messages import ON_PUBLICATION, PEER_ID_BYTES, TO_CALLER, Beat, Bye, Message, Metrics, Results
 from penstock.wire.process import fields, measure
 from penstock.wire.sockets import Socket

@@ -27,8 +27,8 @@ from penstock.wire.process import fields, measure, notify
 log = logging.getLogger("penstock.gateway")
 
 _BACKLOG: Final = 2048
-# A gateway that starts leaves connections to the kernel's queue, and so to the gateways beside it, for as long as it may
-# take to hear from a broker that is there: who comes at once is then not told that there is none.
+# A gateway that starts leaves connections in the kernel's queue, and so to the gateways beside it, for as long as it
+# may take to hear from a broker that is there: who comes at once is not told that there is none.
 _PATIENCE_S: Final = 1.0
 _SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
 

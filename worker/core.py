@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from penstock.wire.codec import ids_in, pack
 from penstock.wire.errors import DEADLINE, UNAVAILABLE, PenstockError
+from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.lots import lots_of
 from penstock.wire.membership import Membership
 from penstock.wire.messages import (
@@ -41,23 +42,7 @@ from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.metrics import Meters
 from penstock.wire.models import READY, ModelState
 from penstock.worker.batcher import Batch, Batcher, ModelKey, Rules
-from penstock.worker.events import (
-    BrokerFound,
-    BrokerLost,
-    Command,
-    Drain,
-    Event,
-    FromBroker,
-    Garbage,
-    Loaded,
-    Log,
-    Publish,
-    Run,
-    Say,
-    Subscribed,
-    Tick,
-    Unsubscribed,
-)
+from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import Executed, Publication, failure_answers
 from penstock.worker.lots import ENDED, RUNNING, WAITING, Lot
 from penstock.worker.model import Model

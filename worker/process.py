@@ -23,28 +23,13 @@ from penstock.wire import control
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
+from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
 from penstock.wire.process import StopSignal, fields, measure, notify
 from penstock.wire.sockets import Socket
 from penstock.worker.core import Core, Identity
-from penstock.worker.events import (
-    BrokerFound,
-    BrokerLost,
-    Command,
-    Drain,
-    Event,
-    FromBroker,
-    Garbage,
-    Loaded,
-    Log,
-    Publish,
-    Run,
-    Say,
-    Subscribed,
-    Tick,
-    Unsubscribed,
-)
+from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.instances import Instances
 from penstock.worker.model import LoadError, load
 from penstock.worker.probe import probe

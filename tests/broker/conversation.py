@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from penstock.broker.core import Core
-from penstock.broker.events import Event, FromCaller, FromWorker, Garbage, Gone, Log, Sweep, Tick, ToCaller, ToWorker
+from penstock.broker.events import Event, FromCaller, FromWorker, Gone, Sweep, ToCaller, ToWorker
 from penstock.broker.options import BrokerOptions
 from penstock.wire.codec import pack, ranges, unpack
+from penstock.wire.events import Garbage, Log, Tick
 from penstock.wire.messages import (
     FROM_CALLER,
     FROM_WORKER,
@@ -93,7 +94,7 @@ class Conversation:
             inbox.clear()
 
     def garbage(self, process: str = "caller") -> None:
-        self.handle(Garbage(process, b"somebody", "nonsense"))
+        self.handle(Garbage(process, "nonsense", b"somebody"))
 
     def caller(self, name: str = "", local: bool = True) -> CallerTalk:
         """A caller that has said hello."""

@@ -11,8 +11,9 @@ import pytest
 
 from penstock.broker import control as broker_control
 from penstock.broker.control import ControlServer
-from penstock.broker.events import Garbage, Gone
+from penstock.broker.events import Gone
 from penstock.wire import control
+from penstock.wire.events import Garbage
 
 PEER = b"a peer.."
 
@@ -104,7 +105,7 @@ def test_a_peer_says_who_it_is_once(server: ControlServer, join: Callable[[bytes
     end, fileno = join(hello())
     assert server.read(fileno) is None
     end.send(hello())
-    assert server.read(fileno) == Garbage("control", PEER, "a second packet on a control connection")
+    assert server.read(fileno) == Garbage("control", "a second packet on a control connection", PEER)
     assert fileno not in server
 
 

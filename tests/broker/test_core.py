@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from penstock.broker.core import Core
-from penstock.broker.events import Drain, End, FromCaller
+from penstock.broker.events import End, FromCaller
 from penstock.broker.options import BrokerOptions
+from penstock.wire.events import Drain
 from penstock.wire.messages import (
     MAX_NAME,
     MAX_REQUESTS,

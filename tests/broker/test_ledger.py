@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from penstock.broker.events import Drain
+from penstock.wire.events import Drain
 from penstock.wire.messages import MAX_SENTENCE, Assign, Form, Models, Requests, Submit, WorkerHello
 from penstock.wire.models import LOADING, UNAVAILABLE
 from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTalk, model

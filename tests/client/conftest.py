@@ -11,9 +11,10 @@ import pytest
 
 from penstock.client import Client
 from penstock.client.caller import Caller, Identity
-from penstock.client.events import BrokerLost, Command, Complete, Event, Fail, FromBroker, FromWorker, Tick
+from penstock.client.events import Command, Complete, Event, Fail, FromWorker
 from penstock.wire.codec import ids_in, pack, pack_failure, unpack
 from penstock.wire.errors import PenstockError
+from penstock.wire.events import BrokerLost, FromBroker, Tick
 from penstock.wire.messages import (
     COMPLETE,
     FAILED,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from penstock.client.events import BrokerFound, Event, FromBroker, Garbage, Hear, Log, Report, Say, Tick
+from penstock.client.events import Event, Hear, Report
 from penstock.wire.errors import (
     BAD_INPUT,
     DEADLINE,
@@ -20,6 +20,7 @@ from penstock.wire.errors import (
     UNAVAILABLE,
     PenstockError,
 )
+from penstock.wire.events import BrokerFound, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.messages import (
     COMPLETE,
     FAILED,

@@ -17,9 +17,9 @@ from hypothesis.stateful import (
 )
 
 from penstock.client.calls import SENT
-from penstock.client.events import BrokerFound, Garbage
 from penstock.wire.codec import ids_in
 from penstock.wire.errors import DEADLINE, UNAVAILABLE
+from penstock.wire.events import BrokerFound, Garbage
 from penstock.wire.messages import COMPLETE, PARTIAL, Bye, Form, HelloWanted, Refusal, Refusals
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import pytest
 import zmq
 
 from penstock.client.arrays import Forms, decode_outcome
-from penstock.client.events import FromBroker
 from penstock.client.link import Link
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import BrokerAddress, parse_broker
 from penstock.wire.errors import LOST
+from penstock.wire.events import FromBroker
 from penstock.wire.messages import (
     FROM_CALLER,
     Bye,

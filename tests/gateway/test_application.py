@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from penstock.client.caller import Caller, Identity
-from penstock.client.events import BrokerLost, Complete, Event, Fail, FromBroker, FromWorker, Tick
+from penstock.client.events import Complete, Event, Fail, FromWorker
 from penstock.gateway.application import STATUSES, Application
 from penstock.gateway.connection import Connection, Exchange
 from penstock.gateway.options import GatewayOptions
@@ -23,6 +23,7 @@ from penstock.gateway.reader import Budget, Head, Reader, Request
 from penstock.gateway.reports import Reports
 from penstock.wire import errors
 from penstock.wire.codec import pack, pack_failure, pack_outcome, unpack, unpack_layout
+from penstock.wire.events import BrokerLost, FromBroker, Tick
 from penstock.wire.messages import (
     COMPLETE,
     FAILED,

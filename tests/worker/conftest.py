@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from penstock.wire.codec import pack, pack_layout, unpack, unpack_failure, unpack_outcome
+from penstock.wire.events import FromBroker, Log, Say, Tick
 from penstock.wire.messages import (
     FAILED,
     INLINE_MAX_BYTES,
@@ -37,7 +38,7 @@ from penstock.wire.tensors import Array, decode, encode
 from penstock.worker.batcher import Batch
 from penstock.worker.config import ModelConfig
 from penstock.worker.core import Core, Identity
-from penstock.worker.events import Command, Event, FromBroker, Loaded, Log, Publish, Run, Say, Subscribed, Tick
+from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed
 from penstock.worker.execute import Executed, execute
 from penstock.worker.lots import Lot
 from penstock.worker.model import Model, load

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from penstock.wire.errors import BAD_INPUT, DEADLINE, MODEL_FAILED, UNAVAILABLE
+from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.membership import BEAT_S, HELLO_AGAIN_S, SILENCE_MAX_S
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
@@ -32,20 +33,7 @@ from penstock.wire.messages import (
 from penstock.wire.models import LOADING, READY, ModelState
 from penstock.wire.models import UNAVAILABLE as NOT_LOADED
 from penstock.worker import core
-from penstock.worker.events import (
-    BrokerFound,
-    BrokerLost,
-    Command,
-    Drain,
-    FromBroker,
-    Garbage,
-    Loaded,
-    Log,
-    Publish,
-    Say,
-    Tick,
-    Unsubscribed,
-)
+from penstock.worker.events import Command, Loaded, Publish, Unsubscribed
 from penstock.worker.model import Model
 
 if TYPE_CHECKING:

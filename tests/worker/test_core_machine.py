@@ -19,8 +19,9 @@ from hypothesis.stateful import (
 
 from penstock.wire.codec import ranges
 from penstock.wire.errors import BAD_INPUT, DEADLINE, UNAVAILABLE
+from penstock.wire.events import BrokerFound, BrokerLost, FromBroker
 from penstock.wire.messages import Assign, Bye, Failure, Form, Freed, HelloWanted, Tasks
-from penstock.worker.events import BrokerFound, BrokerLost, Command, Event, FromBroker, Unsubscribed
+from penstock.worker.events import Command, Event, Unsubscribed
 from penstock.worker.model import Model
 
 if TYPE_CHECKING:

@@ -1,0 +1,58 @@
+"""What the cores of several processes hear and say alike; what only one of them does is in its own ``events``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from penstock.wire.messages import Message
+
+
+@dataclass(slots=True)
+class FromBroker:
+    message: Message
+
+
+@dataclass(slots=True)
+class BrokerFound:
+    """A control connection has been made: whoever listens there may be new."""
+
+
+@dataclass(slots=True)
+class BrokerLost:
+    reason: str
+
+
+@dataclass(slots=True)
+class Garbage:
+    """A peer ("broker", "caller", "worker" or "control") sent what is no message."""
+
+    process: str
+    reason: str
+    peer: bytes = b""  # which one, where that is known
+
+
+@dataclass(slots=True)
+class Tick:
+    """The core's ``due`` has come, or all that had arrived has been handled."""
+
+
+@dataclass(slots=True)
+class Drain:
+    """Take nothing new from now on."""
+
+
+@dataclass(slots=True)
+class Say:
+    """To the broker."""
+
+    message: Message
+
+
+@dataclass(slots=True)
+class Log:
+    """A line for the log. ``level``: of the logging module, by name."""
+
+    level: str
+    event: str
+    fields: dict[str, Any] = field(default_factory=dict)
