@@ -140,7 +140,12 @@ def load(path: Path, name: str, version: str, config: ModelConfig) -> Model:
 
 def brief(error: Exception) -> str:
     """What an error of ONNX Runtime says to a user, in one line."""
-    return " ".join(_NOISE.sub("", str(error)).split())[:1000] or type(error).__name__
+    # What is said of a file may hold bytes that are no text: Python 3.11.2 then has the error without its words, later
+    # ones have this instead of the error.
+    text = str(error)
+    if isinstance(error, UnicodeDecodeError) and error.object.startswith(b"[ONNXRuntimeError]"):
+        text = error.object.decode("utf-8", "replace")
+    return " ".join(_NOISE.sub("", text).split())[:1000] or type(error).__name__
 
 
 def _spec(kind: str, about: Any) -> TensorSpec:
