@@ -33,8 +33,14 @@ _UNREADABLE: Final = (
     zlib.error,
     lzma.LZMAError,
 )
-# The kinds of numbers in JSON that a kind of datatype takes: numpy would cut 1.5 to 1, and make null a NaN.
-_FITTING: Final = {"b": "b", "i": "biu", "u": "biu", "f": "biuf"}
+# What of JSON a kind of numpy's types takes: numpy itself would cut 1.5 to 1, and make null a NaN.
+_FITTING: Final[dict[str, set[type]]] = {
+    "b": {bool},
+    "i": {bool, int},
+    "u": {bool, int},
+    "f": {bool, int, float},
+    "O": {str},
+}
 
 
 @click.command()
@@ -123,10 +129,11 @@ def _from_json(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
-    if not isinstance(value.get("inputs"), list):
+    inputs = value.get("inputs")
+    if not isinstance(inputs, list):
         return value
     try:
-        return {each["name"]: _tensor(each["data"], each["datatype"]).reshape(each["shape"]) for each in value["inputs"]}
+        return {each["name"]: _tensor(each["data"], each["datatype"]).reshape(each["shape"]) for each in inputs}
     except (KeyError, TypeError, ArithmeticError) as error:
         raise ValueError(f"its inputs are not those of a v2 request ({error!r})") from None
 
@@ -136,7 +143,7 @@ def _tensor(data: Any, datatype: str) -> np.ndarray[Any, Any]:
     dtype = np.dtype("<f4") if datatype == "BF16" else DTYPES[datatype]  # the client rounds it
     with np.errstate(over="raise"):
         array = np.array(data, dtype)
-    if array.size and np.array(data).dtype.kind not in _FITTING.get(dtype.kind, "OSUbiuf"):
+    if not {type(element) for element in np.array(data, object).flat} <= _FITTING[dtype.kind]:
         raise TypeError(f"the data are not {datatype}")
     return array
 

@@ -1,0 +1,216 @@
+"""Options that several commands share: what they take, what they refuse, and with which words."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.bin import options
+from penstock.bin.cli import cli
+from penstock.broker.options import BrokerOptions
+from penstock.gateway.options import GatewayOptions
+
+
+def refusal(*arguments: str) -> str:
+    """What a command that is not even begun says; the exit code is that of bad usage."""
+    shown = CliRunner().invoke(cli, arguments, prog_name="penstock")
+    assert shown.exit_code == options.EXIT_CANNOT_SERVE == 2
+    assert shown.stdout == ""
+    return shown.stderr.partition("Error: ")[2].strip()
+
+
+# --- addresses ---
+
+
+@pytest.mark.parametrize("command", [["up"], ["broker"], ["worker"], ["gateway"], ["models"], ["infer", "m", "x.npy"]])
+@pytest.mark.parametrize("given", ["tcp://127.0.0.1:8100", "ipc:///run/x", "http://x"])
+def test_an_address_is_no_runtime_directory(command: list[str], given: str) -> None:
+    said = refusal(*command, f"--runtime-dir={given}")
+    assert said == (
+        f"Invalid value for '--runtime-dir': '{given}' is no directory; "
+        "a TCP address goes with --bind, --broker or --server"
+    )
+
+
+@pytest.mark.parametrize("command", [["up"], ["broker"], ["worker"], ["gateway"]])
+def test_a_file_is_no_runtime_directory(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert f"Directory '{tmp_path}/file' is a file." in refusal(*command, f"--runtime-dir={tmp_path}/file")
+
+
+@pytest.mark.parametrize("command", [["up"], ["broker"], ["worker"], ["gateway"]])
+def test_the_root_is_no_runtime_directory(command: list[str]) -> None:
+    assert "'/' names no runtime directory" in refusal(*command, "--runtime-dir=/")
+
+
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [("--broker", ["worker"]), ("--server", ["models"]), ("--server", ["infer", "digits", "x.npy"])],
+)
+@pytest.mark.parametrize("given", ["127.0.0.1:8100", "", "/run/x", "ipc:///run/x", "TCP://127.0.0.1:8100"])
+def test_a_tcp_address_is_written_as_one(option: str, command: list[str], given: str) -> None:
+    assert refusal(*command, f"{option}={given}") == (
+        f"Invalid value for '{option}': '{given}' is not of the form tcp://HOST:PORT"
+    )
+
+
+@pytest.mark.parametrize("given", ["tcp://host", "tcp://host:0", "tcp://:80", "tcp://host:65535"])
+def test_a_brokers_address_names_host_and_port(given: str) -> None:
+    said = refusal("worker", f"--broker={given}")
+    assert said.startswith(f"'{given}'")
+
+
+def test_where_the_broker_is_when_nobody_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_RUNTIME_DIR", "/some/where")
+    assert str(options.broker_address(None)) == "/some/where"
+    assert str(options.broker_address(Path("/else/where"))) == "/else/where"
+    assert str(options.broker_address("tcp://127.0.0.1:8100")) == "tcp://127.0.0.1:8100"
+
+
+# --- what else is refused ---
+
+
+@pytest.mark.parametrize("command", ["up", "worker"])
+def test_a_device_that_models_cannot_run_on_is_refused(command: str) -> None:
+    assert refusal(command, "--device=cuda:0") == (
+        "--device cuda:0: this version runs models on the CPU only; leave it out"
+    )
+
+
+def test_the_device_that_models_run_on_is_taken() -> None:
+    assert options.check_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("command", ["up", "broker", "worker", "gateway"])
+@pytest.mark.parametrize(
+    ("option", "known"), [("--log-format=xml", "'text', 'json'"), ("--log-level=loud", "'debug', 'info'")]
+)
+def test_an_unknown_kind_of_log_is_refused_with_the_known_ones(command: str, option: str, known: str) -> None:
+    assert known in refusal(command, option)
+
+
+# --- the configuration file ---
+
+
+def complaint(tmp_path: Path, content: str | bytes) -> str:
+    path = tmp_path / "penstock.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(click.UsageError) as raised:
+        options.load_options(path)
+    said = raised.value.message
+    assert said.startswith(f"{path}: ")
+    return said.removeprefix(f"{path}: ")
+
+
+def test_without_a_file_every_limit_has_its_default() -> None:
+    assert options.load_options(None) == (BrokerOptions(), GatewayOptions())
+
+
+def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
+    path = tmp_path / "penstock.toml"
+    path.write_text("[broker]\nattempts_max = 5\n[gateway]\nkeep_alive_s = 10\n")
+    broker, gateway = options.load_options(path)
+    assert broker == BrokerOptions(attempts_max=5)
+    assert gateway == GatewayOptions(keep_alive_s=10.0)
+    path.write_text("")
+    assert options.load_options(path) == (BrokerOptions(), GatewayOptions())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[brokr]\n", "'brokr' is not a section; known are [broker] and [gateway]"),
+        ("broker = 1\n", "'broker' is not a section; known are [broker] and [gateway]"),
+        ("attempts_max = 1\n", "'attempts_max' is not a section; known are [broker] and [gateway]"),
+        ("[broker]\natempts_max = 1\n", "[broker]: unknown key 'atempts_max'; did you mean 'attempts_max'?"),
+        ("[gateway]\nattempts_max = 1\n", "[gateway]: unknown key 'attempts_max'; "),
+        ("[broker]\nattempts_max = 'three'\n", "[broker]: key 'attempts_max': Expected `int`, got `str`"),
+        ("[gateway]\nhead_bytes_max = 1.5\n", "[gateway]: key 'head_bytes_max': Expected `int`, got `float`"),
+        ("[gateway]\nkeep_alive_s = []\n", "[gateway]: key 'keep_alive_s': Expected `float`, got `array`"),
+        ("[broker\n", ""),
+        (b"\xff", ""),
+    ],
+)
+def test_a_file_that_cannot_be_followed_is_refused_with_what_is_wrong(
+    tmp_path: Path, content: str | bytes, said: str
+) -> None:
+    found = complaint(tmp_path, content)
+    assert found.startswith(said)
+    assert found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=60) | st.text(alphabet="[]broke.gatwy=\n\"'_ {}1", max_size=60).map(str.encode))
+def test_no_file_makes_more_than_a_sentence(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_bytes(content)
+    said = ""
+    try:
+        broker, gateway = options.load_options(path)
+    except click.UsageError as error:
+        said = error.message
+    else:
+        assert (broker, gateway) == (BrokerOptions(), GatewayOptions())
+    assert not said or said.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("command", ["up", "broker", "gateway"])
+def test_a_command_refuses_a_bad_file_before_it_begins(command: str, tmp_path: Path) -> None:
+    path = tmp_path / "penstock.toml"
+    path.write_text("[broker]\nnonsense = 1\n")
+    runtime = f"--runtime-dir={tmp_path / 'run'}"
+    assert refusal(command, f"--config={path}", runtime).startswith(f"{path}: [broker]: unknown key 'nonsense'")
+    assert f"File '{tmp_path}/none' does not exist" in refusal(command, f"--config={tmp_path}/none", runtime)
+    assert not (tmp_path / "run").exists()
+
+
+# --- ending with the launcher ---
+
+CHILD = "import os, sys; from penstock.bin.options import end_with; end_with(int(sys.argv[1])); "
+WAITING = CHILD + "print(os.getpid(), flush=True); sys.stdin.read()"
+LAUNCHER = "import os, subprocess, sys; sys.exit(subprocess.call([*sys.argv[1:], str(os.getpid())]))"
+
+
+def test_a_process_ends_when_its_launcher_is_killed() -> None:
+    """The launcher's child holds its output open, and only its own end closes it: its input stays open."""
+    command = [sys.executable, "-c", LAUNCHER, sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        child = os.pidfd_open(int(launcher.stdout.readline()))
+        try:
+            assert select.select([child], [], [], 0)[0] == []
+            launcher.send_signal(signal.SIGKILL)
+            assert select.select([child], [], [], 30)[0] == [child], "the process lives on without its launcher"
+        finally:
+            if not select.select([child], [], [], 0)[0]:
+                signal.pidfd_send_signal(child, signal.SIGKILL)
+            os.close(child)
+
+
+def run_child(parent: int) -> int:
+    command = [sys.executable, "-c", CHILD, str(parent)]
+    return subprocess.run(command, timeout=60, check=False).returncode
+
+
+def test_a_process_whose_launcher_has_ended_already_ends_at_once() -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    assert run_child(ended.pid) == -signal.SIGTERM
+
+
+def test_a_process_without_a_launcher_ends_with_nobody() -> None:
+    assert run_child(0) == 0
+
+
+def test_a_process_whose_launcher_lives_goes_on() -> None:
+    assert run_child(os.getpid()) == 0
