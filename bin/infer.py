@@ -126,7 +126,9 @@ def _from_json(text: str) -> dict[str, Any]:
     if not isinstance(value.get("inputs"), list):
         return value
     try:
-        return {each["name"]: _tensor(each["data"], each["datatype"]).reshape(each["shape"]) for each in value["inputs"]}
+        return {
+            each["name"]: _tensor(each["data"], each["datatype"]).reshape(each["shape"]) for each in value["inputs"]
+        }
     except (KeyError, TypeError, ArithmeticError) as error:
         raise ValueError(f"its inputs are not those of a v2 request ({error!r})") from None
 

@@ -86,10 +86,17 @@ def put(value: Any, path: Sequence[int], new: Any) -> Any:
     return [*value[:at], put(value[at], path[1:], new), *value[at + 1 :]]
 
 
-def submit(ids: Any = (1,), timeouts_us: Any = (1000,), form: Any = None, acks: Any = (), blob: bytes = b"") -> bytes:
+def submit(
+    ids: Any = (1,),
+    timeouts_us: Any = (1000,),
+    form: Any = None,
+    acks: Any = (),
+    blob: bytes = b"",
+    places: Any = (),
+) -> bytes:
     """A Submit with one group, as it travels; anything may stand in its places."""
     form = form or ("m", "1", 0, "", 1, 0, b"", b"")
-    packed: bytes = msgpack.packb((VERSION, Submit.TAG, 5, [(form, ids, timeouts_us)], acks, (), blob))
+    packed: bytes = msgpack.packb((VERSION, Submit.TAG, 5, [(form, ids, timeouts_us, places)], acks, (), blob))
     return packed
 
 
