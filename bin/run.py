@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from penstock.bin import logs
 from penstock.bin.options import end_with
+from penstock.wire.arena import ArenaError
 from penstock.wire.endpoints import EndpointError
 from penstock.wire.process import fields
 
@@ -40,7 +41,7 @@ def run(role: str, log_format: str, log_level: str, parent: int, make: Callable[
         gc.collect()
         gc.freeze()
         return process, process.serve()
-    except EndpointError as error:
+    except (EndpointError, ArenaError) as error:
         log.error("cannot start", extra=fields(reason=str(error)))
         sys.exit(1)
     finally:

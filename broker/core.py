@@ -6,11 +6,23 @@ test. Requests that arrive between two ticks are assigned together at the second
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from penstock.broker.assign import Assigner
-from penstock.broker.events import Command, End, Event, FromCaller, FromWorker, Gone, Sweep, ToCaller, ToWorker
+from penstock.broker.events import (
+    Came,
+    Command,
+    End,
+    Event,
+    FromCaller,
+    FromWorker,
+    Gone,
+    Share,
+    Sweep,
+    ToCaller,
+    ToWorker,
+)
 from penstock.broker.ledger import Ledger
 from penstock.broker.lots import Lot
 from penstock.broker.options import BrokerOptions
@@ -63,6 +75,7 @@ class Core:
         self.meters = Meters()
         self._assigner = Assigner()
         self.ledger = Ledger(options, self.registry, self._assigner, self.meters)
+        self._arenas: dict[bytes, int] = {}  # bytes of each one's, by the peers that have a control connection
         self._assign_from = now + options.rejoin_grace_s
         self._open = False  # that time has come
         self._models_changed = False
@@ -81,7 +94,11 @@ class Core:
                 self._from_worker(peer, message, now)
             case Tick():
                 self._tick(now)
-            case Gone(peer, reason):
+            case Came(peer, arena_bytes):
+                self._arenas[peer] = arena_bytes
+            case Gone(peer, reason, disconnected):
+                if disconnected:
+                    self._arenas.pop(peer, None)
                 self._gone(peer, reason, now)
             case Garbage(process, reason, peer):
                 self.meters.value("penstock_bad_messages", process).value += 1
@@ -136,14 +153,14 @@ class Core:
             self._log("error", "caller turned away: too many are connected", limit=self.options.callers_max)
             return
         name = self._free_name(hello.name) if hello.name else ""
-        caller = self.callers[peer] = CallerPeer(peer, name, hello.local, now)
+        caller = self.callers[peer] = CallerPeer(peer, name, hello.local, self._arenas.get(peer, 0), now)
         # Its requests of before may still run: ids go on growing from there, so that answers cannot be mixed up.
         running = [max(worker.held[peer]) for worker in self.workers.values() if peer in worker.held]
         caller.last_id = max(running, default=-1)
-        self._commands.append(ToCaller(peer, Welcome(self.epoch, name)))
+        self._commands.append(ToCaller(peer, Welcome(self.epoch, name, caller.arena_bytes > 0)))
         self._log("info" if name else "debug", "caller joined", name=name, caller=peer.hex(), pid=hello.pid)
         for worker in self.workers.values():
-            self._commands.append(ToWorker(worker.id, Expect(self.epoch, (peer,))))
+            self._expect(worker, [caller])
         self._tell_workers(caller)
         if self._open:
             self._commands.append(ToCaller(peer, Models(self.epoch, self.registry.states())))
@@ -155,6 +172,15 @@ class Core:
             worker.forget_caller(caller.id)
             self._commands.append(ToWorker(worker.id, Expect(self.epoch, (), (caller.id,))))
         self._log("info" if caller.name else "debug", "caller left", name=caller.name, caller=caller.id.hex())
+
+    def _expect(self, worker: WorkerPeer, callers: Iterable[CallerPeer]) -> None:
+        """Tell a worker of callers, once it has been given their arenas."""
+        known = tuple(caller.id for caller in callers)
+        sharing: tuple[bytes, ...] = ()
+        if worker.id in self._arenas:
+            sharing = tuple(caller.id for caller in callers if caller.arena_bytes)
+        self._commands += [Share(number, worker.id) for number in sharing]
+        self._commands.append(ToWorker(worker.id, Expect(self.epoch, known, (), sharing)))
 
     def _tell_workers(self, caller: CallerPeer) -> None:
         known = [(worker.id, worker.endpoint_for(caller)) for worker in self.workers.values()]
@@ -217,7 +243,7 @@ class Core:
         worker.set_models(hello.models)
         worker.callers.update(number for number in hello.callers if number in self.callers)
         self._commands.append(ToWorker(peer, Welcome(self.epoch, name)))
-        self._commands.append(ToWorker(peer, Expect(self.epoch, tuple(self.callers))))
+        self._expect(worker, self.callers.values())
         self._log("info", "worker joined", worker=name, device=hello.device, pid=hello.pid)
         self._workers_changed = True
         self._declare(worker, now)
@@ -282,7 +308,10 @@ class Core:
         for lot in lots:
             waited_us = int((now - lot.accepted) * 1e6)
             timeouts_us = tuple([max(0, us - waited_us) for us in lot.timeouts_us])
-            groups.append(Tasks(lot.form, lot.caller.id, lot.attempt, waited_us, lot.ids, timeouts_us))
+            places = lot.payload if lot.placed else ()
+            groups.append(Tasks(lot.form, lot.caller.id, lot.attempt, waited_us, lot.ids, timeouts_us, places))
+            if lot.placed:
+                continue
             if lot.form.nbytes <= INLINE_MAX_BYTES:
                 inline.append(lot.payload)
             else:

@@ -22,11 +22,20 @@ class FromWorker:
 
 
 @dataclass(slots=True)
+class Came:
+    """A peer has made its control connection. ``arena_bytes``: the size of its arena, 0 when it has none."""
+
+    peer: bytes
+    arena_bytes: int
+
+
+@dataclass(slots=True)
 class Gone:
-    """A peer's process has ended, or its socket takes nothing more."""
+    """A peer's process has ended, or its socket takes nothing more. ``disconnected``: so has its control connection."""
 
     peer: bytes
     reason: str
+    disconnected: bool = False
 
 
 @dataclass(slots=True)
@@ -47,9 +56,17 @@ class ToWorker:
 
 
 @dataclass(slots=True)
+class Share:
+    """Put the descriptor of a peer's arena into the control connection of another."""
+
+    owner: bytes
+    reader: bytes
+
+
+@dataclass(slots=True)
 class Sweep:
     """Workers have gone: remove what they left in the runtime directory."""
 
 
-Event: TypeAlias = FromCaller | FromWorker | Garbage | Gone | Tick | Drain | End
-Command: TypeAlias = ToCaller | ToWorker | Sweep | Log
+Event: TypeAlias = FromCaller | FromWorker | Garbage | Came | Gone | Tick | Drain | End
+Command: TypeAlias = ToCaller | ToWorker | Share | Sweep | Log

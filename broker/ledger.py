@@ -75,16 +75,19 @@ class Ledger:
             model = self._registry.find(form.model, form.version)
             key = model.key
             self._check(model, form, caller, now)
+            if group.places:
+                _check_places(group, caller)
         except PenstockError as error:
             self._refuse_ids(caller, ids, error)
             self._count_failure(key, error.code, len(ids))
             return
         if not form.version:
             form = form._replace(version=key[1])  # a worker is told which one it was
-        room = self._room(model, caller, form)
+        places, held = group.places, 0 if group.places else form.nbytes
+        room = self._room(model, caller, held)
         if room < len(ids):
             room = max(0, room)
-            full = self._full(model, caller, form)
+            full = self._full(model, caller, held)
             self._refuse_ids(caller, ids[room:], full)
             self._count_failure(key, full.code, len(ids) - room)
             ids, timeouts_us = ids[:room], timeouts_us[:room]
@@ -92,13 +95,15 @@ class Ledger:
                 return
         count, size = len(ids), form.nbytes
         payload: Payload
-        if size > INLINE_MAX_BYTES:
+        if places:
+            payload = places[:count]
+        elif size > INLINE_MAX_BYTES:
             payload = message.frames[start : start + count]
         elif len(message.blob) == count * size:
             payload = message.blob
         else:
             payload = message.blob[start : start + count * size]
-        lot = Lot(caller, model, form, ids, timeouts_us, payload, now)
+        lot = Lot(caller, model, form, ids, timeouts_us, payload, bool(places), now)
         index = dict.fromkeys(ids, lot)
         if len(index) != count:
             self._refuse_ids(caller, index, _not_growing())
@@ -106,7 +111,7 @@ class Ledger:
         caller.requests.update(index)
         model.push(lot)
         self.requests += count
-        self.bytes += count * size
+        self.bytes += count * held
         self._fresh.append(lot)
         self._assigner.requests_came(model)
         self._meters.value("penstock_requests", *model.key).value += count
@@ -132,22 +137,22 @@ class Ledger:
                 BAD_INPUT, f"inference request batch-size must be <= {spec.max_batch_size} for '{name}'"
             )
 
-    def _room(self, model: ModelQueue, caller: CallerPeer, form: Form) -> int:
-        """How many more requests of this form there is room for."""
+    def _room(self, model: ModelQueue, caller: CallerPeer, size: int) -> int:
+        """How many more requests there is room for, if each makes the broker hold so many bytes."""
         options = self._options
         room = min(
             options.queue_requests_max - model.requests,
             options.held_requests_max - self.requests,
             options.caller_requests_max - len(caller.requests),
         )
-        return min(room, (options.held_bytes_max - self.bytes) // form.nbytes) if form.nbytes else room
+        return min(room, (options.held_bytes_max - self.bytes) // size) if size else room
 
-    def _full(self, model: ModelQueue, caller: CallerPeer, form: Form) -> PenstockError:
+    def _full(self, model: ModelQueue, caller: CallerPeer, size: int) -> PenstockError:
         """Why there is no more room."""
         options, name = self._options, model.key[0]
-        if form.nbytes > options.held_bytes_max:
+        if size > options.held_bytes_max:
             return PenstockError(
-                TOO_LARGE, f"the request has {form.nbytes} bytes, and the server holds {options.held_bytes_max} at most"
+                TOO_LARGE, f"the request has {size} bytes, and the server holds {options.held_bytes_max} at most"
             )
         queued, held, own = options.queue_requests_max, options.held_requests_max, options.caller_requests_max
         bounds = [
@@ -155,8 +160,8 @@ class Ledger:
             (held - self.requests, f"the server holds {held} requests, which is all that it may"),
             (own - len(caller.requests), f"{own} requests of this caller are under way, which is all that it may have"),
         ]
-        if form.nbytes:
-            bytes_room = (options.held_bytes_max - self.bytes) // form.nbytes
+        if size:
+            bytes_room = (options.held_bytes_max - self.bytes) // size
             bounds.append((bytes_room, f"the server holds {self.bytes} of at most {options.held_bytes_max} bytes"))
         return PenstockError(OVERLOADED, f"{min(bounds)[1]}; try again shortly", 1.0)
 
@@ -311,7 +316,7 @@ class Ledger:
             self._validate_lot(lot, callers, workers)
             seen = lot.state != QUEUED or watched.get(lot, float("inf")) <= lot.first_deadline
             assert seen, f"nobody watches the deadline of {lot}"
-        count, nbytes = sum(len(lot.ids) for lot in lots), sum(len(lot.ids) * lot.form.nbytes for lot in lots)
+        count, nbytes = sum(len(lot.ids) for lot in lots), sum(len(lot.ids) * lot.held_bytes for lot in lots)
         assert self.requests == count, f"{self.requests} requests are {count}"
         assert self.bytes == nbytes, f"{self.bytes} bytes are {nbytes}"
         assert count <= self._options.held_requests_max, f"{count} requests are held"
@@ -397,11 +402,23 @@ class Ledger:
 
     def _forget(self, lot: Lot) -> None:
         self.requests -= len(lot.ids)
-        self.bytes -= len(lot.ids) * lot.form.nbytes
+        self.bytes -= len(lot.ids) * lot.held_bytes
         lot.payload = None
 
     def _count_failure(self, key: ModelKey, reason: str, count: int) -> None:
         self._meters.value("penstock_request_failures", *key, reason).value += count
+
+
+def _check_places(group: Requests, caller: CallerPeer) -> None:
+    """Whether all tensors lie inside the caller's arena. Raises PenstockError."""
+    if not caller.arena_bytes:
+        raise PenstockError(BAD_INPUT, "the tensors are said to lie in shared memory, and this caller shares none")
+    if max(group.places) + group.nbytes > caller.arena_bytes:
+        raise PenstockError(
+            BAD_INPUT,
+            f"tensors of {group.nbytes} bytes at {max(group.places)} do not lie in the caller's arena of "
+            f"{caller.arena_bytes} bytes",
+        )
 
 
 def _not_growing() -> PenstockError:

@@ -41,9 +41,10 @@ class IllegalTransition(Exception):
 class Lot:
     """Requests of one form that came in one message and are in the same state. Compared by identity.
 
-    ``payload``: their tensors (see pick_payload). ``accepted``: when they came, seconds of the broker's monotonic
-    clock; ``timeouts_us``: how long after that each may take. ``attempt``: how often they have been assigned.
-    ``kept_bytes``: what their worker keeps of each one's result.
+    ``payload``: their tensors (see pick_payload), or where they lie in the caller's arena when they are ``placed``
+    there. ``accepted``: when they came, seconds of the broker's monotonic clock; ``timeouts_us``: how long after that
+    each may take. ``attempt``: how often they have been assigned. ``kept_bytes``: what their worker keeps of each one's
+    result.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class Lot:
         "kept_bytes",
         "model",
         "payload",
+        "placed",
         "state",
         "timeouts_us",
         "worker",
@@ -69,6 +71,7 @@ class Lot:
         ids: tuple[int, ...],
         timeouts_us: tuple[int, ...],
         payload: Payload,
+        placed: bool,
         accepted: float,
     ) -> None:
         self.caller = caller
@@ -77,6 +80,7 @@ class Lot:
         self.ids = ids
         self.timeouts_us = timeouts_us
         self.payload = payload
+        self.placed = placed
         self.accepted = accepted
         self.state = QUEUED
         self.attempt = 0
@@ -87,6 +91,11 @@ class Lot:
     @property
     def rows(self) -> int:
         return self.form.rows * len(self.ids)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the broker itself holds of each request's tensors."""
+        return 0 if self.placed else self.form.nbytes
 
     @property
     def first_deadline(self) -> float:
@@ -114,6 +123,7 @@ class Lot:
             pick(self.ids, inside),
             pick(self.timeouts_us, inside),
             pick_payload(self.payload, self.form.nbytes, inside),
+            self.placed,
             self.accepted,
         )
         other.state = self.state

@@ -16,10 +16,11 @@ from penstock.wire.models import READY, ModelState
 class CallerPeer:
     """A gateway or a client."""
 
-    def __init__(self, number: bytes, name: str, local: bool, now: float) -> None:
+    def __init__(self, number: bytes, name: str, local: bool, arena_bytes: int, now: float) -> None:
         self.id = number
         self.name = name
         self.local = local  # it reaches Unix sockets of this host
+        self.arena_bytes = arena_bytes  # 0: it has none
         self.heard = now
         self.requests: dict[int, Lot] = {}  # those that have not ended for it
         self.last_id = -1  # of its requests: ids only grow

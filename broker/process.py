@@ -15,13 +15,35 @@ import zmq
 
 from penstock.broker.control import ControlServer
 from penstock.broker.core import Core
-from penstock.broker.events import Command, End, Event, FromCaller, FromWorker, Gone, Sweep, ToCaller, ToWorker
+from penstock.broker.events import (
+    Command,
+    End,
+    Event,
+    FromCaller,
+    FromWorker,
+    Gone,
+    Share,
+    Sweep,
+    ToCaller,
+    ToWorker,
+)
 from penstock.broker.options import BrokerOptions
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import Drain, Garbage, Log, Tick
-from penstock.wire.messages import FROM_CALLER, FROM_WORKER, PEER_ID_BYTES, Carrier, Message
+from penstock.wire.messages import (
+    FROM_CALLER,
+    FROM_WORKER,
+    INLINE_MAX_BYTES,
+    PEER_ID_BYTES,
+    Assign,
+    CallerHello,
+    Carrier,
+    Message,
+    Tasks,
+    WorkerHello,
+)
 from penstock.wire.process import StopSignal, fields, measure, notify
 from penstock.wire.sockets import Socket
 
@@ -138,6 +160,8 @@ class BrokerProcess:
                     f"a peer has an identity of {PEER_ID_BYTES} bytes and sends messages of one frame or more"
                 )
             message = unpack(heads[1], frames, kinds)
+            if isinstance(message, CallerHello | WorkerHello):
+                self._read_controls()  # what it has sent there was sent before
             event = FromCaller(peer, message) if process == "caller" else FromWorker(peer, message)
         except BadMessage as error:
             event = Garbage(process, str(error), peer[:PEER_ID_BYTES])
@@ -150,11 +174,20 @@ class BrokerProcess:
             for fileno in self._control.accept():
                 self._poll.register(fileno, select.POLLIN)
         elif readable in self._control:
-            event = self._control.read(readable)
-            if readable not in self._control:
-                self._poll.unregister(readable)
-            if event is not None:
-                self._obey(self._core.handle(event, time.monotonic()))
+            self._read_connection(readable)
+
+    def _read_controls(self) -> None:
+        """Whoever is about to introduce itself does it now."""
+        self._read_control(self._control.listener)
+        for fileno in self._control.unnamed():
+            self._read_connection(fileno)
+
+    def _read_connection(self, fileno: int) -> None:
+        event = self._control.read(fileno)
+        if fileno not in self._control:
+            self._poll.unregister(fileno)
+        if event is not None:
+            self._obey(self._core.handle(event, time.monotonic()))
 
     def _obey(self, commands: list[Command]) -> None:
         for command in commands:
@@ -165,17 +198,37 @@ class BrokerProcess:
                     self._send(self._workers, peer, message)
                 case Log(level, event, about):
                     log.log(logging.getLevelNamesMapping()[level.upper()], event, extra=fields(**about))
+                case Share(owner, reader):
+                    self._control.share(owner, reader)
                 case Sweep():
                     self._settings.runtime.sweep()
                 case _:
                     raise AssertionError(f"unexpected command {command!r}")
 
     def _send(self, socket: Socket, peer: bytes, message: Message) -> None:
+        if isinstance(message, Assign) and not self._control.shares(peer):
+            self._bring(message)
         frames = message.frames if isinstance(message, Carrier) else ()
         outcome = socket.send((peer, pack(message)), frames)
         if outcome != "sent":
             reason = "it takes no messages" if outcome == "full" else "it is not connected"
             self._obey(self._core.handle(Gone(peer, reason), time.monotonic()))
+
+    def _bring(self, message: Assign) -> None:
+        """For a worker that shares no memory with the callers: what lies in their arenas becomes frames."""
+        groups: list[Tasks] = []
+        frames: list[Any] = []
+        at = 0
+        for group in message.groups:
+            size = group.nbytes
+            if group.places:
+                frames += [self._control.view(group.caller, place, size) for place in group.places]
+                group = group._replace(places=())
+            elif size > INLINE_MAX_BYTES:
+                frames += message.frames[at : at + len(group.ids)]
+                at += len(group.ids)
+            groups.append(group)
+        message.groups, message.frames = groups, frames
 
 
 def bind_tcp(address: str, callers: Socket, workers: Socket) -> None:

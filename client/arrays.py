@@ -8,9 +8,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from penstock.client.slots import Slot, Slots
 from penstock.wire.codec import pack_layout, unpack_outcome
 from penstock.wire.errors import BAD_INPUT, PenstockError
-from penstock.wire.messages import Form, Outcome, Payload
+from penstock.wire.messages import INLINE_MAX_BYTES, Form, Outcome, Payload
 from penstock.wire.models import Layout, ModelSpec, Tensor, check, check_declaration
 from penstock.wire.tensors import DTYPES, Array, datatype_of, decode, encode
 
@@ -28,8 +29,11 @@ class Forms:
     def __init__(self) -> None:
         self._known: dict[tuple[Layout, int], tuple[ModelSpec, Form]] = {}
 
-    def build(self, spec: ModelSpec, inputs: Mapping[str, Any], outputs: Sequence[str]) -> tuple[Form, bytes]:
-        """The form and payload (a copy) of a request. Raises PenstockError naming the input that does not fit."""
+    def build(
+        self, spec: ModelSpec, inputs: Mapping[str, Any], outputs: Sequence[str], slots: Slots | None = None
+    ) -> tuple[Form, bytes | Slot]:
+        """The form and payload of a request: a copy, which lies in a slot when it is large and there is one. Raises
+        PenstockError naming the input that does not fit."""
         if not hasattr(inputs, "items"):
             names = [each.name for each in spec.inputs]
             raise PenstockError(
@@ -46,7 +50,13 @@ class Forms:
             tensors.append(Tensor(name, datatype, array.shape, at, len(part)))
             parts.append(part)
             at += len(part)
-        return self.find(spec, Layout(tuple(tensors), tuple(outputs)), at), b"".join(parts)
+        form = self.find(spec, Layout(tuple(tensors), tuple(outputs)), at)
+        slot = slots.take(at) if slots is not None and at > INLINE_MAX_BYTES else None
+        if slot is None:
+            return form, b"".join(parts)
+        for tensor, part in zip(tensors, parts, strict=True):
+            slot.view[tensor.offset : tensor.offset + tensor.nbytes] = part
+        return form, slot
 
     def find(self, spec: ModelSpec, layout: Layout, nbytes: int, priority: int = 0) -> Form:
         """The form of requests with this layout and payload bytes. Raises PenstockError when they do not fit the

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from penstock.client.calls import SENT, WAITING, Call
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report, Sink
+from penstock.client.slots import Placed
 from penstock.wire.codec import ranges, unpack_failure
 from penstock.wire.errors import (
     DEADLINE,
@@ -81,6 +82,7 @@ class Caller:
         self.membership = Membership(identity.local)
         self.meters = Meters()
         self.name = identity.name  # the one that the broker has given it
+        self.shares = False  # workers of this host read this process's arena
         self.models: dict[str, dict[str, ModelState]] | None = None
         self._found: dict[tuple[str, str], ModelSpec] = {}  # what ``find`` has found, until the models change
         self.calls: dict[int, Call] = {}
@@ -265,7 +267,7 @@ class Caller:
                 if membership.epoch not in (0, epoch):
                     self._lost("the broker restarted")
                 membership.welcomed(epoch, now)
-                self.name = message.name
+                self.name, self.shares = message.name, message.shares
                 self._log("debug", "joined the broker", name=message.name)
                 return
             case HelloWanted(epoch=epoch):
@@ -378,20 +380,41 @@ class Caller:
         frames: list[Payload] = []
         for same in by_form.values():
             form = same[0].form
-            ids = tuple([call.id for call in same])
-            # Late ones go too, with the least time there is: the broker's refusal says why.
-            timeouts = tuple([max(1, int((call.deadline - now) * 1e6)) for call in same])
-            groups.append(Requests(form, ids, timeouts))
-            into = inline if form.nbytes <= INLINE_MAX_BYTES else frames
+            if form.nbytes > INLINE_MAX_BYTES:
+                self._add_large(same, groups, frames, now)
+                continue
+            groups.append(_group(same, now))
             for call in same:
-                into.append(call.payload)
+                inline.append(call.payload)
                 call.payload = None
         epoch = self.membership.epoch
         # A set: what a worker publishes again must not stand twice in what becomes ranges.
         return Submit(epoch, groups, ranges(sorted(set(acks))), cancels, blob=b"".join(inline), frames=frames)
+
+    def _add_large(self, calls: Sequence[Call], groups: list[Requests], frames: list[Payload], now: float) -> None:
+        """Payloads that stay in the arena, and those that travel."""
+        stay: list[Call] = []
+        travel: list[Call] = []
+        for call in calls:
+            (stay if self.shares and isinstance(call.payload, Placed) else travel).append(call)
+        if stay:
+            groups.append(_group(stay, now, tuple([call.payload.place for call in stay])))
+        if travel:
+            groups.append(_group(travel, now))
+            frames += [call.payload.view if isinstance(call.payload, Placed) else call.payload for call in travel]
+        for call in calls:
+            call.payload = None
 
     def _say(self, message: Message) -> None:
         self._commands.append(Say(message))
 
     def _log(self, level: str, event: str, **fields: Any) -> None:
         self._commands.append(Log(level, event, fields))
+
+
+def _group(calls: Sequence[Call], now: float, places: tuple[int, ...] = ()) -> Requests:
+    """Calls of one form as they travel."""
+    ids = tuple([call.id for call in calls])
+    # Late ones go too, with the least time there is: the broker's refusal says why.
+    timeouts = tuple([max(1, int((call.deadline - now) * 1e6)) for call in calls])
+    return Requests(calls[0].form, ids, timeouts, places)

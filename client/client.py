@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
@@ -19,13 +20,19 @@ import zmq
 from penstock.client.arrays import Forms, decode_outcome
 from penstock.client.events import Complete
 from penstock.client.link import Link
+from penstock.client.slots import Slot, Slots
+from penstock.wire.arena import Arena, ArenaError
 from penstock.wire.endpoints import default_runtime_dir, parse_broker
 from penstock.wire.errors import BAD_INPUT, CANCELLED, INTERNAL, UNAVAILABLE, BadMessage, PenstockError
 from penstock.wire.messages import MAX_TIMEOUT_US, Form, Payload
 from penstock.wire.models import ModelState
+from penstock.wire.process import fields
 from penstock.wire.tensors import Array
 
+log = logging.getLogger("penstock.client")
+
 _TIMEOUT_MAX_S: Final = MAX_TIMEOUT_US / 1_000_000
+DEFAULT_ARENA_BYTES: Final = 64 << 20
 _LATE_S: Final = 5.0  # past a call's deadline, after which something is wrong with this process itself
 
 
@@ -69,10 +76,11 @@ class Result(Mapping[str, Array]):
 class _Call(Future[Result]):
     """A future that is also the end of its request."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, payload: bytes | Slot) -> None:
         super().__init__()
         self.number: int | None = None  # set by the client's thread
         self._client = client
+        self._slot = payload if isinstance(payload, Slot) else None
 
     def cancel(self) -> bool:
         cancelled = super().cancel()
@@ -80,7 +88,13 @@ class _Call(Future[Result]):
             self._client._enqueue(self._client._cancel, self)
         return cancelled
 
+    def release(self) -> None:
+        """Its inputs are not needed any more."""
+        if self._slot is not None:
+            self._slot.give_back()
+
     def complete(self, answer: Complete) -> None:
+        self.release()
         if not self.set_running_or_notify_cancel():
             return
         try:
@@ -93,6 +107,7 @@ class _Call(Future[Result]):
         self.set_result(Result(outcome.model, outcome.version, outputs, timing))
 
     def fail(self, error: PenstockError) -> None:
+        self.release()
         if self.set_running_or_notify_cancel():
             self.set_exception(error)
 
@@ -102,11 +117,21 @@ class Client:
 
     ``address``: the server's runtime directory (default: where ``penstock up`` puts it), ``ipc://`` and that
     directory, or ``tcp://HOST:PORT``. ``timeout``: seconds for each call that does not say otherwise. Connecting is
-    part of the first call. Raises PenstockError for an address that cannot be one.
+    part of the first call. ``arena_bytes``: shared memory for large inputs on the way to workers on this host, which is
+    allocated then; without room in it, and with 0, they are sent. Raises PenstockError for an address that cannot be
+    one.
     """
 
-    def __init__(self, address: str | os.PathLike[str] | None = None, *, timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        address: str | os.PathLike[str] | None = None,
+        *,
+        timeout: float = 30.0,
+        arena_bytes: int = DEFAULT_ARENA_BYTES,
+    ) -> None:
         self._timeout_s = _check_timeout(timeout)
+        self._arena_bytes = arena_bytes
+        self._slots: Slots | None = None
         try:
             self._address = parse_broker(address if address is not None else default_runtime_dir())
         except ValueError as error:
@@ -164,8 +189,8 @@ class Client:
         start = time.monotonic()
         limit_s = _check_timeout(self._timeout_s if timeout is None else timeout)
         link = self._reach(limit_s)
-        form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs)
-        call = _Call(self)
+        form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs, self._slots)
+        call = _Call(self, payload)
         self._enqueue(self._submit, call, form, payload, limit_s - (time.monotonic() - start))
         thread = self._thread
         if self._closed and thread is not None and thread is not threading.current_thread():
@@ -230,9 +255,21 @@ class Client:
             # Not closed by close(): another thread may be about to write, and the number might be another file's by
             # then.
             weakref.finalize(self, os.close, self._wake)
-            self._link = Link(self._context, self._address, "", lambda metrics: None)
+            arena = self._make_arena()
+            self._link = Link(self._context, self._address, "", lambda metrics: None, arena)
             self._thread = threading.Thread(target=self._serve, args=(self._link,), name="penstock-client", daemon=True)
             self._thread.start()
+
+    def _make_arena(self) -> Arena | None:
+        if not self._arena_bytes or self._address.runtime is None:
+            return None
+        try:
+            arena = Arena(self._arena_bytes, "penstock-client")
+        except ArenaError as error:
+            log.warning("no shared memory; inputs are sent", extra=fields(reason=str(error)))
+            return None
+        self._slots = Slots(arena)
+        return arena
 
     def _enqueue(self, method: Any, *arguments: Any) -> None:
         """Have the thread call ``method``; None has it end."""
@@ -290,6 +327,7 @@ class Client:
     def _cancel(self, link: Link, call: _Call) -> None:
         if call.number is not None:
             link.caller.cancel(call.number)
+        call.release()
 
     def _end(self, link: Link) -> None:
         with self._lock:

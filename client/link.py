@@ -19,6 +19,7 @@ import zmq
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report
 from penstock.wire import control
+from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import BrokerAddress
 from penstock.wire.errors import BadMessage
@@ -41,10 +42,17 @@ class Link:
     """
 
     def __init__(
-        self, context: zmq.Context[Any], address: BrokerAddress, name: str, on_report: Callable[[Metrics], None]
+        self,
+        context: zmq.Context[Any],
+        address: BrokerAddress,
+        name: str,
+        on_report: Callable[[Metrics], None],
+        arena: Arena | None = None,
     ) -> None:
+        """``arena``: of this process, whose descriptor workers on this host are given. It is closed with the link."""
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._address = address
+        self._arena = arena
         self._on_report = on_report
         self.caller = Caller(Identity(number, name, os.getpid(), address.runtime is not None, str(address)))
         self._broker = Socket(context, zmq.DEALER, _HIGH_WATER, number)
@@ -113,6 +121,8 @@ class Link:
         self._results.close(0)
         if self._control is not None:
             self._control.close()
+        if self._arena is not None:
+            self._arena.close()
 
     def _read_results(self) -> None:
         for heads, frames in self._results.receive(2, _ROUND_MESSAGES):
@@ -164,7 +174,8 @@ class Link:
 
     def _find_broker(self, now: float) -> None:
         assert self._address.runtime is not None
-        self._control = control.connect(self._address.runtime.control, self.caller.identity.id)
+        arena = control.NO_ARENA if self._arena is None else self._arena.fd
+        self._control = control.connect(self._address.runtime.control, self.caller.identity.id, arena)
         if self._control is None:
             self._control_at = now + _CONTROL_AGAIN_S
         else:

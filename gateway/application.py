@@ -27,7 +27,7 @@ from penstock.gateway.reports import CONTENT_TYPE, Reports
 from penstock.gateway.routes import Route, RouteError, Routes
 from penstock.wire import errors
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
-from penstock.wire.messages import Payload
+from penstock.wire.messages import INLINE_MAX_BYTES, Payload
 from penstock.wire.metrics import Value
 from penstock.wire.models import READY, ModelSpec
 from penstock.wire.process import fields
@@ -215,7 +215,7 @@ class Application:
         expand = partial(decompress, body, target.encoding, self.options.body_bytes_max)
 
         def expanded(whole: bytes) -> None:
-            if not exchange.charge(len(whole)):
+            if not exchange.expanded(whole):
                 raise PenstockError(OVERLOADED, "too many bytes of request bodies are under way; try again shortly")
             self._submit(exchange, target, whole)
 
@@ -224,6 +224,8 @@ class Application:
     def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:
             query, payload = self._parser.parse(self._find(target), body, target.header_length)
+            if query.form.nbytes > INLINE_MAX_BYTES:
+                payload = exchange.place(payload)
             _Inference(self, exchange, query).start(payload)
         except PenstockError as error:
             self._count_failure(target, error.code)

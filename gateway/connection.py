@@ -15,9 +15,11 @@ from typing import Final, Protocol, cast
 
 import orjson
 
+from penstock.client.slots import Slots
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reader import BODY, HEAD, IDLE, Budget, Head, HttpError, Reader, Request
 from penstock.gateway.wheel import Wheel
+from penstock.wire.messages import Payload
 from penstock.wire.tensors import Buffer
 
 _SHARED: Final = memoryview(bytearray(256 * 1024))
@@ -97,13 +99,35 @@ class Exchange:
     def abandoned(self) -> bool:
         return self._connection is None
 
-    def charge(self, count: int) -> bool:
-        """Count more bytes as this request's until it has been answered; False when there is no room for them."""
+    def place(self, payload: Buffer) -> Payload:
+        """A large payload of this request where workers can read it, if there is room: already there when it is the end
+        of a body that was received there, or copied."""
+        request = self.request
+        if request.slot is not None and isinstance(payload, memoryview):
+            return request.slot.tail(len(payload))
+        slots = None if self._connection is None else self._connection.slots
+        slot = None if slots is None else slots.take(len(payload))
+        if slot is None:
+            return payload
+        slot.view[:] = payload
+        if request.slot is not None:
+            request.slot.give_back()
+        request.slot, request.body = slot, b""
+        return slot
+
+    def expanded(self, body: bytes) -> bool:
+        """The body was compressed, and is this. False when there is no room for it."""
+        request = self.request
         if self._connection is None:
             return True
-        room = self._connection.budget.take(count)
-        self.request.charged += count if room else 0
-        return room
+        if not self._connection.budget.take(len(body)):
+            return False
+        request.charged += len(body)
+        request.body = body
+        if request.slot is not None:
+            request.slot.give_back()
+            request.slot = None
+        return True
 
 
 def _response(status: int, body: bytes, content_type: bytes, extra: bytes) -> bytes:
@@ -122,7 +146,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, http: Http) -> None:
         self.deadline = float("inf")
         self._http = http
-        self._reader = Reader(http.options, http.budget, http.heads)
+        self._reader = Reader(http.options, http.budget, http.heads, http.slots)
         self._exchanges: deque[Exchange] = deque()  # in the order of their requests; the first is answered first
         self._transport: asyncio.Transport | None = None
         self._last = False  # no further request is taken
@@ -130,6 +154,10 @@ class Connection(asyncio.BufferedProtocol):
         self._reading_paused = False
         self._writing_paused = False
         self._phase = IDLE  # the one that the deadline is for
+
+    @property
+    def slots(self) -> Slots | None:
+        return self._http.slots
 
     @property
     def budget(self) -> Budget:
@@ -199,7 +227,7 @@ class Connection(asyncio.BufferedProtocol):
         http = self._http
         for request in requests:
             if self._last:
-                http.budget.give_back(request.charged)
+                http.budget.release(request)
                 continue
             exchange = Exchange(self, request)
             self._exchanges.append(exchange)
@@ -294,9 +322,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _drop(self, exchange: Exchange) -> None:
         """The exchange has nothing to do with this connection any more."""
-        self._http.budget.give_back(exchange.request.charged)
+        self._http.budget.release(exchange.request)
         exchange._connection = None
-        exchange.request.body = b""
 
     def _finish(self) -> None:
         """Everything is said. Closing at once would reset the connection under a client that is still sending, and
@@ -350,7 +377,14 @@ def _with_connection(response: bytes, value: bytes) -> bytes:
 class Http:
     """What all connections of a gateway share. ``draining``: connections close after their answer."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, options: GatewayOptions, application: Application) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        options: GatewayOptions,
+        application: Application,
+        slots: Slots | None = None,
+    ) -> None:
+        self.slots = slots
         self.loop = loop
         self.options = options
         self.application = application

@@ -16,10 +16,12 @@ import uvloop
 import zmq
 
 from penstock.client.link import Link
+from penstock.client.slots import Slots
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import Reports
+from penstock.wire.arena import Arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
 from penstock.wire.process import fields, measure, notify
@@ -30,6 +32,7 @@ _BACKLOG: Final = 2048
 # A gateway that starts leaves connections in the kernel's queue, and so to the gateways beside it, for as long as it
 # may take to hear from a broker that is there: who comes at once is not told that there is none.
 _PATIENCE_S: Final = 1.0
+_ARENA_MAX_BYTES: Final = 256 << 20  # unless the configuration says otherwise
 _SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
 
 
@@ -78,14 +81,24 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _make_arena(settings: GatewaySettings) -> Arena | None:
+    size = settings.options.arena_bytes
+    if size < 0:
+        size = min(_ARENA_MAX_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16)
+    if not size or settings.broker.runtime is None:
+        return None
+    return Arena(size, f"penstock-{settings.name}")
+
+
 class GatewayProcess:
-    """``start`` binds, ``serve`` runs until a signal and drains. EndpointError: cannot listen."""
+    """``start`` binds, ``serve`` runs until a signal and drains. EndpointError, ArenaError: cannot start."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self._listener: socket.socket | None = None
 
     def start(self) -> None:
+        self._arena = _make_arena(self._settings)
         self._listener = listen(self._settings.http)
         try:
             self._listener.listen(_BACKLOG)
@@ -106,7 +119,7 @@ class GatewayProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
         context: zmq.Context[Any] = zmq.Context()
-        coupling = Coupling(loop, context, settings)
+        coupling = Coupling(loop, context, settings, self._arena)
         log.info("gateway listens", extra=fields(url=url_of(self._listener)))
         notify("READY=1")
         coupling.pump()
@@ -145,13 +158,15 @@ class Coupling:
     more after every send.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, context: zmq.Context[Any], settings: GatewaySettings) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, context: zmq.Context[Any], settings: GatewaySettings, arena: Arena | None
+    ) -> None:
         self._loop = loop
         self.introduced = asyncio.Event()  # a broker has said what models there are
-        self._link = Link(context, settings.broker, settings.name, lambda metrics: reports.arrived(metrics))
+        self._link = Link(context, settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
         application = Application(loop, self._link.caller, settings.options, reports, self._flush_soon)
-        self.http = Http(loop, settings.options, application)
+        self.http = Http(loop, settings.options, application, None if arena is None else Slots(arena))
         self._flushing = False
         self._control: int | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -221,6 +236,10 @@ class Coupling:
         caller = self._link.caller
         caller.meters.value("penstock_http_connections").value = len(self.http.wheel)
         caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
+        if self.http.slots is not None:
+            arena = self.http.slots.arena
+            caller.meters.value("penstock_arena_bytes").value = arena.size
+            caller.meters.value("penstock_arena_used_bytes").value = arena.allocator.used
         measure(caller.meters)
         return Snapshot(caller.name, caller.meters.samples())
 

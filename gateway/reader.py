@@ -7,10 +7,12 @@ two different ones (request smuggling).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import httptools
 
+from penstock.client.slots import Slot, Slots
 from penstock.gateway.options import GatewayOptions
 from penstock.wire.tensors import Buffer
 
@@ -25,6 +27,7 @@ _DIRECT_MIN_BYTES: Final = 64 * 1024
 # A client sends the same head again and again: what it means is remembered by its bytes, which saves a fifth of the
 # gateway's time for a small request. Bounded in number and in size.
 _HEADS_MAX: Final = 1024
+_LENGTH_DIGITS_MAX: Final = 12
 _HEAD_BYTES_MAX: Final = 2048
 _KNOWN_READ_BYTES_MAX: Final = 8192  # a larger read is not looked up
 
@@ -75,14 +78,16 @@ class Head:
 
 
 class Request:
-    """A complete request. ``charged``: bytes of the budget that it has taken."""
+    """A complete request. ``charged``: bytes of the budget that it has taken. ``slot``: where in shared memory its body
+    lies, if it lies there."""
 
-    __slots__ = ("body", "charged", "head")
+    __slots__ = ("body", "charged", "head", "slot")
 
-    def __init__(self, head: Head, body: Buffer, charged: int) -> None:
+    def __init__(self, head: Head, body: Buffer, charged: int, slot: Slot | None = None) -> None:
         self.head = head
         self.body = body
         self.charged = charged
+        self.slot = slot
 
 
 class Budget:
@@ -93,6 +98,7 @@ class Budget:
         self.used = 0
 
     def take(self, count: int) -> bool:
+        """False when there is no room for so many more."""
         if self.used + count > self.limit:
             return False
         self.used += count
@@ -100,6 +106,15 @@ class Budget:
 
     def give_back(self, count: int) -> None:
         self.used -= count
+
+    def release(self, request: Request) -> None:
+        """Nobody needs a request's body any more."""
+        self.used -= request.charged
+        request.charged = 0
+        request.body = b""
+        if request.slot is not None:
+            request.slot.give_back()
+            request.slot = None
 
 
 class Reader:
@@ -109,11 +124,16 @@ class Reader:
     for "100 Continue" before it sends its body.
     """
 
-    def __init__(self, options: GatewayOptions, budget: Budget, heads: dict[bytes, Head]) -> None:
-        """``heads``: what is remembered, shared by all readers with the same options."""
+    def __init__(
+        self, options: GatewayOptions, budget: Budget, heads: dict[bytes, Head], slots: Slots | None = None
+    ) -> None:
+        """``heads``: what is remembered, shared by all readers with the same options. ``slots``: where large bodies go
+        while there is room."""
         self._options = options
         self._budget = budget
         self._heads = heads
+        self._slots = slots
+        self._slot: Slot | None = None
         self.requests: list[Request] = []
         self.error: HttpError | None = None
         self.phase = IDLE
@@ -188,7 +208,8 @@ class Reader:
             self.direct = None
             # llhttp has not seen the body; a new one begins with the next request.
             self._parser = httptools.HttpRequestParser(self)
-            self._complete(self._whole)
+            slot, self._slot = self._slot, None
+            self._complete(self._whole, slot)
             del self._whole
 
     def close(self) -> None:
@@ -197,6 +218,9 @@ class Reader:
         self._charged = 0
         self._body = []
         self.direct = None
+        if self._slot is not None:
+            self._slot.give_back()
+            self._slot = None
         self.phase = BROKEN
 
     def _break(self, error: Exception) -> None:
@@ -210,7 +234,10 @@ class Reader:
 
     def _receive_directly(self) -> None:
         have = sum(map(len, self._body))
-        self._whole = memoryview(bytearray(have + self.body_left))
+        size = have + self.body_left
+        if self._slots is not None:
+            self._slot = self._slots.take(size, _lead(self._headers))
+        self._whole = memoryview(bytearray(size)) if self._slot is None else self._slot.view
         at = 0
         for part in self._body:
             self._whole[at : at + len(part)] = part
@@ -315,8 +342,14 @@ class Reader:
         self._body = []
         self._complete(parts[0] if len(parts) == 1 else b"".join(parts))
 
-    def _complete(self, body: Buffer) -> None:
+    def _complete(self, body: Buffer, slot: Slot | None = None) -> None:
         self.phase = IDLE
         self.wants_continue = False
         charged, self._charged = self._charged, 0
-        self.requests.append(Request(self._head, body, charged))
+        self.requests.append(Request(self._head, body, charged, slot))
+
+
+def _lead(headers: Mapping[str, bytes]) -> int:
+    """How many bytes of a body lie before its first tensor, as far as the headers say."""
+    length = headers.get("inference-header-content-length", b"")
+    return int(length) if length.isdigit() and len(length) <= _LENGTH_DIGITS_MAX else 0

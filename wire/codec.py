@@ -19,6 +19,7 @@ from penstock.wire.fields import U64_MAX, Check, brief
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
     VERSION,
+    Answers,
     Carrier,
     Failure,
     Message,
@@ -94,6 +95,8 @@ def _find_starts(message: Carrier) -> list[int]:
             at += size * count
             continue
         starts.append(taken)
+        if not isinstance(group, Answers) and group.places:
+            continue
         if any(len(frame) != size for frame in frames[taken : taken + count]):
             raise BadMessage(f"a payload of {size} bytes came as a frame of another size")
         taken += count

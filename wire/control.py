@@ -1,8 +1,9 @@
 """The Unix control connection between the broker and each process on its host.
 
-It says two things that ZeroMQ cannot: that a peer has died, at once, because the kernel closes the connection; and,
-since both ends are the same user's, whose it is. Packets (SOCK_SEQPACKET) keep their borders; the first holds the
-protocol's version and the peer's id.
+It says what ZeroMQ cannot: that a peer has died, at once, because the kernel closes the connection; since both ends are
+the same user's, whose it is; and where its arena is, as a descriptor. Packets (SOCK_SEQPACKET) keep their borders. Each
+introduces a peer: the protocol's version, its id and, beside them, its arena's descriptor if it has one. A peer sends
+one, about itself; the broker passes on those of others.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from penstock.wire.messages import PEER_ID_BYTES, VERSION
 
 _HELLO: Final = struct.Struct(f"<4sH{PEER_ID_BYTES}s")
 _MAGIC: Final = b"PNST"
-HELLO_BYTES: Final = _HELLO.size
+_DESCRIPTOR: Final = struct.Struct("i")
 _CREDENTIALS: Final = struct.Struct("3i")
+HELLO_BYTES: Final = _HELLO.size
 BACKLOG: Final = 1024
+NO_ARENA: Final = -1  # in place of a descriptor
 
 
-def connect(path: Path, peer: bytes) -> socket.socket | None:
-    """A connection that has said who it is, or None while no broker listens there."""
+def connect(path: Path, peer: bytes, arena: int = NO_ARENA) -> socket.socket | None:
+    """A connection that has said who it is, or None while no broker listens there. ``arena``: a descriptor."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         connection.connect(os.fspath(path))
-        connection.send(_HELLO.pack(_MAGIC, VERSION, peer))
+        introduce(connection, peer, arena)
     except OSError:
         connection.close()
         return None
@@ -46,8 +49,37 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def peer_id(packet: bytes) -> bytes:
-    """The id in a connection's first packet. Raises BadMessage."""
+def introduce(connection: socket.socket, peer: bytes, arena: int = NO_ARENA) -> None:
+    """Raises OSError, BlockingIOError when the other end does not read."""
+    socket.send_fds(connection, [_HELLO.pack(_MAGIC, VERSION, peer)], [] if arena == NO_ARENA else [arena])
+
+
+def receive(connection: socket.socket) -> tuple[bytes, int] | None:
+    """The next peer that is introduced, and its arena's descriptor, which is the receiver's to close, or NO_ARENA.
+
+    None when the other end has gone. Raises BlockingIOError when nothing has come, and BadMessage.
+    """
+    try:
+        # socket.recv_fds would leave descriptors open across an exec: it ignores its flags in Python 3.11.
+        packet, ancillary, _, _ = connection.recvmsg(
+            HELLO_BYTES + 1, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
+        )
+    except BlockingIOError:
+        raise
+    except OSError:
+        return None
+    if not packet:
+        return None
+    arena = _DESCRIPTOR.unpack(ancillary[0][2])[0] if ancillary else NO_ARENA
+    try:
+        return _peer_id(packet), arena
+    except BadMessage:
+        if arena != NO_ARENA:
+            os.close(arena)
+        raise
+
+
+def _peer_id(packet: bytes) -> bytes:
     if len(packet) != HELLO_BYTES:
         raise BadMessage(f"a control hello has {HELLO_BYTES} bytes, and {len(packet)} came")
     magic, version, peer = _HELLO.unpack(packet)

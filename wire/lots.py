@@ -53,7 +53,8 @@ def pick(values: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
 
 
 def pick_payload(payload: Payload, nbytes: int, places: Sequence[int]) -> Payload:
-    """Some requests' part of a lot's payload: bytes, one request's behind the other's, or a sequence of frames."""
+    """Some requests' part of a lot's payload: bytes, one request's behind the other's, or a sequence of frames, or of
+    places."""
     if nbytes > INLINE_MAX_BYTES:
-        return [payload[at] for at in places]
+        return tuple([payload[at] for at in places])
     return b"".join([payload[at * nbytes : (at + 1) * nbytes] for at in places])

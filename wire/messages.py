@@ -1,8 +1,8 @@
 """Every message between processes: one class per kind, and nothing else goes over a socket.
 
 On the wire a message is a msgpack array ``[VERSION, TAG, EPOCH, fields...]`` in its first frame; tensors that are too
-large to ride inside it follow, a frame each. codec.py packs and unpacks, and checks everything a peer could get wrong.
-docs/protocol.md says the same for someone who writes a client in another language.
+large to ride inside it follow, a frame each, or lie in their sender's arena. codec.py packs and unpacks, and checks
+everything a peer could get wrong. docs/protocol.md says the same for someone who writes a client in another language.
 
 What repeats from request to request (model, tensors, sizes) is a ``Form``, and requests that share one travel as a
 group: the form once, then a column each for what differs. Packing, checking and looking up a form's fields then costs
@@ -50,8 +50,8 @@ MAX_MODELS: Final = 4096
 MAX_TIMEOUT_US: Final = 24 * 3600 * 1_000_000  # what callers let their users ask for
 MAX_PRIORITY: Final = 255
 
-# A payload of at most this many bytes rides in its message's blob; a larger one is a frame of its own, which is cheaper
-# to pass on than to copy.
+# A payload of at most this many bytes rides in its message's blob; a larger one stays in its sender's arena, or where
+# that cannot be shared, is a frame of its own, which is cheaper to pass on than to copy.
 INLINE_MAX_BYTES: Final = 16 * 1024
 
 # How an answer ends, or does not end, a request.
@@ -62,7 +62,7 @@ FAILED: Final = 2  # the body is a Failure
 BATCH_REASONS: Final = frozenset({"full", "delay", "idle", "deadline", "shape", "alone"})
 
 
-Payload: TypeAlias = Any  # bytes, memoryview or zmq.Frame: what has a length and can be sent
+Payload: TypeAlias = Any  # bytes, memoryview or zmq.Frame, what has a length and can be sent; or an arena's Slot
 
 
 class Form(NamedTuple):
@@ -79,11 +79,12 @@ class Form(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """Requests of one form on their way to the broker."""
+    """Requests of one form on their way to the broker. ``places``: see Carrier."""
 
     form: Form
     ids: tuple[int, ...]
     timeouts_us: tuple[int, ...]
+    places: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +95,8 @@ class Tasks(NamedTuple):
     """Requests of one form and caller, which the broker accepted together, on their way to a worker.
 
     ``attempt``: from 1; above 1 a request runs alone, because the worker that had it before is gone.
-    ``waited_us``: since the broker accepted them. ``timeouts_us``: what is left of each one's time.
+    ``waited_us``: since the broker accepted them. ``timeouts_us``: what is left of each one's time. ``places``: see
+    Carrier; in the caller's arena.
     """
 
     form: Form
@@ -103,6 +105,7 @@ class Tasks(NamedTuple):
     waited_us: int
     ids: tuple[int, ...]
     timeouts_us: tuple[int, ...]
+    places: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -290,20 +293,31 @@ def _ids(value: Any) -> tuple[int, ...]:
     return _column(value, len(value))
 
 
+def _places(value: Any, form: Form, count: int) -> tuple[int, ...]:
+    if value == ():
+        return ()
+    if form.nbytes <= INLINE_MAX_BYTES:
+        raise BadMessage(f"payloads of at most {INLINE_MAX_BYTES} bytes have no places, and these have")
+    return _column(value, count)
+
+
 def _requests(value: Any) -> Requests:
-    form, ids, timeouts = _split(value, 3, "requests")
-    return Requests(_form(form), _ids(ids), _column(timeouts, len(ids)))
+    form, ids, timeouts, places = _split(value, 4, "requests")
+    form, ids = _form(form), _ids(ids)
+    return Requests(form, ids, _column(timeouts, len(ids)), _places(places, form, len(ids)))
 
 
 def _tasks(value: Any) -> Tasks:
-    form, caller, attempt, waited, ids, timeouts = _split(value, 6, "tasks")
+    form, caller, attempt, waited, ids, timeouts, places = _split(value, 7, "tasks")
+    form, ids = _form(form), _ids(ids)
     return Tasks(
-        _form(form),
+        form,
         _peer(caller),
         _attempt(attempt),
         _u64(waited),
-        _ids(ids),
+        ids,
         _column(timeouts, len(ids)),
+        _places(places, form, len(ids)),
     )
 
 
@@ -343,8 +357,9 @@ class Carrier(Message):
     """A message with groups of items that have payloads.
 
     Those of at most INLINE_MAX_BYTES lie in ``blob``, one behind the other, the others in ``frames``, in the order of
-    the groups and their ids. ``starts``, which unpacking fills in, has for each group the byte or the frame where it
-    begins.
+    the groups and their ids. A group of large ones may have ``places`` instead: the byte of the arena of whoever asked
+    where each of its payloads begins. ``starts``, which unpacking fills in, has for each group the byte or the frame
+    where it begins.
     """
 
     groups: Sequence[Requests] | Sequence[Tasks] | Sequence[Answers]
@@ -478,12 +493,14 @@ class Done(Message):
 
 @dataclass(slots=True)
 class Welcome(Message):
-    """The broker knows the peer now, by this name."""
+    """The broker knows the peer now, by this name. ``shares``: it has the descriptor of the peer's arena, and passes it
+    on."""
 
     TAG = 16
-    CHECKS = (_name,)
+    CHECKS = (_name, flag)
 
     name: str
+    shares: bool = False
 
 
 @dataclass(slots=True)
@@ -534,13 +551,15 @@ class Metrics(Message):
 
 @dataclass(slots=True)
 class Expect(Message):
-    """Callers whose subscription a worker should accept, and callers that have gone."""
+    """Callers whose subscription a worker should accept, and callers that have gone. ``sharing``: those of the former
+    whose arena's descriptor has been put into the worker's control connection."""
 
     TAG = 22
-    CHECKS = (sequence(_peer, MAX_PEERS), sequence(_peer, MAX_PEERS))
+    CHECKS = (sequence(_peer, MAX_PEERS), sequence(_peer, MAX_PEERS), sequence(_peer, MAX_PEERS))
 
     callers: Sequence[bytes] = ()
     gone: Sequence[bytes] = ()
+    sharing: Sequence[bytes] = ()
 
 
 @dataclass(slots=True)

@@ -69,6 +69,8 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "penstock_http_connections": Family(GAUGE, "Open HTTP connections", (), "gateway"),
     "penstock_http_body_bytes": Family(GAUGE, "Bytes of request bodies in memory", (), "gateway"),
+    "penstock_arena_bytes": Family(GAUGE, "Shared memory for large tensors", (), "gateway"),
+    "penstock_arena_used_bytes": Family(GAUGE, "Shared memory that requests take", (), "gateway"),
     # Everybody's.
     "penstock_request_failures": Family(
         COUNTER,

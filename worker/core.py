@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from penstock.wire.codec import ids_in, pack
-from penstock.wire.errors import DEADLINE, UNAVAILABLE, PenstockError
+from penstock.wire.errors import BAD_INPUT, DEADLINE, UNAVAILABLE, BadMessage, PenstockError
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.lots import lots_of
 from penstock.wire.membership import Membership
@@ -34,6 +34,7 @@ from penstock.wire.messages import (
     Message,
     Payload,
     Results,
+    Tasks,
     Welcome,
     WorkerHello,
     WorkerModels,
@@ -42,7 +43,7 @@ from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.metrics import Meters
 from penstock.wire.models import READY, ModelState
 from penstock.worker.batcher import Batch, Batcher, ModelKey, Rules
-from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import Arena, ArenaCame, Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import Executed, Publication, failure_answers
 from penstock.worker.lots import ENDED, RUNNING, WAITING, Lot
 from penstock.worker.model import Model
@@ -103,6 +104,8 @@ class Core:
         self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
         self._kept: dict[bytes, dict[int, Kept]] = {}  # by caller
         self._callers: set[bytes] = set()  # those that the broker knows
+        self._arenas: dict[bytes, Arena] = {}  # of those of them that share memory
+        self._arenas_came: dict[bytes, Arena] = {}  # Expect, which says whose they are now, is under way
         self._subscriptions: dict[bytes, int] = {}  # connections that hear a caller's topic
         self._plans: dict[Form, Plan] = {}
         self._series: dict[ModelKey, _Series] = {}
@@ -126,6 +129,8 @@ class Core:
                 self._executed(event, now)
             case Tick():
                 pass
+            case ArenaCame(caller, arena):
+                self._arenas_came[caller] = arena
             case Loaded(state, model):
                 self._loaded(state, model)
             case Subscribed(caller):
@@ -137,6 +142,7 @@ class Core:
             case BrokerLost(reason):
                 if self.membership.joined:
                     self._log("warning", "broker gone; looking for it", reason=reason)
+                self._arenas_came.clear()
                 self.membership.lost()
             case Garbage(process, reason):
                 self.meters.value("penstock_bad_messages", process).value += 1
@@ -207,8 +213,8 @@ class Core:
         match message:
             case Assign():
                 self._assigned(message, now)
-            case Expect(callers=callers, gone=gone):
-                self._expect(callers, gone)
+            case Expect():
+                self._expect(message)
             case Beat():
                 pass
             case Bye():
@@ -228,18 +234,27 @@ class Core:
         self._kept.clear()
         self.kept_bytes = 0
         self._callers.clear()
+        self._arenas.clear()
         self.membership.welcomed(message.epoch, now)
         self._log("info", "joined the broker", worker=message.name)
         if self._told != tuple(self.states.values()):  # a model has been loaded since the hello
             self._tell_models()
 
-    def _expect(self, callers: Sequence[bytes], gone: Sequence[bytes]) -> None:
-        for caller in callers:
+    def _expect(self, message: Expect) -> None:
+        sharing = set(message.sharing)
+        for caller in message.callers:
+            if caller in sharing:
+                arena = self._arenas_came.pop(caller, None)
+                if arena is None:  # without it nothing of this caller could be run here
+                    self._log("error", "a caller's arena did not come; it is not served", caller=caller.hex())
+                    continue
+                self._arenas[caller] = arena
             self._callers.add(caller)
             if caller in self._subscriptions:
                 self._say(Attached(self.membership.epoch, caller, True))
-        for caller in gone:
+        for caller in message.gone:
             self._callers.discard(caller)
+            self._arenas.pop(caller, None)
             self._cancel(caller, list(self._lots.get(caller, ())))
             self._free(caller, list(self._kept.get(caller, ())))
 
@@ -266,8 +281,15 @@ class Core:
             self._cancel(caller, ids_in(ranges, self._lots.get(caller, {})))
         for group, start in zip(message.groups, message.starts, strict=True):
             form, caller, attempt = group.form, group.caller, group.attempt
+            payload: Payload
             try:
                 plan = self._plan(form)
+                if group.places:
+                    payload, start = self._views(group), 0
+                elif form.nbytes <= INLINE_MAX_BYTES:
+                    payload = message.blob
+                else:
+                    payload, start = message.frames[start : start + len(group.ids)], 0
             except PenstockError as error:
                 self._refuse((form.model, form.version), caller, attempt, group.ids, error, group.waited_us)
                 continue
@@ -275,13 +297,19 @@ class Core:
             if index is None:
                 index = self._lots[caller] = {}
             ids = group.ids
-            if form.nbytes <= INLINE_MAX_BYTES:
-                payload: Payload = message.blob
-            else:
-                payload, start = message.frames[start : start + len(ids)], 0
             lot = Lot(index, caller, attempt, plan, ids, group.timeouts_us, payload, start, group.waited_us, now)
             index.update(dict.fromkeys(ids, lot))
             self._batcher.add(lot)
+
+    def _views(self, group: Tasks) -> Sequence[Payload]:
+        """Payloads where they lie in their caller's arena. Raises PenstockError when they do not."""
+        arena = self._arenas.get(group.caller)
+        if arena is None:
+            raise PenstockError(BAD_INPUT, "the tensors are said to lie in shared memory, and this caller shares none")
+        try:
+            return [arena.view(place, group.nbytes) for place in group.places]
+        except BadMessage as error:
+            raise PenstockError(BAD_INPUT, f"the tensors do not lie where they are said to: {error}") from None
 
     def _plan(self, form: Form) -> Plan:
         """Raises PenstockError when the form does not fit its model."""

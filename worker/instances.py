@@ -62,6 +62,7 @@ class Instances:
     def _compute(self) -> None:
         while (task := self._todo.get()) is not None:
             self._ran.append(execute(*task))
+            del task  # it would hold its callers' memory until the next one comes
             os.eventfd_write(self._wake, 1)
 
 

@@ -20,16 +20,17 @@ from typing import Any, Final
 import zmq
 
 from penstock.wire import control
+from penstock.wire.arena import ArenaError, Mapping
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
-from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
+from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Expect, Message
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
 from penstock.wire.process import StopSignal, fields, measure, notify
 from penstock.wire.sockets import Socket
 from penstock.worker.core import Core, Identity
-from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import ArenaCame, Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.instances import Instances
 from penstock.worker.model import LoadError, load
 from penstock.worker.probe import probe
@@ -217,7 +218,10 @@ class WorkerProcess:
     def _read(self) -> None:
         for heads, frames in self._broker.receive(1, _ROUND_MESSAGES):
             try:
-                event: Event = FromBroker(unpack(heads[0], [frame.buffer for frame in frames], TO_WORKER))
+                message = unpack(heads[0], [frame.buffer for frame in frames], TO_WORKER)
+                if isinstance(message, Expect) and message.sharing:
+                    self._read_control()  # the arenas have been sent before
+                event: Event = FromBroker(message)
             except BadMessage as error:
                 event = Garbage("broker", str(error))
             self._hear(event)
@@ -291,15 +295,19 @@ class WorkerProcess:
         self._hear(BrokerFound())
 
     def _read_control(self) -> None:
-        try:
-            if self._control.recv(1):
+        """Take in the arenas that the broker passes on, and its end."""
+        while self._control is not None:
+            try:
+                introduced = control.receive(self._control)
+                if introduced is None:
+                    self._lose_control()
+                    self._hear(BrokerLost("its process ended"))
+                elif introduced[1] != control.NO_ARENA:
+                    self._hear(ArenaCame(introduced[0], Mapping(introduced[1])))
+            except BlockingIOError:
                 return
-        except BlockingIOError:
-            return
-        except OSError as error:
-            log.debug("control connection failed", extra=fields(reason=str(error)))
-        self._lose_control()
-        self._hear(BrokerLost("its process ended"))
+            except (ArenaError, BadMessage) as error:
+                self._hear(Garbage("control", str(error)))
 
     def _lose_control(self) -> None:
         if self._control is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from penstock.broker.core import Core
-from penstock.broker.events import Event, FromCaller, FromWorker, Gone, Sweep, ToCaller, ToWorker
+from penstock.broker.events import Came, Event, FromCaller, FromWorker, Gone, Share, Sweep, ToCaller, ToWorker
 from penstock.broker.options import BrokerOptions
 from penstock.wire.codec import pack, ranges, unpack
 from penstock.wire.events import Garbage, Log, Tick
@@ -67,6 +67,7 @@ class Conversation:
         self.inbox: defaultdict[bytes, list[Message]] = defaultdict(list)
         self.logs: list[Log] = []
         self.sweeps = 0
+        self.shared: list[tuple[bytes, bytes]] = []  # whose arena was passed on to whom
         if not grace:
             self.tick(self.core.options.rejoin_grace_s)
 
@@ -79,6 +80,8 @@ class Conversation:
                     self.inbox[peer].append(through_the_wire(message, TO_WORKER))
                 case Log():
                     self.logs.append(command)
+                case Share(owner, reader):
+                    self.shared.append((owner, reader))
                 case Sweep():
                     self.sweeps += 1
         self.core.validate()
@@ -96,9 +99,11 @@ class Conversation:
     def garbage(self, process: str = "caller") -> None:
         self.handle(Garbage(process, "nonsense", b"somebody"))
 
-    def caller(self, name: str = "", local: bool = True) -> CallerTalk:
-        """A caller that has said hello."""
+    def caller(self, name: str = "", local: bool = True, arena_bytes: int = 0) -> CallerTalk:
+        """A caller that has said hello, perhaps after it has shown its arena."""
         caller = CallerTalk(self, b"caller%02d" % len(self.inbox))
+        if arena_bytes:
+            self.handle(Came(caller.id, arena_bytes))
         caller.say(CallerHello(0, name, 1, local))
         return caller
 
@@ -109,9 +114,12 @@ class Conversation:
         instances: int = 1,
         name: str = "w",
         endpoints: Sequence[str] = ("ipc:///run/w.sock",),
+        connected: bool = False,
     ) -> WorkerTalk:
-        """A worker that has said hello, and is heard by some callers."""
+        """A worker that has said hello, perhaps over a control connection too, and is heard by some callers."""
         worker = WorkerTalk(self, b"worker%02d" % len(self.inbox))
+        if connected:
+            self.handle(Came(worker.id, 0))
         callers = [caller.id for caller in hears]
         worker.say(WorkerHello(0, name, "cpu", 1, endpoints, instances, models or (model(),), callers))
         return worker
@@ -188,18 +196,21 @@ class CallerTalk(PeerTalk):
         timeout_s: float | Sequence[float] = 60.0,
         tenant: str = "",
         epoch: int = EPOCH,
+        places: Sequence[int] = (),
     ) -> tuple[int, ...]:
-        """Ask for ``count`` requests of one form, each with ``size`` bytes; returns their ids."""
+        """Ask for ``count`` requests of one form, each with ``size`` bytes, in ``places`` of its arena or in the
+        message; returns their ids."""
         ids = tuple(range(self.last_id + 1, self.last_id + 1 + count))
         self.last_id += count
         timeouts = [timeout_s] * count if isinstance(timeout_s, (int, float)) else timeout_s
         form = Form(name, version, 0, tenant, rows, size, b"", b"layout")
-        self.ask([Requests(form, ids, tuple(int(each * 1e6) for each in timeouts))], epoch)
+        self.ask([Requests(form, ids, tuple(int(each * 1e6) for each in timeouts), tuple(places))], epoch)
         return ids
 
     def ask(self, groups: Sequence[Requests], epoch: int = EPOCH) -> None:
         """Submit groups; the payload of request 5 is 5, 5, 5, ..."""
-        payloads = [bytes([number % 256]) * group.form.nbytes for group in groups for number in group.ids]
+        travel = [group for group in groups if not group.places]
+        payloads = [bytes([number % 256]) * group.form.nbytes for group in travel for number in group.ids]
         inline = b"".join(each for each in payloads if len(each) <= INLINE_MAX_BYTES)
         frames = [each for each in payloads if len(each) > INLINE_MAX_BYTES]
         self.say(Submit(epoch, groups, blob=inline, frames=frames))

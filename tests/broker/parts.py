@@ -15,7 +15,7 @@ KEY = ("m", "1")
 
 
 def make_caller(number: int = 0, local: bool = True) -> CallerPeer:
-    return CallerPeer(b"caller%02d" % number, "", local, 0.0)
+    return CallerPeer(b"caller%02d" % number, "", local, 0, 0.0)
 
 
 def make_worker(
@@ -51,7 +51,7 @@ def make_lot(
     form = Form(*queue.key, 0, tenant, rows, size, b"", b"")
     payloads = [bytes([number % 256]) * size for number in ids]
     payload = b"".join(payloads) if size <= INLINE_MAX_BYTES else payloads
-    lot = Lot(caller, queue, form, tuple(ids), (1_000_000,) * len(ids), payload, 0.0)
+    lot = Lot(caller, queue, form, tuple(ids), (1_000_000,) * len(ids), payload, False, 0.0)
     caller.requests.update(dict.fromkeys(ids, lot))
     return lot
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import select
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +14,10 @@ import pytest
 
 from penstock.broker import control as broker_control
 from penstock.broker.control import ControlServer
-from penstock.broker.events import Gone
+from penstock.broker.events import Came, Gone
 from penstock.wire import control
+from penstock.wire.arena import Arena, Mapping
+from penstock.wire.errors import BadMessage
 from penstock.wire.events import Garbage
 
 PEER = b"a peer.."
@@ -21,6 +26,13 @@ PEER = b"a peer.."
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "control.sock"
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena(1 << 16, "test")
+    yield arena
+    arena.close()
 
 
 @pytest.fixture
@@ -61,10 +73,10 @@ def test_a_peer_that_ends_is_gone(server: ControlServer, path: Path) -> None:
     peer = control.connect(path, PEER)
     assert peer is not None
     [fileno] = server.accept()
-    assert server.read(fileno) is None
+    assert server.read(fileno) == Came(PEER, 0)
     peer.close()
     wait(fileno)
-    assert server.read(fileno) == Gone(PEER, "its process ended")
+    assert server.read(fileno) == Gone(PEER, "its process ended", disconnected=True)
     assert fileno not in server
 
 
@@ -73,7 +85,7 @@ def test_nobody_waits_and_nothing_has_come(
 ) -> None:
     assert list(server.accept()) == []
     _, fileno = join(hello())
-    assert server.read(fileno) is None
+    assert server.read(fileno) == Came(PEER, 0)
     assert server.read(fileno) is None
     assert fileno in server
 
@@ -103,7 +115,7 @@ def test_a_connection_that_begins_with_anything_else_is_closed(
 
 def test_a_peer_says_who_it_is_once(server: ControlServer, join: Callable[[bytes], tuple[socket.socket, int]]) -> None:
     end, fileno = join(hello())
-    assert server.read(fileno) is None
+    assert server.read(fileno) == Came(PEER, 0)
     end.send(hello())
     assert server.read(fileno) == Garbage("control", "a second packet on a control connection", PEER)
     assert fileno not in server
@@ -142,9 +154,94 @@ def test_closing_ends_every_connection(path: Path) -> None:
     end = control.connect(path, PEER)
     assert end is not None
     [fileno] = server.accept()
-    assert server.read(fileno) is None
+    assert server.read(fileno) == Came(PEER, 0)
     server.close()
     wait(end.fileno())
     assert end.recv(1) == b""
     assert control.connect(path, PEER) is None
     end.close()
+
+
+def test_an_arena_comes_with_its_size_and_can_be_read(server: ControlServer, path: Path, arena: Arena) -> None:
+    arena.view(64, 5)[:] = b"hello"
+    peer = control.connect(path, PEER, arena.fd)
+    assert peer is not None
+    [fileno] = server.accept()
+    assert server.read(fileno) == Came(PEER, arena.size)
+    assert bytes(server.view(PEER, 64, 5)) == b"hello"
+    with pytest.raises(BadMessage, match="outside its arena"):
+        server.view(PEER, arena.size - 1, 2)
+    peer.close()
+
+
+def test_arenas_are_passed_on(server: ControlServer, path: Path, arena: Arena) -> None:
+    owner, reader = control.connect(path, PEER, arena.fd), control.connect(path, b"a reader")
+    assert owner is not None
+    assert reader is not None
+    for fileno in list(server.accept()):
+        server.read(fileno)
+    server.share(PEER, b"a reader")
+    introduced = control.receive(reader)
+    assert introduced is not None
+    assert introduced[0] == PEER
+    arena.view(0, 1)[:] = b"!"
+    assert bytes(Mapping(introduced[1]).view(0, 1)) == b"!"
+    server.share(b"nobody..", b"a reader")
+    server.share(PEER, b"nobody..")
+    with pytest.raises(BlockingIOError):
+        control.receive(reader)
+    owner.close()
+    reader.close()
+
+
+def test_a_peer_that_does_not_read_is_gone(server: ControlServer, path: Path, arena: Arena) -> None:
+    owner, deaf = control.connect(path, PEER, arena.fd), control.connect(path, b"deaf one")
+    assert owner is not None
+    assert deaf is not None
+    filenos = list(server.accept())
+    for fileno in filenos:
+        server.read(fileno)
+    for _ in range(10_000):
+        server.share(PEER, b"deaf one")
+    assert server.read(filenos[1]) == Gone(b"deaf one", "its process ended", disconnected=True)
+    assert not server.shares(b"deaf one")
+    assert server.shares(PEER)
+    owner.close()
+    deaf.close()
+
+
+def test_what_is_no_arena_ends_the_connection(server: ControlServer, path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with tempfile.TemporaryFile() as file:
+        file.write(b"x" * 4096)
+        peer = control.connect(path, PEER, file.fileno())
+    assert peer is not None
+    [fileno] = server.accept()
+    event = server.read(fileno)
+    assert isinstance(event, Garbage)
+    assert event.reason.startswith("what a peer sent as its arena is no memfd")
+    assert fileno not in server
+    peer.close()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_one_peer_has_one_connection(server: ControlServer, join: Callable[[bytes], tuple[socket.socket, int]]) -> None:
+    _, first = join(hello())
+    _, second = join(hello())
+    assert server.read(first) == Came(PEER, 0)
+    assert server.read(second) == Garbage("control", "a second control connection of one peer")
+    assert first in server
+    assert second not in server
+
+
+def test_ended_connections_leave_no_descriptor(server: ControlServer, path: Path, arena: Arena) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    peer = control.connect(path, PEER, arena.fd)
+    assert peer is not None
+    [fileno] = server.accept()
+    server.read(fileno)
+    peer.close()
+    wait(fileno)
+    assert isinstance(server.read(fileno), Gone)
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) == before

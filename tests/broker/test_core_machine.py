@@ -81,6 +81,11 @@ def some(things: Sequence[T], picks: list[int]) -> list[T]:
     return [things[pick % len(things)] for pick in picks] if things else []
 
 
+def place_of(number: int) -> int:
+    """Where in its caller's arena the payload of a request lies."""
+    return number * 64
+
+
 class CoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -160,8 +165,11 @@ class CoreMachine(RuleBasedStateMachine):
                 holders = [each for each in self.workers.values() if key in each.holds]
                 assert holders == [], f"{key} was given to two workers"
                 assert number not in caller.closed, f"{key} had ended, and was assigned"
-                payload = message.frames[start + at] if size == LARGE else message.blob[start + at * size :][:size]
-                assert payload == bytes([number % 256]) * caller.sizes[number]
+                if group.places:
+                    assert group.places[at] == place_of(number)
+                else:
+                    payload = message.frames[start + at] if size == LARGE else message.blob[start + at * size :][:size]
+                    assert payload == bytes([number % 256]) * caller.sizes[number]
                 worker.holds[key] = group.attempt
 
     def is_overdue(self, caller: CallerLife, number: int) -> bool:
@@ -181,6 +189,7 @@ class CoreMachine(RuleBasedStateMachine):
         tenant=st.sampled_from(["", "", "t"]),
         timeouts_s=st.lists(st.sampled_from([0.0, 0.4, 2.0, 60.0, 60.0, 60.0, 60.0]), min_size=6, max_size=6),
         mixed=st.booleans(),
+        placed=st.booleans(),
         acks=picks,
         cancels=picks,
         tick=st.booleans(),
@@ -196,6 +205,7 @@ class CoreMachine(RuleBasedStateMachine):
         tenant: str,
         timeouts_s: list[float],
         mixed: bool,
+        placed: bool,
         acks: list[int],
         cancels: list[int],
         tick: bool,
@@ -211,7 +221,8 @@ class CoreMachine(RuleBasedStateMachine):
         for at, size in enumerate(sizes):
             form = Form(name, version, 0, tenant, rows, size, b"", b"%d" % at)
             own = ids[at :: len(sizes)] if mixed else ids[at * count : (at + 1) * count]
-            groups.append(Requests(form, tuple(own), tuple(int(each * 1e6) for each in timeouts_s[:count])))
+            places = tuple(map(place_of, own)) if placed and size == LARGE else ()
+            groups.append(Requests(form, tuple(own), tuple(int(each * 1e6) for each in timeouts_s[:count]), places))
             caller.sizes |= dict.fromkeys(own, size)
             caller.deadlines |= {number: self.talk.now + each for number, each in zip(own, timeouts_s, strict=False)}
         self.submit(caller, groups, ended, unwanted)
@@ -228,7 +239,8 @@ class CoreMachine(RuleBasedStateMachine):
         self.submit(caller, [], ended, some(every if anything else caller.open, cancels))
 
     def submit(self, caller: CallerLife, groups: list[Requests], acks: list[int], cancels: list[int]) -> None:
-        payloads = [bytes([number % 256]) * group.nbytes for group in groups for number in group.ids]
+        travel = [group for group in groups if not group.places]
+        payloads = [bytes([number % 256]) * group.nbytes for group in travel for number in group.ids]
         blob = b"".join(each for each in payloads if len(each) != LARGE)
         frames = [each for each in payloads if len(each) == LARGE]
         pairs = [number for each in sorted(set(acks)) for number in (each, each)]
@@ -306,7 +318,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def join(self, who: str, instances: int = 1) -> None:
         if "caller" in who and len(self.callers) < CALLERS:
-            caller = self.talk.caller(local=who == "caller")
+            caller = self.talk.caller(local=who == "caller", arena_bytes=1 << 40)
             self.callers[caller.id] = CallerLife(caller)
         elif "worker" in who and len(self.workers) < WORKERS:
             callers = [each.talk for each in self.callers.values()]

@@ -65,7 +65,7 @@ def test_splitting_keeps_every_request_with_what_is_its_own(
     for each in (lot, other):
         assert each.rows == 2 * len(each.ids)
         assert each.timeouts_us == tuple(1000 + number for number in each.ids)
-        payloads = [bytes([number]) * size for number in each.ids]
+        payloads = tuple(bytes([number]) * size for number in each.ids)
         assert each.payload == (payloads if size > INLINE_MAX_BYTES else b"".join(payloads))
         assert (each.state, each.worker, each.attempt) == (state, lot.worker, lot.attempt)
         assert (each.kept_bytes, each.accepted, each.form) == (lot.kept_bytes, lot.accepted, lot.form)

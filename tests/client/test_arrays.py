@@ -28,7 +28,9 @@ def make_spec(*inputs: tuple[str, str, tuple[int, ...]], rows_max: int = 32) -> 
 
 
 def build(spec: ModelSpec, **inputs: Any) -> tuple[Form, bytes]:
-    return Forms().build(spec, inputs, ())
+    form, payload = Forms().build(spec, inputs, ())
+    assert isinstance(payload, bytes)
+    return form, payload
 
 
 def there_and_back(datatype: str, shape: tuple[int, ...], value: Any) -> Array:

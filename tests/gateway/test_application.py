@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any, NamedTuple, cast
 
@@ -16,12 +16,14 @@ import pytest
 
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Event, Fail, FromWorker
+from penstock.client.slots import Slots
 from penstock.gateway.application import STATUSES, Application
 from penstock.gateway.connection import Connection, Exchange
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reader import Budget, Head, Reader, Request
 from penstock.gateway.reports import Reports
 from penstock.wire import errors
+from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, pack_failure, pack_outcome, unpack, unpack_layout
 from penstock.wire.events import BrokerLost, FromBroker, Tick
 from penstock.wire.messages import (
@@ -82,8 +84,9 @@ class Said(NamedTuple):
 class Line:
     """Where answers go: the part of a connection that an exchange knows."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, slots: Slots | None = None) -> None:
         self.budget = budget
+        self.slots = slots
 
     def answered(self, exchange: Exchange) -> None:
         assert exchange._response is not None
@@ -92,15 +95,16 @@ class Line:
 class Desk:
     """An application with its caller, the broker and the workers played by the test."""
 
-    def __init__(self, loop: Loop, **limits: Any) -> None:
+    def __init__(self, loop: Loop, slots: Slots | None = None, **limits: Any) -> None:
         self.loop = loop
+        self.slots = slots
         self.caller = Caller(Identity(b"a caller", "gateway", 1, True, "/run/here", calls_max=4))
         self.reports = Reports(loop.loop, self._ask_broker, lambda: Snapshot("gateway", ()), 10)
         self.serials: list[int] = []
         self.flushes = 0
         self.application = Application(loop.loop, self.caller, GatewayOptions(**limits), self.reports, self._flush)
         self.budget = Budget(GatewayOptions(**limits).bodies_bytes_max)
-        self._reader = Reader(GatewayOptions(**limits), self.budget, {})
+        self._reader = Reader(GatewayOptions(**limits), self.budget, {}, slots)
 
     def _flush(self) -> None:
         self.flushes += 1
@@ -123,7 +127,7 @@ class Desk:
                     sink.fail(error)
 
     def join(self, *models: ModelState) -> Desk:
-        self.hear(FromBroker(Welcome(EPOCH, "gateway")))
+        self.hear(FromBroker(Welcome(EPOCH, "gateway", self.slots is not None)))
         self.hear(FromBroker(Models(EPOCH, models)))
         return self
 
@@ -152,10 +156,16 @@ class Desk:
         """A request that may be answered later."""
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         head = "\r\n".join([f"{method} {url} HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", *lines, "", ""])
-        self._reader.feed(memoryview(head.encode("latin-1") + body))
+        reader, data = self._reader, head.encode("latin-1") + body
+        reader.feed(memoryview(data[:100_000]))
+        if reader.direct is not None:
+            reader.direct[:] = data[100_000:]
+            reader.filled(len(reader.direct))
+        elif data[100_000:]:
+            reader.feed(memoryview(data[100_000:]))
         [request] = self._reader.requests
         self._reader.requests = []
-        exchange = Exchange(cast(Connection, Line(self.budget)), request)
+        exchange = Exchange(cast(Connection, Line(self.budget, self.slots)), request)
         self.application.handle(exchange)
         return exchange
 
@@ -750,3 +760,70 @@ def test_failure_is_logged_with_its_request(joined: Desk, caplog: pytest.LogCapt
     assert record.levelno == logging.INFO
     said_fields = record.__dict__["fields"]
     assert (said_fields["url"], said_fields["status"], said_fields["code"]) == ("/v2/models/nope", 404, "not_found")
+
+
+# --- shared memory ---
+
+
+@pytest.fixture
+def slots() -> Iterator[Slots]:
+    arena = Arena(4 << 20, "test")
+    yield Slots(arena)
+    arena.close()
+
+
+@pytest.mark.parametrize("rows", [3000, 40_000])
+def test_large_binary_tensor_stays_where_it_was_received(loop: Loop, slots: Slots, rows: int) -> None:
+    desk = Desk(loop, slots).join(ready())
+    text, x = large_request(rows)
+    desk.begin("POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text)))
+    sent = desk.sent()
+    [group] = sent.groups
+    [place] = group.places
+    assert (place % 64, list(sent.frames)) == (0, [])
+    assert bytes(slots.arena.view(place, len(x))) == x
+    assert slots.arena.allocator.slots == 1
+
+
+def test_large_json_tensor_is_put_where_workers_read(loop: Loop, slots: Slots) -> None:
+    desk = Desk(loop, slots).join(ready())
+    values = list(range(60_000))
+    exchange = desk.infer({"inputs": [{"name": "x", "shape": [30_000, 2], "datatype": "FP32", "data": values}]})
+    [group] = desk.sent().groups
+    [place] = group.places
+    assert bytes(slots.arena.view(place, 240_000)) == np.array(values, "<f4").tobytes()
+    assert slots.arena.allocator.slots == 1, "its text has gone"
+    desk.budget.release(exchange.request)
+    assert slots.arena.allocator.used == 0
+
+
+def test_compressed_tensor_is_put_where_workers_read(loop: Loop, slots: Slots) -> None:
+    desk = Desk(loop, slots).join(ready())
+    exchange = squeezed(desk, 40_000)
+    loop.until(lambda: desk.caller.calls)
+    x = large_request(40_000)[1]
+    [group] = desk.sent().groups
+    [place] = group.places
+    assert bytes(slots.arena.view(place, len(x))) == x
+    assert slots.arena.allocator.slots == 1
+    desk.budget.release(exchange.request)
+    assert slots.arena.allocator.used == 0
+
+
+def test_without_room_a_tensor_travels(loop: Loop, slots: Slots) -> None:
+    desk = Desk(loop, slots).join(ready())
+    whole = slots.take(slots.arena.size)
+    text, x = large_request(40_000)
+    desk.begin("POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text)))
+    sent = desk.sent()
+    assert (sent.groups[0].places, bytes(sent.frames[0])) == ((), x)
+    assert whole is not None
+
+
+def test_without_a_broker_that_shares_a_tensor_travels(loop: Loop, slots: Slots) -> None:
+    desk = Desk(loop, slots).join(ready())
+    desk.hear(FromBroker(Welcome(EPOCH, "gateway", False)))
+    text, x = large_request(40_000)
+    desk.begin("POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text)))
+    sent = desk.sent()
+    assert (sent.groups[0].places, bytes(sent.frames[0])) == ((), x)

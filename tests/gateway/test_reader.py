@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.client.slots import Slots
 from penstock.gateway.options import GatewayOptions
-from penstock.gateway.reader import BODY, BROKEN, HEAD, IDLE, Budget, Head, Reader
+from penstock.gateway.reader import BODY, BROKEN, HEAD, IDLE, Budget, Head, Reader, Request
+from penstock.wire.arena import Arena
 
 GET = b"GET /v2 HTTP/1.1\r\nHost: here\r\n\r\n"
 POST = b"POST /infer HTTP/1.1\r\nHost: here\r\nContent-Length: 5\r\n\r\nhello"
@@ -27,10 +29,12 @@ class Conversation:
         options: GatewayOptions | None = None,
         budget: Budget | None = None,
         heads: dict[bytes, Head] | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.budget = budget or Budget(1 << 30)
         self.heads = {} if heads is None else heads
-        self.reader = Reader(options or GatewayOptions(), self.budget, self.heads)
+        self.reader = Reader(options or GatewayOptions(), self.budget, self.heads, slots)
+        self.requests: list[Request] = []
         self.found: list[Head] = []
         self.bodies: list[bytes] = []
         self.charged: list[int] = []
@@ -48,6 +52,7 @@ class Conversation:
                     reader.direct[:count] = rest[:count]
                     reader.filled(count)
                     rest = rest[count:]
+                self.requests += reader.requests
                 for request in reader.requests:
                     self.found.append(request.head)
                     self.bodies.append(bytes(request.body))
@@ -621,3 +626,68 @@ def test_any_bytes_are_requests_or_an_error_and_never_take_more_than_they_are(ra
     said.reader.close()
     assert said.budget.used == sum(said.charged) <= 4000
     assert all(charged == len(body) for charged, body in zip(said.charged, said.bodies, strict=True))
+
+
+# --- shared memory ---
+
+
+LARGE = 200_000
+
+
+def large(lead: int = 0, length: int = LARGE) -> bytes:
+    about = [b"Inference-Header-Content-Length: %d" % lead] if lead else []
+    return head(b"POST / HTTP/1.1", b"Host: here", b"Content-Length: %d" % length, *about)
+
+
+@pytest.fixture
+def slots() -> Iterator[Slots]:
+    arena = Arena(1 << 20, "test")
+    yield Slots(arena)
+    assert arena.allocator.used == 0, "a slot was not given back"
+    arena.close()
+
+
+@pytest.mark.parametrize("lead", [0, 1, 64, 100, LARGE])
+@pytest.mark.parametrize("first", [0, 1, 70_000])
+def test_large_body_is_received_where_its_tensors_are_read(slots: Slots, lead: int, first: int) -> None:
+    body = bytes(range(250)) * (LARGE // 250)
+    said = Conversation(slots=slots).hear(large(lead) + body[:first], body[first:])
+    [request] = said.requests
+    assert request.slot is not None
+    assert (request.slot.place + lead) % 64 == 0
+    assert bytes(request.slot.view) == bytes(request.body) == body
+    said.budget.release(request)
+    said.budget.release(request)  # does nothing the second time
+    assert (bytes(request.body), said.budget.used) == (b"", 0)
+
+
+@pytest.mark.parametrize("lead", [b"x", b"-1", b"9" * 13, b""])
+def test_lead_that_says_nothing_is_left_to_the_application(slots: Slots, lead: bytes) -> None:
+    lines = b"Host: here", b"Content-Length: %d" % LARGE, b"Inference-Header-Content-Length: " + lead
+    request = head(b"POST / HTTP/1.1", *lines)
+    said = Conversation(slots=slots).hear(request, b"x" * LARGE)
+    assert len(said.requests) == 1
+    said.budget.release(said.requests[0])
+
+
+def test_without_room_a_body_is_received_elsewhere(slots: Slots) -> None:
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    said = Conversation(slots=slots).hear(large(), b"x" * LARGE)
+    [request] = said.requests
+    assert request.slot is None
+    assert bytes(request.body) == b"x" * LARGE
+    whole.give_back()
+
+
+def test_slot_of_a_connection_that_ends_is_given_back(slots: Slots) -> None:
+    said = Conversation(slots=slots).hear(large(), b"x" * (LARGE - 1))
+    assert slots.arena.allocator.used
+    said.reader.close()
+
+
+def test_each_request_of_a_connection_has_its_own_slot(slots: Slots) -> None:
+    said = Conversation(slots=slots).hear(large(), b"a" * LARGE + large(), b"b" * LARGE)
+    assert [bytes(request.body[:1]) for request in said.requests] == [b"a", b"b"]
+    for request in said.requests:
+        said.budget.release(request)

@@ -103,17 +103,24 @@ def samples(draw: st.DrawFn) -> Sample:
     return Sample(name, labels, draw(numbers))
 
 
+def places(form: Form, count: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Where large payloads lie, if they lie in an arena."""
+    if form.nbytes <= INLINE_MAX_BYTES:
+        return st.just(())
+    return st.just(()) | st.lists(u64, min_size=count, max_size=count).map(tuple)
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> Requests:
-    numbers = draw(ids)
-    return Requests(draw(forms), numbers, tuple(draw(u64) for _ in numbers))
+    numbers, form = draw(ids), draw(forms)
+    return Requests(form, numbers, tuple(draw(u64) for _ in numbers), draw(places(form, len(numbers))))
 
 
 @st.composite
 def tasks(draw: st.DrawFn) -> Tasks:
-    numbers = draw(ids)
-    attempt = draw(st.integers(1, 1 << 16))
-    return Tasks(draw(forms), draw(peers), attempt, draw(u64), numbers, tuple(draw(u64) for _ in numbers))
+    numbers, form = draw(ids), draw(forms)
+    attempt, timeouts = draw(st.integers(1, 1 << 16)), tuple(draw(u64) for _ in numbers)
+    return Tasks(form, draw(peers), attempt, draw(u64), numbers, timeouts, draw(places(form, len(numbers))))
 
 
 answers = st.builds(Answers, st.integers(COMPLETE, FAILED), sizes, bodies, u64, ids)
@@ -136,7 +143,8 @@ def payloads(groups: tuple[Any, ...]) -> dict[str, Any]:
             blob += bytes(size * count)
         else:
             starts.append(len(frames))
-            frames += [bytes(size)] * count
+            if isinstance(group, Answers) or not group.places:
+                frames += [bytes(size)] * count
     return {"blob": blob, "frames": frames, "starts": starts}
 
 
@@ -162,13 +170,13 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     WorkerModels: st.builds(WorkerModels, u64, models),
     Attached: st.builds(Attached, u64, peers, flags),
     Done: st.builds(Done, u64, few(finished)),
-    Welcome: st.builds(Welcome, u64, names),
+    Welcome: st.builds(Welcome, u64, names, flags),
     HelloWanted: st.builds(HelloWanted, u64),
     Models: st.builds(Models, u64, models),
     Workers: st.builds(Workers, u64, few(st.builds(WorkerAddress, peers, names))),
     Refusals: st.builds(Refusals, u64, few(refusals)),
     Metrics: st.builds(Metrics, u64, u64, few(snapshots)),
-    Expect: st.builds(Expect, u64, few(peers), few(peers)),
+    Expect: st.builds(Expect, u64, few(peers), few(peers), few(peers)),
     Assign: carriers(Assign, tasks(), freed, freed),
     Results: carriers(Results, answers, peers, batches),
 }

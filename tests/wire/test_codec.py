@@ -86,10 +86,17 @@ def put(value: Any, path: Sequence[int], new: Any) -> Any:
     return [*value[:at], put(value[at], path[1:], new), *value[at + 1 :]]
 
 
-def submit(ids: Any = (1,), timeouts_us: Any = (1000,), form: Any = None, acks: Any = (), blob: bytes = b"") -> bytes:
+def submit(
+    ids: Any = (1,),
+    timeouts_us: Any = (1000,),
+    form: Any = None,
+    acks: Any = (),
+    blob: bytes = b"",
+    places: Any = (),
+) -> bytes:
     """A Submit with one group, as it travels; anything may stand in its places."""
     form = form or ("m", "1", 0, "", 1, 0, b"", b"")
-    packed: bytes = msgpack.packb((VERSION, Submit.TAG, 5, [(form, ids, timeouts_us)], acks, (), blob))
+    packed: bytes = msgpack.packb((VERSION, Submit.TAG, 5, [(form, ids, timeouts_us, places)], acks, (), blob))
     return packed
 
 
@@ -346,3 +353,25 @@ def test_huge_ranges_cost_no_more_than_what_is_known() -> None:
 
 def test_done_for_nobody_is_a_message() -> None:
     assert unpack(pack(Done(3, ())), (), FROM_WORKER) == Done(3, ())
+
+
+LARGE_FORM = ("m", "1", 0, "", 1, INLINE_MAX_BYTES + 1, b"", b"")
+
+
+def test_what_lies_in_an_arena_comes_without_frames() -> None:
+    message = unpack(submit((7, 8), (1, 2), LARGE_FORM, places=(64, 2**64 - 1)), [], FROM_CALLER)
+    assert isinstance(message, Submit)
+    assert message.groups[0].places == (64, 2**64 - 1)
+    with pytest.raises(BadMessage, match="payloads of 0 bytes and 0 frames came as 0 bytes and 1 frames"):
+        unpack(submit((7,), (1,), LARGE_FORM, places=(64,)), [bytes(INLINE_MAX_BYTES + 1)], FROM_CALLER)
+
+
+@pytest.mark.parametrize("places", [(1,), (1, 2, 3), (1, -1), (1, 1.5), (1, True, 3), 5, None, "ab", {}])
+def test_places_are_one_whole_number_for_each_request(places: Any) -> None:
+    with pytest.raises(BadMessage, match="a column is 2 whole numbers"):
+        unpack(submit((7, 8), (1, 2), LARGE_FORM, places=places), [], FROM_CALLER)
+
+
+def test_what_rides_in_the_message_has_no_place() -> None:
+    with pytest.raises(BadMessage, match="have no places, and these have"):
+        unpack(submit((7,), (1,), places=(0,)), [], FROM_CALLER)

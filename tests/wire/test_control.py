@@ -5,17 +5,30 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.wire.control import HELLO_BYTES, connect, listen, peer_id, same_user
+from penstock.wire.control import HELLO_BYTES, NO_ARENA, connect, introduce, listen, receive, same_user
 from penstock.wire.errors import BadMessage
 
 PEER = b"a peer.."
+
+
+def hear(packet: bytes, descriptors: Sequence[int] = ()) -> tuple[bytes, int] | None:
+    """What is made of a packet that comes."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        socket.send_fds(theirs, [packet], list(descriptors))
+        return receive(ours)
+
+
+def flood(connection: socket.socket) -> None:
+    for _ in range(100_000):
+        introduce(connection, PEER)
 
 
 @pytest.fixture
@@ -42,7 +55,39 @@ def ends(listener: socket.socket, path: Path) -> Iterator[tuple[socket.socket, s
 
 def test_a_connection_says_first_who_it_is(ends: tuple[socket.socket, socket.socket]) -> None:
     _, broker = ends
-    assert peer_id(broker.recv(100)) == PEER
+    assert receive(broker) == (PEER, NO_ARENA)
+
+
+def test_a_descriptor_travels_beside_it(listener: socket.socket, path: Path) -> None:
+    with open("/etc/hostname", "rb") as file:
+        peer = connect(path, PEER, file.fileno())
+        assert peer is not None
+        broker, _ = listener.accept()
+        with peer, broker:
+            broker.settimeout(10)
+            introduced = receive(broker)
+            assert introduced is not None
+            assert introduced[0] == PEER
+            with open(introduced[1], "rb") as same:
+                assert os.path.samestat(os.fstat(same.fileno()), os.fstat(file.fileno()))
+                assert not os.get_inheritable(same.fileno())
+
+
+def test_the_broker_passes_on_those_of_others(ends: tuple[socket.socket, socket.socket]) -> None:
+    peer, broker = ends
+    with pytest.raises(BlockingIOError):
+        receive(peer)
+    introduce(broker, b"another.")
+    assert receive(peer) == (b"another.", NO_ARENA)
+    broker.close()
+    assert receive(peer) is None
+
+
+def test_who_does_not_read_is_found_out(ends: tuple[socket.socket, socket.socket]) -> None:
+    _, broker = ends
+    broker.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        flood(broker)
 
 
 def test_both_ends_notice_that_the_other_has_gone(ends: tuple[socket.socket, socket.socket]) -> None:
@@ -88,7 +133,7 @@ def test_sockets_neither_block_nor_outlive_an_exec(
 @given(st.binary(max_size=2 * HELLO_BYTES) | st.binary(min_size=HELLO_BYTES, max_size=HELLO_BYTES))
 def test_only_a_hello_is_a_hello(packet: bytes) -> None:
     with pytest.raises(BadMessage):
-        peer_id(packet)
+        hear(packet or b"x")
 
 
 @pytest.mark.parametrize(
@@ -102,5 +147,12 @@ def test_only_a_hello_is_a_hello(packet: bytes) -> None:
 )
 def test_what_is_no_hello_is_refused_with_the_reason(packet: bytes, sentence: str) -> None:
     with pytest.raises(BadMessage) as caught:
-        peer_id(packet)
+        hear(packet)
     assert str(caught.value) == sentence
+
+
+def test_the_descriptor_beside_a_bad_hello_is_closed() -> None:
+    before = os.listdir("/proc/self/fd")
+    with open("/dev/null", "rb") as file, pytest.raises(BadMessage):
+        hear(b"x", [file.fileno()])
+    assert os.listdir("/proc/self/fd") == before

@@ -1,0 +1,70 @@
+"""A caller's own shared memory: where its large tensors lie while workers read them.
+
+A slot belongs to whoever took it, until its request has ended for the caller. A worker that has the request even then
+reads foreign bytes, and what it makes of them is dropped like every late answer.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from penstock.wire.arena import Arena
+
+_ALIGNMENT = 64  # bytes: of the first tensor, for the instructions that ONNX Runtime's kernels use
+
+
+class Placed:
+    """A payload that lies in this process's arena, ``place`` bytes from its beginning."""
+
+    __slots__ = ("place", "view")
+
+    def __init__(self, place: int, view: memoryview) -> None:
+        self.place = place
+        self.view = view
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+
+class Slot(Placed):
+    """A piece of the arena, to be written through ``view``."""
+
+    __slots__ = ("_offset", "_slots")
+
+    def __init__(self, slots: Slots, offset: int, place: int, view: memoryview) -> None:
+        super().__init__(place, view)
+        self._slots: Slots | None = slots
+        self._offset = offset
+
+    def tail(self, nbytes: int) -> Placed:
+        """The last ``nbytes`` of it."""
+        lead = len(self.view) - nbytes
+        return Placed(self.place + lead, self.view[lead:])
+
+    def give_back(self) -> None:
+        """Nobody needs it any more. Does nothing the second time."""
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.give_back(self._offset)
+
+
+class Slots:
+    """The slots of one arena. Safe to share between threads."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int, lead: int = 0) -> Slot | None:
+        """A slot of ``nbytes`` in which the byte after the first ``lead`` is aligned; None while there is no room."""
+        padding = -lead % _ALIGNMENT
+        with self._lock:
+            offset = self.arena.take(nbytes + padding)
+        if offset is None:
+            return None
+        place = offset + padding
+        return Slot(self, offset, place, self.arena.view(place, nbytes))
+
+    def give_back(self, offset: int) -> None:
+        with self._lock:
+            self.arena.give(offset)
