@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtim
 from penstock.worker.config import ConfigError, convert, read_toml
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -107,11 +109,21 @@ def load_options(path: Path | None) -> tuple[BrokerOptions, GatewayOptions]:
             if section not in ("broker", "gateway") or not isinstance(values[section], dict):
                 raise ConfigError(f"{path}: '{section}' is not a section; known are [broker] and [gateway]")
         return (
-            convert(values.get("broker", {}), BrokerOptions, f"{path}: [broker]"),
-            convert(values.get("gateway", {}), GatewayOptions, f"{path}: [gateway]"),
+            _limits(values.get("broker", {}), BrokerOptions, f"{path}: [broker]"),
+            _limits(values.get("gateway", {}), GatewayOptions, f"{path}: [gateway]"),
         )
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
+
+
+def _limits(values: dict[str, Any], kind: type[T], where: str) -> T:
+    """A section. Raises ConfigError, also for what is no limit."""
+    section = convert(values, kind, where)
+    for key in values:
+        value, lowest = getattr(section, key), -1 if key == "arena_bytes" else 0
+        if not lowest <= value < math.inf:
+            raise ConfigError(f"{where}: key '{key}': it is {lowest} or more, not {value}")
+    return section
 
 
 def end_with(parent: int) -> None:

@@ -188,7 +188,7 @@ def test_who_ends_its_control_connection_is_gone_at_once(serve: Callable[..., No
         held.close()
         assert second.hear(Assign).groups[0].attempt == 2
 
-    serve(talk, options=BrokerOptions(silence_max_s=1000.0))
+    serve(talk, options=BrokerOptions(silence_max_s=1000.0), drain_s=0.0)
 
 
 def test_a_broker_survives_whatever_comes_and_counts_it(serve: Callable[..., None], runtime: RuntimeDir) -> None:

@@ -114,7 +114,10 @@ class Server(Process):
         super().__init__(
             ["up", *arguments, "--http=127.0.0.1:0", f"--runtime-dir={runtime}", "--log-format=json"], environment
         )
-        ready = self.lines.get(timeout=DEADLINE_S)
+        try:
+            ready = self.lines.get(timeout=DEADLINE_S)
+        except queue.Empty:
+            ready = "nothing in time"
         if not ready.startswith("penstock ready: "):
             self.end(signal.SIGKILL)
             pytest.fail(f"the server did not start: {self.errors}")

@@ -367,12 +367,13 @@ def test_the_limit_of_file_sizes_is_named() -> None:
 @pytest.mark.parametrize("more", [0, 1])
 def test_the_limit_of_open_files_is_named(more: int) -> None:
     """0: nothing can be opened; 1: the memfd can, and no copy for its mapping."""
-    lowest = os.dup(0)
-    os.close(lowest)
+    first, second = os.dup(0), os.dup(0)  # the lowest numbers that are free
+    os.close(first)
+    os.close(second)
     sentence = rf"^cannot make an arena of {SIZE} bytes: Too many open files; raise the limit .* \(ulimit -n\)$"
-    with limited(resource.RLIMIT_NOFILE, lowest + more), pytest.raises(ArenaError, match=sentence):
+    with limited(resource.RLIMIT_NOFILE, second if more else first), pytest.raises(ArenaError, match=sentence):
         Arena(SIZE, "penstock-test")
-    with limited(resource.RLIMIT_NOFILE, lowest + 2):
+    with limited(resource.RLIMIT_NOFILE, second + 1):
         Arena(SIZE, "penstock-test").close()
 
 

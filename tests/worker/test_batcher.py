@@ -334,7 +334,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=20000)
+@settings(deadline=None, max_examples=1000)
 @given(
     steps=st.lists(STEPS, max_size=40),
     rules=st.builds(

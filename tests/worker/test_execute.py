@@ -496,7 +496,7 @@ GROUPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=3000)
+@settings(deadline=None, max_examples=500)
 @given(groups=GROUPS, seed=st.integers(0, 1000))
 def test_every_request_gets_what_it_would_get_alone(
     requests: Requests, pair: Model, groups: list[tuple[bytes, int, int, bool, int, tuple[str, ...], int]], seed: int
