@@ -98,7 +98,7 @@ class Ledger:
         if places:
             payload = places[:count]
         elif size > INLINE_MAX_BYTES:
-            payload = message.frames[start : start + count]
+            payload = tuple(message.frames[start : start + count])
         elif len(message.blob) == count * size:
             payload = message.blob
         else:
@@ -332,7 +332,7 @@ class Ledger:
     def _validate_lot(self, lot: Lot, callers: Mapping[bytes, CallerPeer], workers: Mapping[bytes, WorkerPeer]) -> None:
         assert len(set(lot.ids)) == len(lot.ids) == len(lot.timeouts_us) > 0, f"{lot} has ids twice, or none"
         assert lot.state != ENDED, f"{lot} is still known"
-        pieces = len(lot.ids) * (lot.form.nbytes if lot.form.nbytes <= INLINE_MAX_BYTES else 1)
+        pieces = len(lot.ids) * (1 if type(lot.payload) is tuple else lot.form.nbytes)
         assert len(lot.payload) == pieces, f"{lot} has a payload of {len(lot.payload)}, not {pieces}"
         assert lot.state == DONE or not lot.kept_bytes, f"{lot} keeps a result"
         owner = callers.get(lot.caller.id)

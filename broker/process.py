@@ -41,7 +41,6 @@ from penstock.wire.messages import (
     CallerHello,
     Carrier,
     Message,
-    Tasks,
     WorkerHello,
 )
 from penstock.wire.process import StopSignal, fields, measure, notify
@@ -215,20 +214,25 @@ class BrokerProcess:
             self._obey(self._core.handle(Gone(peer, reason), time.monotonic()))
 
     def _bring(self, message: Assign) -> None:
-        """For a worker that shares no memory with the callers: what lies in their arenas becomes frames."""
-        groups: list[Tasks] = []
+        """For a worker that shares no memory with the callers: what lies in their arenas travels."""
+        if not any(group.places for group in message.groups):
+            return
+        inline: list[Any] = []
         frames: list[Any] = []
-        at = 0
+        at = sent = 0
         for group in message.groups:
-            size = group.nbytes
+            size, count = group.nbytes, len(group.ids)
+            into = inline if size <= INLINE_MAX_BYTES else frames
             if group.places:
-                frames += [self._control.view(group.caller, place, size) for place in group.places]
-                group = group._replace(places=())
-            elif size > INLINE_MAX_BYTES:
-                frames += message.frames[at : at + len(group.ids)]
-                at += len(group.ids)
-            groups.append(group)
-        message.groups, message.frames = groups, frames
+                into += [self._control.view(group.caller, place, size) for place in group.places]
+            elif into is frames:
+                into += message.frames[sent : sent + count]
+                sent += count
+            else:
+                into.append(message.blob[at : at + size * count])
+                at += size * count
+        message.groups = [group._replace(places=()) for group in message.groups]
+        message.blob, message.frames = b"".join(inline), frames
 
 
 def bind_tcp(address: str, callers: Socket, workers: Socket) -> None:

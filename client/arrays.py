@@ -8,10 +8,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from penstock.client.slots import Slot, Slots
+from penstock.client.slots import PLACED_MIN_BYTES, Slot, Slots
 from penstock.wire.codec import pack_layout, unpack_outcome
 from penstock.wire.errors import BAD_INPUT, PenstockError
-from penstock.wire.messages import INLINE_MAX_BYTES, Form, Outcome, Payload
+from penstock.wire.messages import Form, Outcome, Payload
 from penstock.wire.models import Layout, ModelSpec, Tensor, check, check_declaration
 from penstock.wire.tensors import DTYPES, Array, datatype_of, decode, encode
 
@@ -51,7 +51,7 @@ class Forms:
             parts.append(part)
             at += len(part)
         form = self.find(spec, Layout(tuple(tensors), tuple(outputs)), at)
-        slot = slots.take(at) if slots is not None and at > INLINE_MAX_BYTES else None
+        slot = slots.take(at) if slots is not None and at >= PLACED_MIN_BYTES else None
         if slot is None:
             return form, b"".join(parts)
         for tensor, part in zip(tensors, parts, strict=True):

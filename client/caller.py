@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from penstock.client.calls import SENT, WAITING, Call
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report, Sink
-from penstock.client.slots import Placed
+from penstock.client.slots import PLACED_MIN_BYTES, Placed
 from penstock.wire.codec import ranges, unpack_failure
 from penstock.wire.errors import (
     DEADLINE,
@@ -380,30 +380,36 @@ class Caller:
         frames: list[Payload] = []
         for same in by_form.values():
             form = same[0].form
-            if form.nbytes > INLINE_MAX_BYTES:
-                self._add_large(same, groups, frames, now)
-                continue
+            if form.nbytes >= PLACED_MIN_BYTES:
+                same = self._add_placed(same, groups, now)
+                if not same:
+                    continue
             groups.append(_group(same, now))
+            into = inline if form.nbytes <= INLINE_MAX_BYTES else frames
             for call in same:
-                inline.append(call.payload)
+                into.append(call.payload)
                 call.payload = None
         epoch = self.membership.epoch
         # A set: what a worker publishes again must not stand twice in what becomes ranges.
         return Submit(epoch, groups, ranges(sorted(set(acks))), cancels, blob=b"".join(inline), frames=frames)
 
-    def _add_large(self, calls: Sequence[Call], groups: list[Requests], frames: list[Payload], now: float) -> None:
-        """Payloads that stay in the arena, and those that travel."""
+    def _add_placed(self, calls: list[Call], groups: list[Requests], now: float) -> list[Call]:
+        """Add the group of those whose payload stays where it lies, and return the others."""
         stay: list[Call] = []
         travel: list[Call] = []
         for call in calls:
-            (stay if self.shares and isinstance(call.payload, Placed) else travel).append(call)
+            if not isinstance(call.payload, Placed):
+                travel.append(call)
+            elif self.shares:
+                stay.append(call)
+            else:
+                call.payload = call.payload.view
+                travel.append(call)
         if stay:
             groups.append(_group(stay, now, tuple([call.payload.place for call in stay])))
-        if travel:
-            groups.append(_group(travel, now))
-            frames += [call.payload.view if isinstance(call.payload, Placed) else call.payload for call in travel]
-        for call in calls:
-            call.payload = None
+            for call in stay:
+                call.payload = None
+        return travel
 
     def _say(self, message: Message) -> None:
         self._commands.append(Say(message))

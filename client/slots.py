@@ -7,10 +7,14 @@ reads foreign bytes, and what it makes of them is dropped like every late answer
 from __future__ import annotations
 
 import threading
+from typing import Final
 
 from penstock.wire.arena import Arena
 
-_ALIGNMENT = 64  # bytes: of the first tensor, for the instructions that ONNX Runtime's kernels use
+# A payload of at least this many bytes is put into the arena; to copy a smaller one from process to process costs less
+# than a slot. (4 KB each from 64 connections: 24 us of all processes' time instead of 28.)
+PLACED_MIN_BYTES: Final = 2048
+_ALIGNMENT: Final = 64  # bytes: of the first tensor, for the instructions that ONNX Runtime's kernels use
 
 
 class Placed:

@@ -19,6 +19,7 @@ import orjson
 
 from penstock.client.caller import Caller
 from penstock.client.events import Complete
+from penstock.client.slots import PLACED_MIN_BYTES
 from penstock.gateway.compression import choose, compress, decompress
 from penstock.gateway.connection import Exchange
 from penstock.gateway.inference import Parser, Query, render, render_body, wrap
@@ -27,7 +28,7 @@ from penstock.gateway.reports import CONTENT_TYPE, Reports
 from penstock.gateway.routes import Route, RouteError, Routes
 from penstock.wire import errors
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
-from penstock.wire.messages import INLINE_MAX_BYTES, Payload
+from penstock.wire.messages import Payload
 from penstock.wire.metrics import Value
 from penstock.wire.models import READY, ModelSpec
 from penstock.wire.process import fields
@@ -224,7 +225,7 @@ class Application:
     def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:
             query, payload = self._parser.parse(self._find(target), body, target.header_length)
-            if query.form.nbytes > INLINE_MAX_BYTES:
+            if query.form.nbytes >= PLACED_MIN_BYTES:
                 payload = exchange.place(payload)
             _Inference(self, exchange, query).start(payload)
         except PenstockError as error:

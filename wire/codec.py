@@ -90,13 +90,14 @@ def _find_starts(message: Carrier) -> list[int]:
     at = taken = 0
     for group in message.groups:
         size, count = group.nbytes, len(group.ids)
+        if not isinstance(group, Answers) and group.places:
+            starts.append(0)
+            continue
         if size <= INLINE_MAX_BYTES:
             starts.append(at)
             at += size * count
             continue
         starts.append(taken)
-        if not isinstance(group, Answers) and group.places:
-            continue
         if any(len(frame) != size for frame in frames[taken : taken + count]):
             raise BadMessage(f"a payload of {size} bytes came as a frame of another size")
         taken += count

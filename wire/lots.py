@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from penstock.wire.messages import INLINE_MAX_BYTES, Payload
+from penstock.wire.messages import Payload
 
 
 class AnyLot(Protocol):
@@ -53,8 +53,8 @@ def pick(values: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
 
 
 def pick_payload(payload: Payload, nbytes: int, places: Sequence[int]) -> Payload:
-    """Some requests' part of a lot's payload: bytes, one request's behind the other's, or a sequence of frames, or of
-    places."""
-    if nbytes > INLINE_MAX_BYTES:
+    """Some requests' part of a lot's payload: bytes, one request's ``nbytes`` behind the other's, or a tuple with a
+    piece, or a place, for each."""
+    if type(payload) is tuple:
         return tuple([payload[at] for at in places])
     return b"".join([payload[at * nbytes : (at + 1) * nbytes] for at in places])

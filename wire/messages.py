@@ -50,8 +50,8 @@ MAX_MODELS: Final = 4096
 MAX_TIMEOUT_US: Final = 24 * 3600 * 1_000_000  # what callers let their users ask for
 MAX_PRIORITY: Final = 255
 
-# A payload of at most this many bytes rides in its message's blob; a larger one stays in its sender's arena, or where
-# that cannot be shared, is a frame of its own, which is cheaper to pass on than to copy.
+# A payload that travels rides in its message's blob when it has at most this many bytes; a larger one is a frame of its
+# own, which is cheaper to pass on than to copy.
 INLINE_MAX_BYTES: Final = 16 * 1024
 
 # How an answer ends, or does not end, a request.
@@ -293,18 +293,14 @@ def _ids(value: Any) -> tuple[int, ...]:
     return _column(value, len(value))
 
 
-def _places(value: Any, form: Form, count: int) -> tuple[int, ...]:
-    if value == ():
-        return ()
-    if form.nbytes <= INLINE_MAX_BYTES:
-        raise BadMessage(f"payloads of at most {INLINE_MAX_BYTES} bytes have no places, and these have")
-    return _column(value, count)
+def _places(value: Any, count: int) -> tuple[int, ...]:
+    return () if value == () else _column(value, count)
 
 
 def _requests(value: Any) -> Requests:
     form, ids, timeouts, places = _split(value, 4, "requests")
     form, ids = _form(form), _ids(ids)
-    return Requests(form, ids, _column(timeouts, len(ids)), _places(places, form, len(ids)))
+    return Requests(form, ids, _column(timeouts, len(ids)), _places(places, len(ids)))
 
 
 def _tasks(value: Any) -> Tasks:
@@ -317,7 +313,7 @@ def _tasks(value: Any) -> Tasks:
         _u64(waited),
         ids,
         _column(timeouts, len(ids)),
-        _places(places, form, len(ids)),
+        _places(places, len(ids)),
     )
 
 
@@ -357,9 +353,9 @@ class Carrier(Message):
     """A message with groups of items that have payloads.
 
     Those of at most INLINE_MAX_BYTES lie in ``blob``, one behind the other, the others in ``frames``, in the order of
-    the groups and their ids. A group of large ones may have ``places`` instead: the byte of the arena of whoever asked
-    where each of its payloads begins. ``starts``, which unpacking fills in, has for each group the byte or the frame
-    where it begins.
+    the groups and their ids. A group may have ``places`` instead: the byte of the arena of whoever asked where each of
+    its payloads begins. ``starts``, which unpacking fills in, has for each other group the byte or the frame where it
+    begins.
     """
 
     groups: Sequence[Requests] | Sequence[Tasks] | Sequence[Answers]

@@ -289,7 +289,7 @@ class Core:
                 elif form.nbytes <= INLINE_MAX_BYTES:
                     payload = message.blob
                 else:
-                    payload, start = message.frames[start : start + len(group.ids)], 0
+                    payload, start = tuple(message.frames[start : start + len(group.ids)]), 0
             except PenstockError as error:
                 self._refuse((form.model, form.version), caller, attempt, group.ids, error, group.waited_us)
                 continue
@@ -307,7 +307,7 @@ class Core:
         if arena is None:
             raise PenstockError(BAD_INPUT, "the tensors are said to lie in shared memory, and this caller shares none")
         try:
-            return [arena.view(place, group.nbytes) for place in group.places]
+            return tuple([arena.view(place, group.nbytes) for place in group.places])
         except BadMessage as error:
             raise PenstockError(BAD_INPUT, f"the tensors do not lie where they are said to: {error}") from None
 

@@ -117,7 +117,7 @@ def _run_one_by_one(
 def _one_of(lot: Lot, at: int) -> Lot:
     """One request of a lot by itself, for this once: the lot stays as it is."""
     size = lot.plan.form.nbytes
-    payload, start = (lot.payload, lot.start + at * size) if size <= INLINE_MAX_BYTES else ([lot.payload[at]], 0)
+    payload, start = (lot.payload, lot.start + at * size) if type(lot.payload) is not tuple else ((lot.payload[at],), 0)
     times = (lot.timeouts_us[at],)
     return Lot({}, lot.caller, lot.attempt, lot.plan, (lot.ids[at],), times, payload, start, lot.waited_us, lot.arrived)
 
@@ -162,7 +162,7 @@ def _blocks(lot: Lot, at: int) -> list[Array]:
     size, count = plan.form.nbytes, len(lot.ids)
     if not nbytes:
         return []
-    if size > INLINE_MAX_BYTES:
+    if type(lot.payload) is tuple:
         return [np.frombuffer(frame, np.uint8)[offset : offset + nbytes].reshape(1, -1) for frame in lot.payload]
     block = np.frombuffer(lot.payload, np.uint8, count * size, lot.start).reshape(count, size)
     return [block if size == nbytes else block[:, offset : offset + nbytes]]
@@ -174,7 +174,7 @@ def _gather_strings(lots: Sequence[Lot], at: int) -> Array:
         for number in range(len(lot.ids)):
             one = _one_of(lot, number)
             _, shape, offset, nbytes = lot.plan.columns[at]
-            inline = lot.plan.form.nbytes <= INLINE_MAX_BYTES
+            inline = type(lot.payload) is not tuple
             view = memoryview(one.payload)[one.start :] if inline else memoryview(one.payload[0])
             elements = decode("BYTES", shape, bytes(view[offset : offset + nbytes]))
             try:

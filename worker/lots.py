@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from penstock.wire.lots import pick, pick_payload, places_of
-from penstock.wire.messages import INLINE_MAX_BYTES, Payload
+from penstock.wire.messages import Payload
 
 if TYPE_CHECKING:
     from penstock.worker.plan import Plan
@@ -103,7 +103,7 @@ class Lot:
         inside, outside = places_of(self.ids, part)
         size = self.plan.form.nbytes
         payload, start = self.payload, self.start
-        if size <= INLINE_MAX_BYTES:
+        if type(payload) is not tuple:
             if inside[-1] - inside[0] == len(inside) - 1 and outside[-1] - outside[0] == len(outside) - 1:
                 # Both lie in one piece still, as they do when a batch takes the first of a lot: nothing to copy.
                 parts = [(payload, start + inside[0] * size), (payload, start + outside[0] * size)]

@@ -50,7 +50,7 @@ def make_lot(
     """A lot that waits, and that its caller knows; the payload of request 5 is 5, 5, 5, ..."""
     form = Form(*queue.key, 0, tenant, rows, size, b"", b"")
     payloads = [bytes([number % 256]) * size for number in ids]
-    payload = b"".join(payloads) if size <= INLINE_MAX_BYTES else payloads
+    payload = b"".join(payloads) if size <= INLINE_MAX_BYTES else tuple(payloads)
     lot = Lot(caller, queue, form, tuple(ids), (1_000_000,) * len(ids), payload, False, 0.0)
     caller.requests.update(dict.fromkeys(ids, lot))
     return lot

@@ -103,24 +103,22 @@ def samples(draw: st.DrawFn) -> Sample:
     return Sample(name, labels, draw(numbers))
 
 
-def places(form: Form, count: int) -> st.SearchStrategy[tuple[int, ...]]:
-    """Where large payloads lie, if they lie in an arena."""
-    if form.nbytes <= INLINE_MAX_BYTES:
-        return st.just(())
+def places(count: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Where payloads lie, if they lie in an arena."""
     return st.just(()) | st.lists(u64, min_size=count, max_size=count).map(tuple)
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> Requests:
     numbers, form = draw(ids), draw(forms)
-    return Requests(form, numbers, tuple(draw(u64) for _ in numbers), draw(places(form, len(numbers))))
+    return Requests(form, numbers, tuple(draw(u64) for _ in numbers), draw(places(len(numbers))))
 
 
 @st.composite
 def tasks(draw: st.DrawFn) -> Tasks:
     numbers, form = draw(ids), draw(forms)
     attempt, timeouts = draw(st.integers(1, 1 << 16)), tuple(draw(u64) for _ in numbers)
-    return Tasks(form, draw(peers), attempt, draw(u64), numbers, timeouts, draw(places(form, len(numbers))))
+    return Tasks(form, draw(peers), attempt, draw(u64), numbers, timeouts, draw(places(len(numbers))))
 
 
 answers = st.builds(Answers, st.integers(COMPLETE, FAILED), sizes, bodies, u64, ids)
@@ -138,13 +136,14 @@ def payloads(groups: tuple[Any, ...]) -> dict[str, Any]:
     starts: list[int] = []
     for group in groups:
         size, count = group.nbytes, len(group.ids)
-        if size <= INLINE_MAX_BYTES:
+        if not isinstance(group, Answers) and group.places:
+            starts.append(0)
+        elif size <= INLINE_MAX_BYTES:
             starts.append(len(blob))
             blob += bytes(size * count)
         else:
             starts.append(len(frames))
-            if isinstance(group, Answers) or not group.places:
-                frames += [bytes(size)] * count
+            frames += [bytes(size)] * count
     return {"blob": blob, "frames": frames, "starts": starts}
 
 

@@ -83,6 +83,6 @@ def test_a_payload_in_one_piece_is_picked_by_size() -> None:
 
 
 def test_a_payload_of_frames_is_picked_by_place_without_a_copy() -> None:
-    frames = [bytes(INLINE_MAX_BYTES + 1) for _ in range(3)]
+    frames = tuple(bytes(INLINE_MAX_BYTES + 1) for _ in range(3))
     picked = pick_payload(frames, INLINE_MAX_BYTES + 1, [2, 0])
     assert [id(frame) for frame in picked] == [id(frames[2]), id(frames[0])]

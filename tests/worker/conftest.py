@@ -157,7 +157,7 @@ class Requests:
         """Requests of one form side by side, ``before`` bytes into the message's blob."""
         form = requests[0].form
         assert {request.form for request in requests} == {form}
-        payload: Any = [memoryview(request.payload) for request in requests]
+        payload: Any = tuple(memoryview(request.payload) for request in requests)
         if form.nbytes <= INLINE_MAX_BYTES:
             payload = bytes(before) + b"".join(payload)
         timeouts = tuple(timeouts_us) or (MINUTE_US,) * len(ids)
