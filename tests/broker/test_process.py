@@ -17,6 +17,7 @@ import zmq
 from penstock.broker.options import BrokerOptions
 from penstock.broker.process import BrokerProcess, BrokerSettings, bind_tcp
 from penstock.wire import control
+from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
 from penstock.wire.messages import (
@@ -189,6 +190,39 @@ def test_who_ends_its_control_connection_is_gone_at_once(serve: Callable[..., No
         assert second.hear(Assign).groups[0].attempt == 2
 
     serve(talk, options=BrokerOptions(silence_max_s=1000.0), drain_s=0.0)
+
+
+def test_what_lies_in_an_arena_is_brought_to_who_cannot_read_it(
+    serve: Callable[..., None], runtime: RuntimeDir
+) -> None:
+    """Four requests in one message: in the arena or in the message, small and large."""
+    sizes, places = (3000, 20_000, 3000, 20_000), (64, 4096, None, None)
+    payloads = [bytes([number]) * size for number, size in enumerate(sizes)]
+    arena = Arena(1 << 16, "test")
+    groups: list[Requests] = []
+    for number, (size, place) in enumerate(zip(sizes, places, strict=True)):
+        form = Form("m", "1", 0, "", 1, size, b"", b"%d" % number)
+        groups.append(Requests(form, (number + 1,), (60 * SECOND,), () if place is None else (place,)))
+        if place is not None:
+            arena.view(place, size)[:] = payloads[number]
+
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        far, caller = make("worker", b"worker00"), make("caller", b"caller00")
+        held = control.connect(runtime.control, caller.id, arena.fd)
+        assert held is not None
+        caller.join_as_caller()
+        far.join_as_worker(caller.id)
+        caller.say(Submit(0, groups, blob=payloads[2], frames=[payloads[3]]))
+        brought = far.hear(Assign)
+        assert [group.places for group in brought.groups] == [()] * 4
+        for group, start in zip(brought.groups, brought.starts, strict=True):
+            [number] = group.ids
+            small = group.nbytes == 3000
+            assert (brought.blob[start : start + 3000] if small else brought.frames[start]) == payloads[number - 1]
+        held.close()
+
+    serve(talk, drain_s=0.0)
+    arena.close()
 
 
 def test_a_broker_survives_whatever_comes_and_counts_it(serve: Callable[..., None], runtime: RuntimeDir) -> None:
