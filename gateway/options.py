@@ -11,7 +11,7 @@ class GatewayOptions:
     headers_max: int = 100  # 431
     body_bytes_max: int = 64 << 20  # of one request, also after decompression: 413
     bodies_bytes_max: int = 1 << 30  # of all requests under way: 503
-    # Shared memory for large tensors. -1: a sixteenth of the machine's memory, at most 256 MiB; 0: none.
+    # Shared memory for large tensors, of each gateway. -1: an eighth of what is free, at most 256 MiB; 0: none.
     arena_bytes: int = -1
     connections_max: int = 10_000  # 503
     pipelined_max: int = 16  # requests of one connection that wait for an answer; more are not read

@@ -21,7 +21,7 @@ from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import Reports
-from penstock.wire.arena import Arena
+from penstock.wire.arena import Arena, ArenaError, available_bytes
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
 from penstock.wire.process import fields, measure, notify
@@ -82,12 +82,16 @@ def url_of(listener: socket.socket) -> str:
 
 
 def _make_arena(settings: GatewaySettings) -> Arena | None:
+    """Raises ArenaError."""
     size = settings.options.arena_bytes
-    if size < 0:
-        size = min(_ARENA_MAX_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16)
     if not size or settings.broker.runtime is None:
         return None
-    return Arena(size, f"penstock-{settings.name}")
+    if size < 0:
+        size = max(1, min(_ARENA_MAX_BYTES, available_bytes() // 8))
+    try:
+        return Arena(size, f"penstock-{settings.name}")
+    except ArenaError as error:
+        raise ArenaError(f"{error} ([gateway] arena_bytes in the configuration)") from None
 
 
 class GatewayProcess:

@@ -186,9 +186,14 @@ def _close_if_open(fd: int) -> None:
             raise
 
 
+def available_bytes() -> int:
+    """Memory that this process may take now: the host's, or what its limits leave."""
+    return min([_host_bytes(), *_cgroup_bytes()])
+
+
 def _check_memory(size: int) -> None:
     """Raises ArenaError when so much memory is not available: the kernel would allocate until it has to kill."""
-    available = min([_host_bytes(), *_cgroup_bytes()])
+    available = available_bytes()
     if size > available:
         raise ArenaError(
             f"an arena of {size} bytes does not fit into the {available} bytes of memory that are available; "

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from penstock.gateway.process import listen, url_of
-from penstock.wire.endpoints import EndpointError
+from penstock.gateway.options import GatewayOptions
+from penstock.gateway.process import GatewaySettings, _make_arena, listen, url_of
+from penstock.wire.arena import Arena, ArenaError
+from penstock.wire.endpoints import BrokerAddress, EndpointError, RuntimeDir
 
 
 @pytest.fixture
@@ -168,3 +170,30 @@ def test_gateway_without_a_broker_says_so_and_ends_when_told(gateway: Gateway) -
     gateway.process.send_signal(signal.SIGTERM)
     assert gateway.told() == b"STOPPING=1"
     assert gateway.process.wait(30) == 0
+
+
+# --- shared memory ---
+
+
+def arena_of(broker: BrokerAddress, arena_bytes: int) -> Arena | None:
+    return _make_arena(GatewaySettings(broker=broker, options=GatewayOptions(arena_bytes=arena_bytes)))
+
+
+def test_arena_is_as_large_as_the_configuration_says(tmp_path: Path) -> None:
+    local = BrokerAddress(RuntimeDir(tmp_path))
+    assert arena_of(local, 0) is None
+    for size, expected in ((1 << 20, 1 << 20), (-1, 256 << 20)):
+        arena = arena_of(local, size)
+        assert arena is not None
+        assert arena.size <= expected
+        assert size < 0 or arena.size == expected
+        arena.close()
+
+
+def test_gateway_on_another_host_has_no_arena() -> None:
+    assert arena_of(BrokerAddress(None, "127.0.0.1", 5), -1) is None
+
+
+def test_arena_that_does_not_fit_is_refused_with_the_name_of_its_limit(tmp_path: Path) -> None:
+    with pytest.raises(ArenaError, match=r"does not fit into .* \(\[gateway\] arena_bytes in the configuration\)$"):
+        arena_of(BrokerAddress(RuntimeDir(tmp_path)), 1 << 60)
