@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from mmap import mmap
 from typing import Final
 
 import numpy as np
@@ -25,6 +26,7 @@ from penstock.worker.plan import Plan
 
 _SENTENCE_MAX: Final = 2000
 _FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, PenstockError)
+_FLOATS: Final = frozenset({"FP16", "FP32", "FP64", "BF16"})
 
 
 @dataclass(slots=True)
@@ -136,7 +138,7 @@ def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int) -> Array:
     if model.spec.batchable:
         shape = (rows, *shape[1:])
     blocks = [block for lot in lots for block in _blocks(lot, at)]
-    if len(blocks) == 1 and blocks[0].contiguous and datatype != "BOOL":
+    if len(blocks) == 1 and blocks[0].contiguous and datatype != "BOOL" and _may_stay(blocks[0], datatype):
         view = np.frombuffer(blocks[0], dtype)
         if view.flags.aligned:
             return view.reshape(shape)
@@ -157,6 +159,13 @@ def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int) -> Array:
         # Any other byte than 0 and 1 is no bool to the code that ONNX Runtime's compiler made.
         np.not_equal(flat, 0, out=array.reshape(-1))
     return array
+
+
+def _may_stay(block: memoryview, datatype: str) -> bool:
+    """Whether a model may run on what lies there. A caller's arena can change meanwhile, once the request has ended for
+    it: wrong numbers, of which nobody hears. But whole numbers may be indexes, which ONNX Runtime checks before it
+    uses them, and not while it does."""
+    return datatype in _FLOATS or not isinstance(block.obj, mmap)
 
 
 def _blocks(lot: Lot, at: int) -> list[memoryview]:

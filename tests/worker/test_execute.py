@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from penstock.wire.arena import Arena
+from penstock.wire.arena import Mapping as Mapped
 from penstock.wire.codec import unpack_failure
 from penstock.wire.errors import BAD_INPUT, MODEL_FAILED, UNAVAILABLE, PenstockError
 from penstock.wire.messages import INLINE_MAX_BYTES, Failure
@@ -82,6 +85,27 @@ def test_requests_that_lie_as_the_model_wants_them_are_not_copied(
     assert np.shares_memory(array, np.frombuffer(lot.payload, np.uint8)) == is_view
     assert array.flags.aligned
     np.testing.assert_array_equal(array, np.concatenate([numbers(2, 3, start=at) for at in range(count)]))
+
+
+@pytest.mark.parametrize(("kind", "is_view"), [(TensorProto.FLOAT, True), (TensorProto.INT64, False)])
+def test_what_may_be_an_index_is_copied_out_of_memory_that_others_write(
+    workshop: Workshop, requests: Requests, kind: int, is_view: bool
+) -> None:
+    """ONNX Runtime looks at an index twice, to check it and to use it."""
+    model = workshop.unary("Neg", kind, ["N", 2])
+    x = np.arange(60).reshape(30, 2).astype(np.float32 if kind == TensorProto.FLOAT else np.int64)
+    request = requests.ask(model, {"x": x})
+    arena = Arena(1 << 14, "test")
+    arena.view(64, x.nbytes)[:] = request.payload
+    for shared in True, False:
+        lot = requests.lot(model, [request], [1])
+        if shared:
+            lot.payload = (Mapped(os.dup(arena.fd)).view(64, x.nbytes),)
+        piece = lot.payload[0] if shared else lot.payload
+        array = seen(requests, model, [lot])
+        assert np.shares_memory(array, np.frombuffer(piece, np.uint8)) == (is_view or not shared)
+        np.testing.assert_array_equal(array, x)
+    arena.close()
 
 
 def test_one_frame_is_not_copied_and_two_are(requests: Requests, double: Model) -> None:
