@@ -79,15 +79,14 @@ class BrokerProcess:
             opened.callback(Guard(path).release)
         opened.callback(runtime.sweep)
         runtime.sweep()
-        # Closed last: peers hear that the broker is shutting down before they see that it has gone.
-        self._control = ControlServer(runtime.control)
-        opened.callback(self._control.close)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
         self._callers = self._bind(f"ipc://{runtime.callers}")
         self._workers = self._bind(f"ipc://{runtime.workers}")
         if self._settings.bind:
             bind_tcp(self._settings.bind, self._callers, self._workers)
+        self._control = ControlServer(runtime.control)
+        opened.callback(self._control.close)
         self._stop_signal = StopSignal()
         opened.callback(self._stop_signal.restore)
         for readable in (self._control.listener, self._stop_signal.fileno()):

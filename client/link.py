@@ -195,6 +195,4 @@ class Link:
         self._control.close()
         self._control = None
         self._control_at = 0.0
-        self._broker.pending = True
-        self._read_broker()  # it may have said good-bye
         self._hear(BrokerLost("the broker's process ended"))

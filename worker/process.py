@@ -300,8 +300,6 @@ class WorkerProcess:
             try:
                 introduced = control.receive(self._control)
                 if introduced is None:
-                    self._broker.pending = True
-                    self._read()  # it may have said good-bye
                     self._lose_control()
                     self._hear(BrokerLost("its process ended"))
                 elif introduced[1] != control.NO_ARENA:
