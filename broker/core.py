@@ -103,6 +103,9 @@ class Core:
             case Garbage(process, reason, peer):
                 self.meters.value("penstock_bad_messages", process).value += 1
                 self._log("warning", "bad message dropped", process=process, peer=peer.hex(), reason=reason)
+                if process == "control":  # its connection was closed, and its arena let go of
+                    self._arenas.pop(peer, None)
+                    self._gone(peer, reason, now)
             case Drain():
                 self.ledger.draining = True
             case End():

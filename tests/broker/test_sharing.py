@@ -6,6 +6,7 @@ import pytest
 
 from penstock.broker.events import Came, Gone
 from penstock.wire.errors import BAD_INPUT
+from penstock.wire.events import Garbage
 from penstock.wire.messages import INLINE_MAX_BYTES, Assign, CallerHello, Expect, Form, Requests, Welcome
 from tests.broker.conversation import EPOCH, Conversation, model
 
@@ -154,3 +155,19 @@ def test_who_says_hello_again_is_passed_on_again() -> None:
     caller.say(CallerHello(0, "", 1, True))
     assert worker.take(Expect) == [Expect(EPOCH, (), (caller.id,)), Expect(EPOCH, (caller.id,), (), (caller.id,))]
     assert talk.shared == [(caller.id, worker.id)]
+
+
+def test_who_talks_nonsense_on_its_control_connection_is_gone_and_so_is_its_arena() -> None:
+    """The connection was closed: to look into the arena of a caller that is still there would end the broker."""
+    talk = Conversation()
+    caller = talk.caller(arena_bytes=ARENA)
+    talk.handle(Garbage("control", "a second packet on a control connection", caller.id))
+    assert talk.core.callers == {}
+    caller.say(CallerHello(0, "", 1, True))
+    caller.take(Welcome)
+    talk.worker(hears=[caller])
+    talk.tick()
+    caller.submit(size=LARGE, places=[0])
+    talk.tick()
+    assert list(caller.refused().values()) == [BAD_INPUT]
+    assert talk.held == (0, 0)
