@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from penstock.client.slots import PLACED_MIN_BYTES, Slot, Slots
 from penstock.wire.codec import pack_layout, unpack_outcome
 from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.messages import Form, Outcome, Payload
 from penstock.wire.models import Layout, ModelSpec, Tensor, check, check_declaration
+from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
 from penstock.wire.tensors import DTYPES, Array, datatype_of, decode, encode
 
 _FORMS_MAX: Final = 1024

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 from penstock.client.calls import SENT, WAITING, Call
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report, Sink
-from penstock.client.slots import PLACED_MIN_BYTES, Placed
 from penstock.wire.codec import ranges, unpack_failure
 from penstock.wire.errors import (
     DEADLINE,
@@ -52,6 +51,7 @@ from penstock.wire.messages import (
 )
 from penstock.wire.metrics import Meters
 from penstock.wire.models import READY, ModelSpec, ModelState, newest
+from penstock.wire.slots import PLACED_MIN_BYTES, Placed
 
 _SWEEP_S: Final = 0.1  # how often calls are looked through for those whose time is up
 # The broker and the workers say why time was up: their word is waited for so long past the deadline.

@@ -20,13 +20,13 @@ import zmq
 from penstock.client.arrays import Forms, decode_outcome
 from penstock.client.events import Complete
 from penstock.client.link import Link
-from penstock.client.slots import Slot, Slots
 from penstock.wire.arena import Arena, ArenaError
 from penstock.wire.endpoints import default_runtime_dir, parse_broker
 from penstock.wire.errors import BAD_INPUT, CANCELLED, INTERNAL, UNAVAILABLE, BadMessage, PenstockError
 from penstock.wire.messages import MAX_TIMEOUT_US, Form, Payload
 from penstock.wire.models import ModelState
 from penstock.wire.process import fields
+from penstock.wire.slots import Slot, Slots
 from penstock.wire.tensors import Array
 
 log = logging.getLogger("penstock.client")

@@ -19,7 +19,6 @@ import orjson
 
 from penstock.client.caller import Caller
 from penstock.client.events import Complete
-from penstock.client.slots import PLACED_MIN_BYTES
 from penstock.gateway.compression import choose, compress, decompress
 from penstock.gateway.connection import Exchange
 from penstock.gateway.inference import Parser, Query, render, render_body, wrap
@@ -32,6 +31,7 @@ from penstock.wire.messages import Payload
 from penstock.wire.metrics import Value
 from penstock.wire.models import READY, ModelSpec
 from penstock.wire.process import fields
+from penstock.wire.slots import PLACED_MIN_BYTES
 from penstock.wire.tensors import Buffer
 
 log = logging.getLogger("penstock.gateway")

@@ -15,11 +15,11 @@ from typing import Final, Protocol, cast
 
 import orjson
 
-from penstock.client.slots import Slots
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reader import BODY, HEAD, IDLE, Budget, Head, HttpError, Reader, Request
 from penstock.gateway.wheel import Wheel
 from penstock.wire.messages import Payload
+from penstock.wire.slots import Slots
 from penstock.wire.tensors import Buffer
 
 _SHARED: Final = memoryview(bytearray(256 * 1024))

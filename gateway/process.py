@@ -16,7 +16,6 @@ import uvloop
 import zmq
 
 from penstock.client.link import Link
-from penstock.client.slots import Slots
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.options import GatewayOptions
@@ -25,6 +24,7 @@ from penstock.wire.arena import Arena, ArenaError, available_bytes
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
 from penstock.wire.process import fields, measure, notify
+from penstock.wire.slots import Slots
 
 log = logging.getLogger("penstock.gateway")
 

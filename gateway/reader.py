@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import httptools
 
-from penstock.client.slots import Slot, Slots
 from penstock.gateway.options import GatewayOptions
+from penstock.wire.slots import Slot, Slots
 from penstock.wire.tensors import Buffer
 
 IDLE: Final = "idle"  # between requests

@@ -16,7 +16,6 @@ import pytest
 
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Event, Fail, FromWorker
-from penstock.client.slots import Slots
 from penstock.gateway.application import STATUSES, Application
 from penstock.gateway.connection import Connection, Exchange
 from penstock.gateway.options import GatewayOptions
@@ -46,6 +45,7 @@ from penstock.wire.messages import (
 )
 from penstock.wire.metrics import Sample
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelSpec, ModelState, Tensor, TensorSpec
+from penstock.wire.slots import Slots
 from tests.gateway.serving import Loop
 
 EPOCH = 5

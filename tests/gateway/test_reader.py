@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.client.slots import Slots
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reader import BODY, BROKEN, HEAD, IDLE, Budget, Head, Reader, Request
 from penstock.wire.arena import Arena
+from penstock.wire.slots import Slots
 
 GET = b"GET /v2 HTTP/1.1\r\nHost: here\r\n\r\n"
 POST = b"POST /infer HTTP/1.1\r\nHost: here\r\nContent-Length: 5\r\n\r\nhello"

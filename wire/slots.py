@@ -1,4 +1,4 @@
-"""A caller's own shared memory: where its large tensors lie while workers read them.
+"""Slots of a process's own arena: where its large tensors lie while others read them.
 
 A slot belongs to whoever took it, until its request has ended for the caller. A worker that has the request even then
 reads foreign bytes, and what it makes of them is dropped like every late answer.

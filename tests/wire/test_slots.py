@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from penstock.client.arrays import Forms
 from penstock.client.caller import Caller, Identity
-from penstock.client.slots import Placed, Slot, Slots
 from penstock.wire.arena import Arena
 from penstock.wire.events import FromBroker
 from penstock.wire.messages import INLINE_MAX_BYTES, Form, Submit, Welcome
 from penstock.wire.models import ModelSpec, TensorSpec
+from penstock.wire.slots import Placed, Slot, Slots
 
 LARGE = INLINE_MAX_BYTES + 1
 
