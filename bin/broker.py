@@ -23,5 +23,5 @@ def broker(
     address = options.broker_address(runtime_dir)
     if address.runtime is None:
         raise click.UsageError("--runtime-dir is a directory; a TCP address goes with --bind")
-    settings = BrokerSettings(runtime=address.runtime, bind=bind, options=options.load_options(config)[0])
+    settings = BrokerSettings(runtime=address.runtime, bind=bind, options=options.load_options(config).broker)
     run("broker", log_format, log_level, parent, lambda: BrokerProcess(settings))

@@ -22,5 +22,5 @@ def gateway(
     from penstock.gateway.process import GatewayProcess, GatewaySettings
 
     address = options.broker_address(runtime_dir)
-    settings = GatewaySettings(broker=address, http=http, name=name, options=options.load_options(config)[1])
+    settings = GatewaySettings(broker=address, http=http, name=name, options=options.load_options(config).gateway)
     run(name, log_format, log_level, parent, lambda: GatewayProcess(settings))

@@ -142,7 +142,7 @@ class Launcher:
         if not self._wait([broker]):
             return False
         results = ["--bind=tcp://127.0.0.1:0"] if plan.bind else []
-        arguments = ["worker", f"--device={plan.device}", *options, *results]
+        arguments = ["worker", f"--device={plan.device}", *options, *config, *results]
         models = ["--", str(plan.models)]  # a name may begin with a hyphen
         names = [f"{plan.device}-{number}" for number in range(plan.workers)]
         # The first alone: what is wrong with a model is then said once.

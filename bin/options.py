@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import click
 
@@ -17,6 +17,7 @@ from penstock.broker.options import BrokerOptions
 from penstock.gateway.options import GatewayOptions
 from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
 from penstock.worker.config import ConfigError, convert, read_toml
+from penstock.worker.options import WorkerOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -59,7 +60,7 @@ config_file = click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=None,
-    help="Limits of the server, in TOML: sections [broker] and [gateway].",
+    help="Limits of the server, in TOML: sections [broker], [worker] and [gateway].",
 )
 log_format = click.option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
 log_level = click.option(
@@ -99,17 +100,27 @@ def check_device(device: str) -> str:
     return device
 
 
-def load_options(path: Path | None) -> tuple[BrokerOptions, GatewayOptions]:
-    """The sections of a configuration file. Raises click.UsageError naming file, key and what is expected."""
+class Options(NamedTuple):
+    """What a configuration file says, a section for each kind of process."""
+
+    broker: BrokerOptions = BrokerOptions()
+    worker: WorkerOptions = WorkerOptions()
+    gateway: GatewayOptions = GatewayOptions()
+
+
+def load_options(path: Path | None) -> Options:
+    """A configuration file. Raises click.UsageError naming file, key and what is expected."""
     if path is None:
-        return BrokerOptions(), GatewayOptions()
+        return Options()
     try:
         values = read_toml(path)
         for section in values:
-            if section not in ("broker", "gateway") or not isinstance(values[section], dict):
-                raise ConfigError(f"{path}: '{section}' is not a section; known are [broker] and [gateway]")
-        return (
+            if section not in Options._fields or not isinstance(values[section], dict):
+                known = ", ".join(f"[{each}]" for each in Options._fields)
+                raise ConfigError(f"{path}: '{section}' is not a section; known are {known}")
+        return Options(
             _limits(values.get("broker", {}), BrokerOptions, f"{path}: [broker]"),
+            _limits(values.get("worker", {}), WorkerOptions, f"{path}: [worker]"),
             _limits(values.get("gateway", {}), GatewayOptions, f"{path}: [gateway]"),
         )
     except ConfigError as error:

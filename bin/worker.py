@@ -23,6 +23,7 @@ from penstock.bin.bundled import BUNDLED_MODELS
     help="Join a broker over TCP instead of by --runtime-dir.",
 )
 @options.bind
+@options.config_file
 @options.process_options
 def worker(
     models: Path,
@@ -30,6 +31,7 @@ def worker(
     device: str,
     broker: str | None,
     bind: str,
+    config: Path | None,
     runtime_dir: Path | None,
     log_format: str,
     log_level: str,
@@ -49,6 +51,7 @@ def worker(
         name=name,
         device=options.check_device(device),
         bind=bind,
+        options=options.load_options(config).worker,
     )
     try:
         process, served = run(name or "worker", log_format, log_level, parent, lambda: WorkerProcess(settings))

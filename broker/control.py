@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Final
 
@@ -14,15 +15,21 @@ from penstock.wire import control
 from penstock.wire.arena import ArenaError, Mapping
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import Garbage
+from penstock.wire.messages import MAX_PEERS
 
 _UNNAMED_MAX: Final = 256  # connections that have not said who they are yet
+_OUTBOX_MAX: Final = 2 * MAX_PEERS  # arenas that wait for one reader
 
 
 class ControlServer:
-    """Accepts connections and reads their first packet; afterwards a connection only ends."""
+    """Accepts connections and reads their first packet; afterwards a connection only ends, or takes what ``share`` puts
+    into it. Registers its descriptors with ``poll``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, poll: select.poll) -> None:
         self._listener = control.listen(path)
+        self._poll = poll
+        poll.register(self._listener, select.POLLIN)
+        self._outboxes: dict[int, deque[bytes]] = {}  # whose arenas wait for room in a connection
         self._connections: dict[int, socket.socket] = {}
         self._peers: dict[int, bytes] = {}
         self._filenos: dict[bytes, int] = {}  # by peer
@@ -32,20 +39,22 @@ class ControlServer:
     def listener(self) -> int:
         return self._listener.fileno()
 
-    def accept(self) -> Iterator[int]:
-        """Accept all who wait; yields their descriptors. Processes of other users are turned away."""
+    def accept(self) -> list[int]:
+        """Accept all who wait; returns their descriptors. Processes of other users are turned away."""
+        accepted: list[int] = []
         while True:
             try:
                 connection, _ = self._listener.accept()
             except OSError:  # nobody waits, or descriptors have run out: they may wait on
-                return
+                return accepted
             connection.setblocking(False)
             crowded = len(self._connections) - len(self._peers) >= _UNNAMED_MAX
             if crowded or not control.same_user(connection):
                 connection.close()
                 continue
             self._connections[connection.fileno()] = connection
-            yield connection.fileno()
+            self._poll.register(connection, select.POLLIN)
+            accepted.append(connection.fileno())
 
     def read(self, fileno: int) -> Came | Gone | Garbage | None:
         """What a connection that became readable says. After Gone or Garbage it is closed."""
@@ -83,16 +92,47 @@ class ControlServer:
         return Came(peer, size)
 
     def share(self, owner: bytes, reader: bytes) -> None:
-        """Pass an arena on. Who takes nothing is disconnected, and read as gone."""
-        arena, fileno = self._arenas.get(owner), self._filenos.get(reader)
-        if arena is None or fileno is None:
-            return  # one of them has gone meanwhile, which is an event of its own
+        """Pass an arena on, as soon as the reader's connection takes it: the kernel lets few packets wait
+        (net.unix.max_dgram_qlen, 10 where nobody has raised it)."""
+        fileno = self._filenos.get(reader)
+        if fileno is None:
+            return  # it has gone meanwhile, which is an event of its own
+        outbox = self._outboxes.get(fileno)
+        if outbox is None:
+            outbox = self._outboxes[fileno] = deque()
+        outbox.append(owner)
+        if len(outbox) == 1:
+            self.write(fileno)
+        elif len(outbox) > _OUTBOX_MAX:
+            self._cut(fileno)
+
+    def write(self, fileno: int) -> None:
+        """A connection may take more of what waits for it. Who is found to be gone is read as such."""
+        outbox = self._outboxes.get(fileno)
+        if outbox is None:
+            return  # it has ended since it was polled
         connection = self._connections[fileno]
         try:
-            control.introduce(connection, owner, arena[0])
+            while outbox:
+                arena = self._arenas.get(outbox[0])
+                # Of an owner that has gone meanwhile at least a word: as many are waited for as have been announced.
+                control.introduce(connection, outbox[0], control.NO_ARENA if arena is None else arena[0])
+                outbox.popleft()
+        except BlockingIOError:
+            self._poll.modify(fileno, select.POLLIN | select.POLLOUT)
+            return
         except OSError:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # which makes it readable
+            self._cut(fileno)
+            return
+        del self._outboxes[fileno]
+        self._poll.modify(fileno, select.POLLIN)
+
+    def _cut(self, fileno: int) -> None:
+        """End a connection; it becomes readable, and is read as gone."""
+        self._outboxes.pop(fileno, None)
+        self._poll.modify(fileno, select.POLLIN)
+        with contextlib.suppress(OSError):
+            self._connections[fileno].shutdown(socket.SHUT_RDWR)
 
     def shares(self, reader: bytes) -> bool:
         """Whether a peer has a control connection, and so the arenas of others."""
@@ -110,6 +150,8 @@ class ControlServer:
         return fileno in self._connections
 
     def _close(self, fileno: int) -> None:
+        self._poll.unregister(fileno)
+        self._outboxes.pop(fileno, None)
         self._connections.pop(fileno).close()
         peer = self._peers.pop(fileno, None)
         if peer is not None:
@@ -119,6 +161,7 @@ class ControlServer:
                 os.close(arena[0])
 
     def close(self) -> None:
+        self._poll.unregister(self._listener)
         self._listener.close()
         for fileno in list(self._connections):
             self._close(fileno)

@@ -74,7 +74,7 @@ class Core:
         self.registry = Registry(options.models_max)
         self.meters = Meters()
         self._assigner = Assigner()
-        self.ledger = Ledger(options, self.registry, self._assigner, self.meters)
+        self.ledger = Ledger(options, self.registry, self._assigner, self.meters, self.workers)
         self._arenas: dict[bytes, int] = {}  # bytes of each one's, by the peers that have a control connection
         self._assign_from = now + options.rejoin_grace_s
         self._open = False  # that time has come
@@ -182,12 +182,25 @@ class Core:
         sharing: tuple[bytes, ...] = ()
         if worker.id in self._arenas:
             sharing = tuple(caller.id for caller in callers if caller.arena_bytes)
+        reading = tuple(number for number in known if self._reads(number, worker))
+        worker.readers.update(reading)
         self._commands += [Share(number, worker.id) for number in sharing]
-        self._commands.append(ToWorker(worker.id, Expect(self.epoch, known, (), sharing)))
+        self._commands.append(ToWorker(worker.id, Expect(self.epoch, known, (), sharing, reading)))
+
+    def _reads(self, caller: bytes, worker: WorkerPeer) -> bool:
+        """Whether a caller can be given a worker's arena."""
+        return caller in self._arenas and self._arenas.get(worker.id, 0) > 0
 
     def _tell_workers(self, caller: CallerPeer) -> None:
-        known = [(worker.id, worker.endpoint_for(caller)) for worker in self.workers.values()]
-        addresses = [WorkerAddress(number, endpoint) for number, endpoint in known if endpoint]
+        """Where a caller hears workers, once it has been given their arenas."""
+        addresses = []
+        for worker in self.workers.values():
+            endpoint = worker.endpoint_for(caller)
+            if endpoint:
+                addresses.append(WorkerAddress(worker.id, endpoint, caller.id in worker.readers))
+        sharing = {address.worker for address in addresses if address.shares}
+        self._commands += [Share(number, caller.id) for number in sorted(sharing - caller.given)]
+        caller.given = sharing
         self._commands.append(ToCaller(caller.id, Workers(self.epoch, addresses)))
 
     # --- workers ---
@@ -283,7 +296,7 @@ class Core:
                 # Not at once: the kernel closes a dead process's files one after another, its lock perhaps last.
                 self._left_behind = False
                 self._commands.append(Sweep())
-            self.ledger.sweep(self.callers.values(), now)
+            self.ledger.sweep(now)
         if self._open:
             given = self._assigner.assign()
             self.ledger.hand_out(given)
@@ -325,13 +338,13 @@ class Core:
         self._commands.append(ToWorker(worker.id, message))
 
     def _send_news(self, now: float) -> None:
-        """Cancels at once; freed results with the next work, or when they have waited long enough."""
+        """What is urgent at once; freed results with the next work, or when they have waited long enough."""
         news = self.ledger.news
         if not news:
             self._free_at = float("inf")
             return
         waited = now >= self._free_at
-        for worker in [worker for worker in news if waited or worker.has_cancels]:
+        for worker in [worker for worker in news if waited or worker.has_urgent_news]:
             self._send_work(worker, [], now)
         if not news:
             self._free_at = float("inf")

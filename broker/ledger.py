@@ -36,7 +36,16 @@ from penstock.wire.metrics import Meters
 class Ledger:
     """The requests of one epoch. Callers of its methods pass the time, in seconds of a monotonic clock."""
 
-    def __init__(self, options: BrokerOptions, registry: Registry, assigner: Assigner, meters: Meters) -> None:
+    def __init__(
+        self,
+        options: BrokerOptions,
+        registry: Registry,
+        assigner: Assigner,
+        meters: Meters,
+        workers: Mapping[bytes, WorkerPeer],
+    ) -> None:
+        """``workers``: those that have joined, kept by the owner."""
+        self._workers = workers
         self._options = options
         self._registry = registry
         self._assigner = assigner
@@ -229,7 +238,10 @@ class Ledger:
     def acknowledge(self, caller: CallerPeer, ranges: Sequence[int]) -> None:
         """A caller has its results: what is left to do for them is to have their workers forget them."""
         requests = caller.requests
-        for lot in lots_of(requests, ids_in(ranges, requests)):
+        ids = ids_in(ranges, requests)
+        if len(ids) < sum(ranges[1::2]) - sum(ranges[::2]) + len(ranges) // 2:
+            self._pass_on(caller, ranges)
+        for lot in lots_of(requests, ids):
             for number in lot.ids:
                 del requests[number]
             worker = lot.worker
@@ -244,6 +256,15 @@ class Ledger:
                 self._forget(lot)
             else:
                 self._release(worker, lot)
+
+    def _pass_on(self, caller: CallerPeer, ranges: Sequence[int]) -> None:
+        """Acknowledgments of requests that this broker does not know, or knows no more. A worker may: one that had
+        them from the broker before this one, or that was thought lost. It keeps their results where the caller read
+        them, until it hears this."""
+        for worker in self._workers.values():
+            if caller.id in worker.readers:
+                worker.free(caller.id, ranges)
+                self.news[worker] = None
 
     def caller_gone(self, caller: CallerPeer) -> None:
         for lot in dict.fromkeys(caller.requests.values()):
@@ -277,17 +298,14 @@ class Ledger:
                 lot, DEADLINE, f"time was up after {now - lot.accepted:.3f} s in the queue of '{name}'{served}"
             )
 
-    def sweep(self, callers: Iterable[CallerPeer], now: float) -> None:
-        """What time alone decides, and need not be exact: models without workers, results nobody acknowledges."""
+    def sweep(self, now: float) -> None:
+        """What time alone decides, and need not be exact: models that have no workers for too long. (A result waits for
+        its acknowledgment as long as its caller lives, which may still be reading it.)"""
         for model in self._registry.queues.values():
             waits = model.requests and not model.workers
             if waits and now - model.unserved_since > self._options.unserved_grace_s:
                 for lot in model.lots():
                     self._refuse(lot, UNAVAILABLE, f"no worker serves model '{model.key[0]}' at present")
-        latest = now - self._options.acknowledge_grace_s
-        for caller in callers:
-            for lot in [lot for lot in set(caller.requests.values()) if lot.last_deadline < latest]:
-                self._drop(lot)
         if len(self._deadlines) > 1000 + 2 * self.requests:
             self._deadlines = [entry for entry in self._deadlines if entry[2].state == QUEUED]
             heapq.heapify(self._deadlines)

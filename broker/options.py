@@ -18,7 +18,6 @@ class BrokerOptions:
     silence_max_s: float = 5.0  # after which a peer is taken for dead
     rejoin_grace_s: float = 0.25  # a new broker waits so long for the peers of the old one before it assigns
     unserved_grace_s: float = 10.0  # requests wait so long for a worker to come back before they are refused
-    acknowledge_grace_s: float = 10.0  # past its deadline, after which a result nobody acknowledged is dropped
     free_delay_s: float = 0.01  # acknowledgments wait so long for work to travel with
 
     callers_max: int = 4096

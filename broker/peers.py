@@ -24,6 +24,7 @@ class CallerPeer:
         self.heard = now
         self.requests: dict[int, Lot] = {}  # those that have not ended for it
         self.last_id = -1  # of its requests: ids only grow
+        self.given: set[bytes] = set()  # workers whose arena it has been given
         self.samples: Sequence[Sample] = ()
 
 
@@ -54,6 +55,7 @@ class WorkerPeer:
         self.leaving = False
         self.models: dict[ModelKey, ModelState] = {}
         self.callers: set[bytes] = set()  # those that hear it
+        self.readers: set[bytes] = set()  # those that read its arena
         self.batches = 0  # at least so many are needed for the rows that it has not finished
         self._rows: dict[ModelKey, int] = {}
         self._sizes: dict[ModelKey, int] = {}  # rows of a batch
@@ -61,6 +63,7 @@ class WorkerPeer:
         self.kept_bytes: dict[bytes, int] = {}  # by caller: results that it keeps until they are acknowledged
         self.full: set[bytes] = set()  # callers that get nothing more here until they have acknowledged some
         self._freed: dict[bytes, list[int]] = {}
+        self._freed_ranges: list[Freed] = []
         self._cancelled: dict[bytes, list[int]] = {}
         self.samples: Sequence[Sample] = ()
 
@@ -134,17 +137,22 @@ class WorkerPeer:
     def cancel(self, lot: Lot) -> None:
         self._cancelled.setdefault(lot.caller.id, []).extend(lot.ids)
 
+    def free(self, caller: bytes, acknowledged: Sequence[int]) -> None:
+        """Pass on what a caller has acknowledged, of which only workers may know. ``acknowledged``: ranges."""
+        self._freed_ranges.append(Freed(caller, tuple(acknowledged)))
+
     @property
-    def has_cancels(self) -> bool:
-        return bool(self._cancelled)
+    def has_urgent_news(self) -> bool:
+        return bool(self._cancelled or self._freed_ranges)
 
     @property
     def has_news(self) -> bool:
-        return bool(self._freed or self._cancelled)
+        return bool(self._freed) or self.has_urgent_news
 
     def take_freed(self) -> list[Freed]:
         freed, self._freed = self._freed, {}
-        return _as_ranges(freed)
+        ranges, self._freed_ranges = self._freed_ranges, []
+        return _as_ranges(freed) + ranges
 
     def take_cancelled(self) -> list[Freed]:
         cancelled, self._cancelled = self._cancelled, {}
@@ -152,8 +160,10 @@ class WorkerPeer:
 
     def forget_caller(self, caller: bytes) -> None:
         self.callers.discard(caller)
+        self.readers.discard(caller)
         self._freed.pop(caller, None)
         self._cancelled.pop(caller, None)
+        self._freed_ranges = [freed for freed in self._freed_ranges if freed.caller != caller]
 
     def validate(self) -> None:
         """Derive again what is counted, for tests. Raises AssertionError."""

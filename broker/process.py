@@ -85,12 +85,11 @@ class BrokerProcess:
         self._workers = self._bind(f"ipc://{runtime.workers}")
         if self._settings.bind:
             bind_tcp(self._settings.bind, self._callers, self._workers)
-        self._control = ControlServer(runtime.control)
+        self._control = ControlServer(runtime.control, self._poll)
         opened.callback(self._control.close)
         self._stop_signal = StopSignal()
         opened.callback(self._stop_signal.restore)
-        for readable in (self._control.listener, self._stop_signal.fileno()):
-            self._poll.register(readable, select.POLLIN)
+        self._poll.register(self._stop_signal.fileno(), select.POLLIN)
         self._core = Core(self._settings.options, secrets.randbits(63) | 1, time.monotonic())
         self._measure_at = 0.0
         log.info("broker started", extra=fields(runtime_dir=str(runtime.path), epoch=self._core.epoch))
@@ -142,11 +141,13 @@ class BrokerProcess:
             self._measure_at = now + _MEASURE_S
             measure(self._core.meters)
         wait_s = min(self._core.due(), until) - now
-        for readable, _ in self._poll.poll(max(0.0, wait_s) * 1000):
+        for readable, happened in self._poll.poll(max(0.0, wait_s) * 1000):
             if readable == self._callers.fileno():
                 self._callers.pending = True
             elif readable == self._workers.fileno():
                 self._workers.pending = True
+            elif happened == select.POLLOUT:
+                self._control.write(readable)
             else:
                 self._read_control(readable)
 
@@ -170,8 +171,7 @@ class BrokerProcess:
         if readable == self._stop_signal.fileno():
             self._stop_signal.clear()
         elif readable == self._control.listener:
-            for fileno in self._control.accept():
-                self._poll.register(fileno, select.POLLIN)
+            self._control.accept()
         elif readable in self._control:
             self._read_connection(readable)
 
@@ -183,8 +183,6 @@ class BrokerProcess:
 
     def _read_connection(self, fileno: int) -> None:
         event = self._control.read(fileno)
-        if fileno not in self._control:
-            self._poll.unregister(fileno)
         if event is not None:
             self._obey(self._core.handle(event, time.monotonic()))
 

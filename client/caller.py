@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from penstock.client.calls import SENT, WAITING, Call
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report, Sink
+from penstock.wire.arrivals import Arrivals
 from penstock.wire.codec import ranges, unpack_failure
 from penstock.wire.errors import (
     DEADLINE,
@@ -25,13 +26,15 @@ from penstock.wire.errors import (
     BadMessage,
     PenstockError,
 )
-from penstock.wire.events import BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
+from penstock.wire.events import Arena, ArenaCame, BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.membership import Membership
 from penstock.wire.messages import (
+    COMPLETE,
     FAILED,
     INLINE_MAX_BYTES,
     MAX_REQUESTS,
     PARTIAL,
+    Answers,
     Ask,
     Beat,
     Bye,
@@ -47,6 +50,7 @@ from penstock.wire.messages import (
     Results,
     Submit,
     Welcome,
+    WorkerAddress,
     Workers,
 )
 from penstock.wire.metrics import Meters
@@ -93,7 +97,12 @@ class Caller:
         self._sweep_at = 0.0
         self._last_id = 0
         self._last_serial = 0
-        self._endpoints: set[str] = set()
+        self._workers: dict[bytes, WorkerAddress] = {}  # those that the broker has named
+        self._endpoints: set[str] = set()  # of those that are heard
+        self._arenas: dict[bytes, Arena] = {}  # by worker
+        self._arrivals: Arrivals[Arena | None] = Arrivals()
+        self._sharing: set[bytes] = set()  # workers that this broker has said to share their arena
+        self._held: set[int] = set()  # results that are still read in their worker's memory
         self._commands: list[Command] = []
 
     # --- what the shell asks for ---
@@ -116,6 +125,13 @@ class Caller:
         if call.state == SENT:
             self._cancels.append(number)
         call.move("end")
+
+    def release(self, held: int, now: float) -> None:
+        """A result that lies in its worker's memory is not read any more: ``held`` of its Complete."""
+        self._held.discard(held)
+        if self.membership.joined:  # else the worker publishes it again, which is then acknowledged
+            self._acks.append(held)
+            self._acknowledge_at = min(self._acknowledge_at, now + _ACKNOWLEDGE_S)
 
     def ask_metrics(self) -> tuple[int, Say]:
         """What to say to get the whole server's metrics, and the serial that the answer will have."""
@@ -189,9 +205,14 @@ class Caller:
                 self._results(message, now)
             case FromBroker(message):
                 self._from_broker(message, now)
+            case ArenaCame(worker, arena, reason):
+                if reason:
+                    self._log("error", "a worker's memory cannot be read; it is not heard", reason=reason)
+                self._arena_came(worker, self._arrivals.came(worker, arena))
             case BrokerFound():
                 self.membership.found()
             case BrokerLost(reason):
+                self._arrivals.clear()
                 self._lost(reason)
             case Garbage(process, reason):
                 self.meters.value("penstock_bad_messages", process).value += 1
@@ -216,6 +237,10 @@ class Caller:
         assert waiting == [call.id for call in calls.values() if call.state == WAITING]
         assert calls.keys().isdisjoint(self._cancels), "a request that is cancelled is still waited for"
         assert joined or not (self._acks or self._cancels), "nobody is there to be told"
+        assert calls.keys().isdisjoint(self._held), "a result is read, and still waited for"
+        assert self._sharing <= self._workers.keys(), "a worker shares, and is not known"
+        heard = {self._workers[worker].endpoint for worker in self._sharing & self._arenas.keys()}
+        assert heard <= self._endpoints, "a worker is not heard whose results can be read"
         assert bool(self._acks) == (self._acknowledge_at < float("inf"))
         for (name, version), spec in self._found.items():
             assert spec is self._search(name, version), f"'{name}' has changed"
@@ -227,7 +252,10 @@ class Caller:
         # A broker that does not know this caller has nothing to be told, and neither has the next one.
         acks = self._acks if self.membership.joined else []
         for group, start in zip(message.groups, message.starts, strict=True):
-            status, size, body, queue_us, ids = group
+            status, size, body, queue_us, ids, places = group
+            if places and status == COMPLETE:
+                self._placed(message, group, acks)
+                continue
             if status != PARTIAL:  # to acknowledge that would end the request
                 acks += ids
             if status == FAILED:
@@ -251,6 +279,29 @@ class Caller:
                 commands.append(Complete(call.sink, body, payload, message.batch, queue_us, message.worker))
         if self._acks and self._acknowledge_at == float("inf"):
             self._acknowledge_at = now + _ACKNOWLEDGE_S
+
+    def _placed(self, message: Results, group: Answers, acks: list[int]) -> None:
+        """Results in their worker's memory: what is read there is acknowledged when it has been."""
+        arena = self._arenas.get(message.worker)
+        if arena is None:
+            return  # its worker has gone, or comes anew: then it is heard, and publishes again, once its arena is here
+        for number, place in zip(group.ids, group.places, strict=True):
+            call = self.calls.get(number)
+            if call is None or call.state != SENT:
+                if number not in self._held:
+                    acks.append(number)
+                continue
+            try:
+                payload = arena.view(place, group.nbytes)
+            except BadMessage as error:
+                acks.append(number)
+                self._fail(number, PenstockError(INTERNAL, f"a worker's answer does not lie where it says: {error}"))
+                continue
+            del self.calls[number]
+            call.move("end")
+            self._held.add(number)
+            done = Complete(call.sink, group.body, payload, message.batch, group.queue_us, message.worker, number)
+            self._commands.append(done)
 
     def _failures(self, ids: Sequence[int], body: bytes) -> None:
         try:
@@ -286,7 +337,7 @@ class Caller:
             case Models(models=models):
                 self._set_models(models)
             case Workers(workers=workers):
-                self._hear_only({address.endpoint for address in workers})
+                self._set_workers(workers)
             case Metrics():
                 self._commands.append(Report(message))
             case Beat():
@@ -303,7 +354,30 @@ class Caller:
         self.models = known
         self._found = {}
 
-    def _hear_only(self, endpoints: set[str]) -> None:
+    def _set_workers(self, workers: Sequence[WorkerAddress]) -> None:
+        """Whoever shares its arena is heard once that has come: so its results can always be read."""
+        self._workers = {address.worker: address for address in workers}
+        sharing = {address.worker for address in workers if address.shares}
+        for worker in self._arenas.keys() - sharing:
+            del self._arenas[worker]
+        for worker in sharing - self._sharing:
+            arena = self._arrivals.announced(worker)
+            if arena is not None:
+                self._arenas[worker] = arena
+        self._sharing = sharing
+        self._hear_workers()
+
+    def _arena_came(self, worker: bytes, arena: Arena | None) -> None:
+        if arena is not None and worker in self._sharing:
+            self._arenas[worker] = arena
+            self._hear_workers()
+
+    def _hear_workers(self) -> None:
+        endpoints = {
+            address.endpoint
+            for worker, address in self._workers.items()
+            if worker in self._arenas or not address.shares
+        }
         self._commands += [Hear(endpoint, True) for endpoint in sorted(endpoints - self._endpoints)]
         self._commands += [Hear(endpoint, False) for endpoint in sorted(self._endpoints - endpoints)]
         self._endpoints = endpoints
@@ -315,6 +389,7 @@ class Caller:
         self.membership.lost()
         for number in [call.id for call in self.calls.values() if call.state == SENT]:
             self._fail(number, PenstockError(LOST, f"{reason} while it held the request; send it again", 0.5))
+        self._sharing = set()
         self._acks.clear()
         self._cancels.clear()
         self._acknowledge_at = float("inf")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from penstock.wire.errors import PenstockError
-from penstock.wire.events import BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
+from penstock.wire.events import ArenaCame, BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.messages import Batch, Metrics, Payload, Results
 
 
@@ -24,7 +24,10 @@ class FromWorker:
 
 @dataclass(slots=True)
 class Complete:
-    """A request has its result: a packed Outcome, and the tensors' bytes that it describes."""
+    """A request has its result: a packed Outcome, and the tensors' bytes that it describes.
+
+    ``held``: where it is not 0, these lie in the worker's memory, and stay there until ``Caller.release(held)``.
+    """
 
     sink: Sink
     body: bytes
@@ -32,6 +35,7 @@ class Complete:
     batch: Batch
     queue_us: int
     worker: bytes
+    held: int = 0
 
 
 @dataclass(slots=True)
@@ -55,5 +59,5 @@ class Report:
     metrics: Metrics
 
 
-Event: TypeAlias = FromBroker | FromWorker | BrokerFound | BrokerLost | Garbage | Tick
+Event: TypeAlias = FromBroker | FromWorker | ArenaCame | BrokerFound | BrokerLost | Garbage | Tick
 Command: TypeAlias = Complete | Fail | Say | Hear | Report | Log

@@ -183,15 +183,15 @@ class Link:
             self._hear(BrokerFound())
 
     def read_control(self) -> None:
-        """The broker never writes there: readable means that it has gone."""
+        """Take in the arenas of workers that the broker passes on, and its end."""
         assert self._control is not None
         try:
-            if self._control.recv(1):
-                return
+            while (came := control.receive_arena(self._control)) is not None:
+                self._hear(came)
         except BlockingIOError:
             return
-        except OSError as error:
-            log.debug("control connection failed", extra=fields(reason=str(error)))
+        except BadMessage as error:
+            log.warning("the broker talks nonsense", extra=fields(reason=str(error)))
         self._control.close()
         self._control = None
         self._control_at = 0.0

@@ -122,6 +122,10 @@ class Application:
         self._count(status)
         log.info("connection refused", extra=fields(status=status, reason=sentence))
 
+    def sent(self) -> None:
+        """Results that had to wait for their clients may be acknowledged."""
+        self.flush()
+
     def fail(self, exchange: Exchange, error: PenstockError, identifier: str = "", number: int = 0) -> None:
         """Answer with an error. ``identifier``: the request's own id, ``number``: the broker's for it."""
         status = STATUSES[error.code]
@@ -239,12 +243,21 @@ class Application:
         encoding = exchange.request.head.target.accepts
         try:
             if not encoding:
-                self._send(exchange, *render(answer.body, answer.payload, query.style, query.id))
-                return
-            json, binary = render_body(answer.body, answer.payload, query.style, query.id)
+                head, tail = render(answer.body, answer.payload, query.style, query.id)
+                if answer.held and tail is answer.payload:
+                    self._count(200)
+                    exchange.send(200, head, tail, partial(self._release, answer.held))
+                    return
+                self._send(exchange, head, tail)
+            else:
+                json, binary = render_body(answer.body, answer.payload, query.style, query.id)
         except (BadMessage, PenstockError) as error:
             code = error.code if isinstance(error, PenstockError) else errors.INTERNAL
             self.fail(exchange, PenstockError(code, str(error)), query.id)
+            encoding = ""
+        if answer.held:  # what was sent of it was copied
+            self._release(answer.held)
+        if not encoding:
             return
         if len(json) + len(binary) < self.options.compress_bytes_min:
             self._send(exchange, wrap(json, len(binary), b"", bool(binary)), binary)
@@ -258,6 +271,9 @@ class Application:
             exchange.answer(200, body, b"application/octet-stream" if binary else b"application/json", extra)
 
         self._aside(exchange, len(json) + len(binary), partial(compress, json + binary, encoding), compressed)
+
+    def _release(self, held: int) -> None:
+        self.caller.release(held, time.monotonic())
 
     def _send(self, exchange: Exchange, head: bytes, tail: Payload) -> None:
         self._count(200)

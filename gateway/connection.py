@@ -59,11 +59,14 @@ class Application(Protocol):
     def refused(self, status: int, sentence: str, /) -> None:
         """A connection was answered without a request."""
 
+    def sent(self) -> None:
+        """What had to wait for a client has left, and whoever wanted to know has been called."""
+
 
 class Exchange:
     """A request and its one answer. ``gone`` is called when the client leaves before it has been answered."""
 
-    __slots__ = ("_connection", "_response", "_tail", "gone", "request", "status")
+    __slots__ = ("_connection", "_response", "_sent", "_tail", "gone", "request", "status")
 
     def __init__(self, connection: Connection, request: Request) -> None:
         self.request = request
@@ -72,18 +75,23 @@ class Exchange:
         self._connection: Connection | None = connection
         self._response: bytes | None = None
         self._tail: Buffer = b""
+        self._sent: Callable[[], None] | None = None
 
-    def send(self, status: int, response: bytes, tail: Buffer = b"") -> None:
+    def send(self, status: int, response: bytes, tail: Buffer = b"", sent: Callable[[], None] | None = None) -> None:
         """Answer with a whole response, which says nothing of the connection: for a connection that is kept alive.
 
-        ``tail``: the end of the body, where it is too large to be copied behind the rest.
+        ``tail``: the end of the body, where it is not to be copied behind the rest. ``sent`` is called once nobody
+        reads it any more: the kernel has all of it, or the client has gone.
         """
         connection = self._connection
         if connection is None:
+            if sent is not None:
+                sent()
             return
         self.status = status
         self._response = response
         self._tail = tail
+        self._sent = sent
         connection.answered(self)
 
     def answer(
@@ -148,6 +156,8 @@ class Connection(asyncio.BufferedProtocol):
         self._http = http
         self._reader = Reader(http.options, http.budget, http.heads, http.slots)
         self._exchanges: deque[Exchange] = deque()  # in the order of their requests; the first is answered first
+        self._unsent: list[Callable[[], None]] = []  # to be called when all that was written has left
+        self._encrypts = False
         self._transport: asyncio.Transport | None = None
         self._last = False  # no further request is taken
         self._lingering = False  # all is said; what still comes is thrown away
@@ -167,6 +177,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
+        self._encrypts = transport.get_extra_info("sslcontext") is not None
+        if not self._encrypts:
+            # Whatever the kernel does not take at once pauses writing, and resumes it once it has: so it is known when.
+            self._transport.set_write_buffer_limits(high=0)
         http = self._http
         self.deadline = http.loop.time() + http.options.keep_alive_s
         http.wheel.add(self)
@@ -181,7 +195,12 @@ class Connection(asyncio.BufferedProtocol):
             self._drop(exchange)
             if exchange._response is None and exchange.gone is not None:
                 exchange.gone()
+            if exchange._sent is not None:
+                self._unsent.append(exchange._sent)
         self._exchanges.clear()
+        if self._unsent:
+            self._all_sent()
+            self._http.application.sent()
 
     def get_buffer(self, hint: int) -> memoryview:
         direct = self._reader.direct
@@ -217,6 +236,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._writing_paused = False
+        if self._unsent:
+            self._all_sent()
+            self._http.application.sent()
         self._set_deadline()
         self._resume_reading()
 
@@ -307,9 +329,15 @@ class Connection(asyncio.BufferedProtocol):
             last = self._last and not exchanges
             if last or head.http10:
                 response = _with_connection(response, b"close" if last else b"keep-alive")
-            transport.write(response)
             if tail:
-                transport.write(tail)
+                # What is encrypted is copied anyway; nobody says when.
+                transport.writelines((response, bytes(tail) if self._encrypts else tail))
+            else:
+                transport.write(response)
+            if first._sent is not None:
+                self._unsent.append(first._sent)
+                if self._encrypts or not transport.get_write_buffer_size():
+                    self._all_sent()
             if last:
                 self._finish()
                 return
@@ -319,6 +347,12 @@ class Connection(asyncio.BufferedProtocol):
             self._set_deadline()
             if self._reader.wants_continue:
                 self._enter(self._reader.phase)
+
+    def _all_sent(self) -> None:
+        """All that was written has left, or never will."""
+        unsent, self._unsent = self._unsent, []
+        for sent in unsent:
+            sent()
 
     def _drop(self, exchange: Exchange) -> None:
         """The exchange has nothing to do with this connection any more."""

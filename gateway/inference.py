@@ -261,13 +261,17 @@ def _whole_bytes(outcome: Outcome) -> int:
 
 
 def render(body: bytes, payload: Payload, style: Style, identifier: str) -> tuple[bytes, Payload]:
-    """An answer as an HTTP response: its head and JSON, and the binary outputs that follow.
+    """An answer as an HTTP response: its head and JSON, and the binary outputs that follow: the payload itself, when
+    that is just these.
 
     Raises BadMessage or PenstockError for an answer that cannot be rendered.
     """
     head = _head(body, style)
-    if head.response and len(payload) == head.whole_bytes and not identifier:
-        return head.response, payload
+    if head.response and len(payload) == head.whole_bytes:
+        if not identifier:
+            return head.response, payload
+        json = b"%b%b]}" % (_start(head, identifier), b",".join([output.before for output in head.outputs]))
+        return wrap(json, len(payload), b"", True), payload
     json, binary = render_body(body, payload, style, identifier)
     return wrap(json, len(binary), b"", style.binary or bool(binary)), binary
 
@@ -287,8 +291,11 @@ def render_body(body: bytes, payload: Payload, style: Style, identifier: str) ->
             binary.append(data)
         else:
             parts.append(b"%b%b}" % (before, dump_data(datatype, shape, data)))
-    start = b'{"id":%b,%b' % (orjson.dumps(identifier), head.start[1:]) if identifier else head.start
-    return b"%b%b]}" % (start, b",".join(parts)), b"".join(binary)
+    return b"%b%b]}" % (_start(head, identifier), b",".join(parts)), b"".join(binary)
+
+
+def _start(head: _Head, identifier: str) -> bytes:
+    return b'{"id":%b,%b' % (orjson.dumps(identifier), head.start[1:]) if identifier else head.start
 
 
 def wrap(json: bytes, binary_bytes: int, extra: bytes, binary: bool) -> bytes:

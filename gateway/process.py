@@ -20,7 +20,7 @@ from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import Reports
-from penstock.wire.arena import Arena, ArenaError, available_bytes
+from penstock.wire.arena import Arena, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
 from penstock.wire.process import fields, measure, notify
@@ -32,7 +32,6 @@ _BACKLOG: Final = 2048
 # A gateway that starts leaves connections in the kernel's queue, and so to the gateways beside it, for as long as it
 # may take to hear from a broker that is there: who comes at once is not told that there is none.
 _PATIENCE_S: Final = 1.0
-_ARENA_MAX_BYTES: Final = 256 << 20  # unless the configuration says otherwise
 _SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
 
 
@@ -83,15 +82,9 @@ def url_of(listener: socket.socket) -> str:
 
 def _make_arena(settings: GatewaySettings) -> Arena | None:
     """Raises ArenaError."""
-    size = settings.options.arena_bytes
-    if not size or settings.broker.runtime is None:
+    if settings.broker.runtime is None:
         return None
-    if size < 0:
-        size = max(1, min(_ARENA_MAX_BYTES, available_bytes() // 8))
-    try:
-        return Arena(size, f"penstock-{settings.name}")
-    except ArenaError as error:
-        raise ArenaError(f"{error} ([gateway] arena_bytes in the configuration)") from None
+    return make_arena(settings.options.arena_bytes, f"penstock-{settings.name}", "[gateway] arena_bytes")
 
 
 class GatewayProcess:

@@ -29,6 +29,7 @@ _F_SEAL_FUTURE_WRITE: Final = 0x10  # <linux/fcntl.h>, since Linux 5.1; Python's
 _READERS_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
 _SEALS: Final = _READERS_SEALS | fcntl.F_SEAL_SEAL
 
+_DEFAULT_MAX_BYTES: Final = 256 << 20
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/proc/self/cgroup")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
@@ -138,6 +139,22 @@ class Mapping:
         """Let go of the memory, which stays until the last view of it has gone. Does nothing the second time."""
         self.size = -1
         self._memory = memoryview(b"")
+
+
+def make_arena(asked: int, name: str, key: str) -> Arena | None:
+    """The arena that a configuration asks for. ``asked``: bytes; 0 for none, -1 for an eighth of the memory that is
+    available, at most 256 MiB. Raises ArenaError, which names ``key``."""
+    if not asked:
+        return None
+    try:
+        return Arena(default_bytes() if asked < 0 else asked, name)
+    except ArenaError as error:
+        raise ArenaError(f"{error} ({key} in the configuration)") from None
+
+
+def default_bytes() -> int:
+    """How large an arena is made when nobody says."""
+    return max(1, min(_DEFAULT_MAX_BYTES, available_bytes() // 8))
 
 
 def _allocate(fd: int, size: int) -> mmap.mmap:

@@ -19,7 +19,6 @@ from penstock.wire.fields import U64_MAX, Check, brief
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
     VERSION,
-    Answers,
     Carrier,
     Failure,
     Message,
@@ -90,7 +89,7 @@ def _find_starts(message: Carrier) -> list[int]:
     at = taken = 0
     for group in message.groups:
         size, count = group.nbytes, len(group.ids)
-        if not isinstance(group, Answers) and group.places:
+        if group.places:
             starts.append(0)
             continue
         if size <= INLINE_MAX_BYTES:

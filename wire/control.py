@@ -14,7 +14,9 @@ import struct
 from pathlib import Path
 from typing import Final
 
+from penstock.wire.arena import ArenaError, Mapping
 from penstock.wire.errors import BadMessage
+from penstock.wire.events import ArenaCame
 from penstock.wire.messages import PEER_ID_BYTES, VERSION
 
 _HELLO: Final = struct.Struct(f"<4sH{PEER_ID_BYTES}s")
@@ -77,6 +79,20 @@ def receive(connection: socket.socket) -> tuple[bytes, int] | None:
         if arena != NO_ARENA:
             os.close(arena)
         raise
+
+
+def receive_arena(connection: socket.socket) -> ArenaCame | None:
+    """The next arena that the broker passes on; None when the broker has gone. Raises BlockingIOError, BadMessage."""
+    introduced = receive(connection)
+    if introduced is None:
+        return None
+    peer, arena = introduced
+    if arena == NO_ARENA:
+        return ArenaCame(peer, None)
+    try:
+        return ArenaCame(peer, Mapping(arena))
+    except ArenaError as error:
+        return ArenaCame(peer, None, str(error))
 
 
 def _peer_id(packet: bytes) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from penstock.wire.messages import Message
 
@@ -11,6 +11,23 @@ from penstock.wire.messages import Message
 @dataclass(slots=True)
 class FromBroker:
     message: Message
+
+
+class Arena(Protocol):
+    """A peer's memory, to be read."""
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Raises BadMessage when it does not lie inside."""
+
+
+@dataclass(slots=True)
+class ArenaCame:
+    """The broker has passed on a peer's arena, as a message of its says. None when the peer has gone meanwhile, or with
+    the ``reason`` why it cannot be mapped here."""
+
+    peer: bytes
+    arena: Arena | None
+    reason: str = ""
 
 
 @dataclass(slots=True)

@@ -115,7 +115,8 @@ class Tasks(NamedTuple):
 class Answers(NamedTuple):
     """Answers of one shape. ``body`` is a packed Outcome, or a packed Failure where ``status`` is FAILED.
 
-    ``queue_us``: from their acceptance by the broker to the start of their batch.
+    ``queue_us``: from their acceptance by the broker to the start of their batch. ``places``: see Carrier; in the
+    worker's arena.
     """
 
     status: int
@@ -123,6 +124,7 @@ class Answers(NamedTuple):
     body: bytes
     queue_us: int
     ids: tuple[int, ...]
+    places: tuple[int, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -173,8 +175,11 @@ class Freed(NamedTuple):
 
 
 class WorkerAddress(NamedTuple):
+    """``shares``: the descriptor of its arena has been put into the caller's control connection."""
+
     worker: bytes
     endpoint: str
+    shares: bool = False
 
 
 class Snapshot(NamedTuple):
@@ -318,8 +323,9 @@ def _tasks(value: Any) -> Tasks:
 
 
 def _answers(value: Any) -> Answers:
-    status, nbytes, body, queue, ids = _split(value, 5, "answers")
-    return Answers(_status(status), _u64(nbytes), _body(body), _u64(queue), _ids(ids))
+    status, nbytes, body, queue, ids, places = _split(value, 6, "answers")
+    ids = _ids(ids)
+    return Answers(_status(status), _u64(nbytes), _body(body), _u64(queue), ids, _places(places, len(ids)))
 
 
 def _finished(value: Any) -> Finished:
@@ -336,6 +342,7 @@ _attempt: Final = integer(1, 1 << 16)
 _status: Final = integer(COMPLETE, FAILED)
 _body: Final = binary(MAX_BODY_BYTES)
 _all_freed: Final = sequence(_freed, MAX_PEERS)
+_peers: Final = sequence(_peer, MAX_PEERS)
 
 
 @dataclass(slots=True)
@@ -353,9 +360,9 @@ class Carrier(Message):
     """A message with groups of items that have payloads.
 
     Those of at most INLINE_MAX_BYTES lie in ``blob``, one behind the other, the others in ``frames``, in the order of
-    the groups and their ids. A group may have ``places`` instead: the byte of the arena of whoever asked where each of
-    its payloads begins. ``starts``, which unpacking fills in, has for each other group the byte or the frame where it
-    begins.
+    the groups and their ids. A group may have ``places`` instead: the byte of its writer's arena (of whoever asked, or
+    of the worker that answers) where each of its payloads begins. ``starts``, which unpacking fills in, has for each
+    other group the byte or the frame where it begins.
     """
 
     groups: Sequence[Requests] | Sequence[Tasks] | Sequence[Answers]
@@ -441,7 +448,7 @@ class WorkerHello(Message):
         sequence(text(MAX_ENDPOINT), 8),
         integer(1, 1 << 16),
         _models,
-        sequence(_peer, MAX_PEERS),
+        _peers,
     )
 
     name: str
@@ -518,10 +525,11 @@ class Models(Message):
 
 @dataclass(slots=True)
 class Workers(Message):
-    """Every worker that a caller should subscribe to; said again when they change."""
+    """Every worker that a caller should subscribe to, once it has mapped the worker's arena if that is shared; said
+    again when they change."""
 
     TAG = 19
-    CHECKS = (sequence(record(WorkerAddress, _peer, text(MAX_ENDPOINT)), MAX_PEERS),)
+    CHECKS = (sequence(record(WorkerAddress, _peer, text(MAX_ENDPOINT), flag), MAX_PEERS),)
 
     workers: Sequence[WorkerAddress]
 
@@ -547,15 +555,17 @@ class Metrics(Message):
 
 @dataclass(slots=True)
 class Expect(Message):
-    """Callers whose subscription a worker should accept, and callers that have gone. ``sharing``: those of the former
-    whose arena's descriptor has been put into the worker's control connection."""
+    """Callers whose subscription a worker should accept, and callers that have gone. Of the former, ``sharing``: those
+    whose arena's descriptor has been put into the worker's control connection; ``reading``: those that are given the
+    worker's, and map it before they subscribe."""
 
     TAG = 22
-    CHECKS = (sequence(_peer, MAX_PEERS), sequence(_peer, MAX_PEERS), sequence(_peer, MAX_PEERS))
+    CHECKS = (_peers, _peers, _peers, _peers)
 
     callers: Sequence[bytes] = ()
     gone: Sequence[bytes] = ()
     sharing: Sequence[bytes] = ()
+    reading: Sequence[bytes] = ()
 
 
 @dataclass(slots=True)

@@ -69,8 +69,6 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "penstock_http_connections": Family(GAUGE, "Open HTTP connections", (), "gateway"),
     "penstock_http_body_bytes": Family(GAUGE, "Bytes of request bodies in memory", (), "gateway"),
-    "penstock_arena_bytes": Family(GAUGE, "Shared memory for large tensors", (), "gateway"),
-    "penstock_arena_used_bytes": Family(GAUGE, "Shared memory that requests take", (), "gateway"),
     # Everybody's.
     "penstock_request_failures": Family(
         COUNTER,
@@ -81,6 +79,8 @@ FAMILIES: Final[dict[str, Family]] = {
     "penstock_bad_messages": Family(
         COUNTER, "Messages that no peer should send, by who sent them", ("peer",), "process"
     ),
+    "penstock_arena_bytes": Family(GAUGE, "Shared memory for large tensors", (), "process"),
+    "penstock_arena_used_bytes": Family(GAUGE, "Shared memory that requests and results take", (), "process"),
     "penstock_process_cpu_seconds": Family(COUNTER, "Processor time", (), "process"),
     "penstock_process_resident_bytes": Family(GAUGE, "Resident memory", (), "process"),
 }

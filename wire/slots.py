@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from typing import Final
 
+import numpy as np
+
 from penstock.wire.arena import Arena
 
 # A payload of at least this many bytes is put into the arena; to copy a smaller one from process to process costs less
@@ -33,20 +35,29 @@ class Placed:
 class Slot(Placed):
     """A piece of the arena, to be written through ``view``."""
 
-    __slots__ = ("_offset", "_slots")
+    __slots__ = ("_more", "_offset", "_slots")
 
     def __init__(self, slots: Slots, offset: int, place: int, view: memoryview) -> None:
         super().__init__(place, view)
         self._slots: Slots | None = slots
         self._offset = offset
+        self._more = 0  # who else has to give it back
 
     def tail(self, nbytes: int) -> Placed:
         """The last ``nbytes`` of it."""
         lead = len(self.view) - nbytes
         return Placed(self.place + lead, self.view[lead:])
 
+    def share(self) -> Slot:
+        """One more has to give it back before it is free. Returns the slot itself."""
+        self._more += 1
+        return self
+
     def give_back(self) -> None:
-        """Nobody needs it any more. Does nothing the second time."""
+        """Whoever had it needs it no more. Once all have given it back, it is free, and more of it does nothing."""
+        if self._more:
+            self._more -= 1
+            return
         slots, self._slots = self._slots, None
         if slots is not None:
             slots.give_back(self._offset)
@@ -57,6 +68,7 @@ class Slots:
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
+        self.address: Final[int] = np.frombuffer(arena.view(0, arena.size), np.uint8).ctypes.data  # of its first byte
         self._lock = threading.Lock()
 
     def take(self, nbytes: int, lead: int = 0) -> Slot | None:

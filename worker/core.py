@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from penstock.wire.arrivals import Arrivals
 from penstock.wire.codec import ids_in, pack
 from penstock.wire.errors import BAD_INPUT, DEADLINE, UNAVAILABLE, BadMessage, PenstockError
-from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
-from penstock.wire.lots import lots_of
+from penstock.wire.events import Arena, ArenaCame, BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
+from penstock.wire.lots import lots_of, pick, pick_payload
 from penstock.wire.membership import Membership
 from penstock.wire.messages import (
     BATCH_REASONS,
@@ -43,7 +44,7 @@ from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.metrics import Meters
 from penstock.wire.models import READY, ModelState
 from penstock.worker.batcher import Batch, Batcher, ModelKey, Rules
-from penstock.worker.events import Arena, ArenaCame, Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import Executed, Publication, failure_answers
 from penstock.worker.lots import ENDED, RUNNING, WAITING, Lot
 from penstock.worker.model import Model
@@ -67,15 +68,17 @@ class Identity:
 
 
 class Kept:
-    """A published message that some of its answers' callers have not acknowledged."""
+    """A published message of which its caller has not acknowledged every answer. It may be reading ``slots``."""
 
-    __slots__ = ("frames", "head", "left", "nbytes")
+    __slots__ = ("frames", "head", "left", "nbytes", "slots")
 
-    def __init__(self, head: bytes, frames: Sequence[Payload]) -> None:
+    def __init__(self, head: bytes, publication: Publication) -> None:
         self.head = head
-        self.frames = frames
+        self.frames = publication.frames
+        self.slots = publication.slots
         self.left = 0  # answers that have not been acknowledged
-        self.nbytes = len(head) + sum(map(len, frames))
+        placed = sum([group.nbytes * len(group.ids) for group in publication.groups if group.places])
+        self.nbytes = len(head) + sum(map(len, self.frames)) + placed
 
 
 class _Series:
@@ -103,9 +106,11 @@ class Core:
         self._idle = identity.instances
         self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
         self._kept: dict[bytes, dict[int, Kept]] = {}  # by caller
-        self._callers: set[bytes] = set()  # those that the broker knows
-        self._arenas: dict[bytes, Arena] = {}  # of those of them that share memory
-        self._arenas_came: dict[bytes, Arena] = {}  # Expect, which says whose they are now, is under way
+        self._callers: set[bytes] = set()  # those that the broker knows, and whose arena is here if they share one
+        self._awaited: set[bytes] = set()  # the broker knows them, and their arena has not come yet
+        self._readers: set[bytes] = set()  # those that read this worker's arena
+        self._arenas: dict[bytes, Arena] = {}
+        self._arrivals: Arrivals[Arena | None] = Arrivals()
         self._subscriptions: dict[bytes, int] = {}  # connections that hear a caller's topic
         self._plans: dict[Form, Plan] = {}
         self._series: dict[ModelKey, _Series] = {}
@@ -129,8 +134,10 @@ class Core:
                 self._executed(event, now)
             case Tick():
                 pass
-            case ArenaCame(caller, arena):
-                self._arenas_came[caller] = arena
+            case ArenaCame(caller, arena, reason):
+                if reason:
+                    self._log("error", "a caller's memory cannot be read; it is not served", reason=reason)
+                self._arena_came(caller, self._arrivals.came(caller, arena))
             case Loaded(state, model):
                 self._loaded(state, model)
             case Subscribed(caller):
@@ -142,7 +149,7 @@ class Core:
             case BrokerLost(reason):
                 if self.membership.joined:
                     self._log("warning", "broker gone; looking for it", reason=reason)
-                self._arenas_came.clear()
+                self._arrivals.clear()
                 self.membership.lost()
             case Garbage(process, reason):
                 self.meters.value("penstock_bad_messages", process).value += 1
@@ -190,10 +197,13 @@ class Core:
         nbytes = 0
         for caller, held in self._kept.items():
             assert held, f"{caller!r} has an empty index of results"
-            assert caller in self._callers, f"results are kept for {caller!r}, which the broker does not know"
+            lives = caller in self._callers or caller in self._awaited or caller in self._subscriptions
+            assert lives, f"results are kept for {caller!r}, which has gone"
             for kept, left in Counter(held.values()).items():
                 assert kept.left == left, f"{left} answers of a message are kept, and {kept.left} are counted"
-                nbytes += len(kept.head) + sum(map(len, kept.frames))
+                nbytes += kept.nbytes
+        assert not self._callers & self._awaited, "a caller is served whose arena has not come"
+        assert self._arenas.keys() <= self._callers, "an arena is held of a caller that has gone"
         assert self.kept_bytes == nbytes, f"{nbytes} bytes are kept, and {self.kept_bytes} are counted"
         assert all(count > 0 for count in self._subscriptions.values()), f"subscriptions are {self._subscriptions}"
 
@@ -224,17 +234,20 @@ class Core:
                 raise AssertionError(f"a broker does not send {message!r}")
 
     def _welcomed(self, message: Welcome, now: float) -> None:
-        """A broker that does not know what this worker holds: start from nothing. Batches that run end unheard."""
+        """A broker that does not know what this worker holds: start from nothing. Batches that run end unheard. Results
+        that are there already are published again when their caller is known to the broker too, and freed once it has
+        acknowledged them."""
         for index in self._lots.values():
             for lot in dict.fromkeys(index.values()):
                 if lot.state == WAITING:
                     self._batcher.remove(lot, True)
                 lot.move("drop")
         self._lots.clear()
-        self._kept.clear()
-        self.kept_bytes = 0
-        self._callers.clear()
-        self._arenas.clear()
+        known = self._callers | self._awaited
+        for each in (self._callers, self._awaited, self._readers, self._arenas):
+            each.clear()
+        for caller in known:
+            self._forget_if_gone(caller)
         self.membership.welcomed(message.epoch, now)
         self._log("info", "joined the broker", worker=message.name)
         if self._told != tuple(self.states.values()):  # a model has been loaded since the hello
@@ -242,26 +255,42 @@ class Core:
 
     def _expect(self, message: Expect) -> None:
         sharing = set(message.sharing)
+        self._readers.update(message.reading)
         for caller in message.callers:
             if caller in sharing:
-                arena = self._arenas_came.pop(caller, None)
-                if arena is None:  # without it nothing of this caller could be run here
-                    self._log("error", "a caller's arena did not come; it is not served", caller=caller.hex())
-                    continue
-                self._arenas[caller] = arena
-            self._callers.add(caller)
-            if caller in self._subscriptions:
-                self._say(Attached(self.membership.epoch, caller, True))
+                self._awaited.add(caller)
+                self._arena_came(caller, self._arrivals.announced(caller))
+            else:
+                self._serve(caller)
         for caller in message.gone:
             self._callers.discard(caller)
+            self._awaited.discard(caller)
+            self._readers.discard(caller)
             self._arenas.pop(caller, None)
             self._cancel(caller, list(self._lots.get(caller, ())))
-            self._free(caller, list(self._kept.get(caller, ())))
+            self._forget_if_gone(caller)
+
+    def _arena_came(self, caller: bytes, arena: Arena | None) -> None:
+        if arena is not None and caller in self._awaited:
+            self._awaited.remove(caller)
+            self._arenas[caller] = arena
+            self._serve(caller)
+
+    def _serve(self, caller: bytes) -> None:
+        """The broker knows a caller, and nothing is missing here to run what it asks."""
+        self._callers.add(caller)
+        if caller in self._subscriptions:
+            self._say(Attached(self.membership.epoch, caller, True))
+            self._publish_again(caller)
 
     def _subscribed(self, caller: bytes) -> None:
         self._subscriptions[caller] = self._subscriptions.get(caller, 0) + 1
         if caller in self._callers:
             self._say(Attached(self.membership.epoch, caller, True))
+        self._publish_again(caller)
+
+    def _publish_again(self, caller: bytes) -> None:
+        """Everything that a caller has not acknowledged: it, or its acknowledgment, may have been lost."""
         for kept in dict.fromkeys(self._kept.get(caller, {}).values()):
             self._commands.append(Publish(caller, kept.head, kept.frames))
 
@@ -269,8 +298,17 @@ class Core:
         left = self._subscriptions.get(caller, 0) - 1
         if left > 0:
             self._subscriptions[caller] = left
-        elif self._subscriptions.pop(caller, None) is not None and caller in self._callers:
-            self._say(Attached(self.membership.epoch, caller, False))
+        elif self._subscriptions.pop(caller, None) is not None:
+            if caller in self._callers:
+                self._say(Attached(self.membership.epoch, caller, False))
+            self._forget_if_gone(caller)
+
+    def _forget_if_gone(self, caller: bytes) -> None:
+        """Free a caller's results once nobody vouches for it: neither the broker nor its own connection. One without
+        the other may be a process that was stopped, and reads on where it was when it is continued."""
+        known = caller in self._callers or caller in self._awaited
+        if not known and caller not in self._subscriptions:
+            self._free(caller, list(self._kept.get(caller, ())))
 
     # --- requests ---
 
@@ -293,13 +331,33 @@ class Core:
             except PenstockError as error:
                 self._refuse((form.model, form.version), caller, attempt, group.ids, error, group.waited_us)
                 continue
+            ids, timeouts_us = group.ids, group.timeouts_us
+            if attempt > 1:
+                left = self._skip_answered(group)
+                if len(left) < len(ids):
+                    if not left:
+                        continue
+                    whole = payload if type(payload) is tuple else memoryview(payload)[start:]
+                    payload, start = pick_payload(whole, form.nbytes, left), 0
+                    ids, timeouts_us = pick(ids, left), pick(timeouts_us, left)
             index = self._lots.get(caller)
             if index is None:
                 index = self._lots[caller] = {}
-            ids = group.ids
-            lot = Lot(index, caller, attempt, plan, ids, group.timeouts_us, payload, start, group.waited_us, now)
+            reads = caller in self._readers
+            lot = Lot(index, caller, attempt, plan, ids, timeouts_us, payload, start, group.waited_us, now, reads)
             index.update(dict.fromkeys(ids, lot))
             self._batcher.add(lot)
+
+    def _skip_answered(self, group: Tasks) -> list[int]:
+        """Which requests of a group have no result here. Others have: the broker took this worker for lost. What the
+        caller may be reading already stays, and is the answer."""
+        kept = self._kept.get(group.caller, {})
+        answered = [number for number in group.ids if number in kept]
+        if answered:
+            for each in dict.fromkeys([kept[number] for number in answered]):
+                self._commands.append(Publish(group.caller, each.head, each.frames))
+            self._done.append(Finished(group.caller, group.attempt, 0, tuple(answered)))
+        return [at for at, number in enumerate(group.ids) if number not in kept]
 
     def _views(self, group: Tasks) -> Sequence[Payload]:
         """Payloads where they lie in their caller's arena. Raises PenstockError when they do not."""
@@ -344,6 +402,8 @@ class Core:
         self._batcher.ended(event.batch)
         self._measure(event)
         if event.batch.lots[0].state == ENDED:
+            for publication in event.publications.values():
+                publication.give_back()
             return  # dropped: what the new broker may have sent under the same ids is not this
         for caller, publication in event.publications.items():
             index = self._lots[caller]
@@ -356,6 +416,7 @@ class Core:
 
     def _publish(self, caller: bytes, publication: Publication, info: BatchInfo) -> None:
         if caller not in self._callers:
+            publication.give_back()
             return
         message = Results(
             self.membership.epoch,
@@ -365,7 +426,7 @@ class Core:
             blob=b"".join(publication.inline),
             frames=publication.frames,
         )
-        kept = Kept(pack(message), publication.frames)
+        kept = Kept(pack(message), publication)
         held = self._kept.get(caller)
         if held is None:
             held = self._kept[caller] = {}
@@ -424,6 +485,8 @@ class Core:
             kept.left -= 1
             if not kept.left:
                 self.kept_bytes -= kept.nbytes
+                for slot in kept.slots:
+                    slot.give_back()
         if not held:
             del self._kept[caller]
 

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
-from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
+from penstock.wire.events import ArenaCame, BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.messages import Payload
 from penstock.wire.models import ModelState
 from penstock.worker.batcher import Batch
 from penstock.worker.execute import Executed
 from penstock.worker.model import Model
-
-
-class Arena(Protocol):
-    """A caller's memory, to be read."""
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """Raises BadMessage when it does not lie inside."""
 
 
 @dataclass(slots=True)
@@ -31,14 +24,6 @@ class Subscribed:
 @dataclass(slots=True)
 class Unsubscribed:
     caller: bytes
-
-
-@dataclass(slots=True)
-class ArenaCame:
-    """The broker has passed on a caller's arena; its Expect follows."""
-
-    caller: bytes
-    arena: Arena
 
 
 @dataclass(slots=True)

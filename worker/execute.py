@@ -14,11 +14,13 @@ from typing import Final
 
 import numpy as np
 
+from penstock.wire.allocator import ALIGN_BYTES
 from penstock.wire.codec import pack_failure
 from penstock.wire.errors import BAD_INPUT, MODEL_FAILED, PenstockError
 from penstock.wire.messages import COMPLETE, FAILED, INLINE_MAX_BYTES, Answers, Failure, Payload
 from penstock.wire.messages import Batch as BatchInfo
-from penstock.wire.tensors import DTYPES, Array, decode, pack_strings
+from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
+from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array, decode, element_count, pack_strings
 from penstock.worker.batcher import Batch
 from penstock.worker.lots import Lot
 from penstock.worker.model import RUN_ERRORS, Model, brief
@@ -31,13 +33,19 @@ _FLOATS: Final = frozenset({"FP16", "FP32", "FP64", "BF16"})
 
 @dataclass(slots=True)
 class Publication:
-    """What one caller gets of a batch: answers, and their payloads as in a Carrier. ``failed``: codes of those that
-    did."""
+    """What one caller gets of a batch: answers, and their payloads as in a Carrier; those with places lie in ``slots``.
+    ``failed``: codes of those that did."""
 
     groups: list[Answers] = field(default_factory=list)
     inline: list[bytes] = field(default_factory=list)
     frames: list[Payload] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+
+    def give_back(self) -> None:
+        """Nobody gets it: its slots are free."""
+        for slot in self.slots:
+            slot.give_back()
 
 
 @dataclass(slots=True)
@@ -55,16 +63,18 @@ class Executed:
     cpu_s: float  # of the thread that ran it
 
 
-def execute(model: Model, batch: Batch) -> Executed:
-    """Run a batch. Never raises for what a request or the model does: a batch that fails is run again one by one, so
-    that only those that fail alone are told so."""
+def execute(model: Model, batch: Batch, slots: Slots | None = None) -> Executed:
+    """Run a batch. ``slots``: where large outputs go while there is room. Never raises for what a request or the model
+    does: a batch that fails is run again one by one, so that only those that fail alone are told so."""
     start, cpu_start = time.monotonic(), time.thread_time()
     publications: dict[bytes, Publication] = {}
     try:
-        _run(model, batch.lots, start, publications)
+        _run(model, batch.lots, start, publications, slots)
     except _FAILURES as error:
+        for publication in publications.values():
+            publication.give_back()
         publications.clear()
-        _run_one_by_one(model, batch.lots, start, error, publications)
+        _run_one_by_one(model, batch.lots, start, error, publications, slots)
     took = time.monotonic() - start
     info = BatchInfo(batch.serial, batch.rows, batch.reason, int(took * 1e6))
     queue_s = [(_queue_us(lot, start) * 1e-6, len(lot.ids)) for lot in batch.lots]
@@ -75,27 +85,104 @@ def _queue_us(lot: Lot, start: float) -> int:
     return lot.waited_us + int((start - lot.arrived) * 1e6)
 
 
-def _run(model: Model, lots: Sequence[Lot], start: float, publications: dict[bytes, Publication]) -> None:
+def _run(
+    model: Model, lots: Sequence[Lot], start: float, publications: dict[bytes, Publication], slots: Slots | None
+) -> None:
     rows = sum([lot.rows for lot in lots])
-    outputs = model.run([_gather(model, lots, at, rows) for at in range(len(model.spec.inputs))])
+    feeds = [_gather(model, lots, at, rows) for at in range(len(model.spec.inputs))]
+    if slots is not None and _run_placed(model, lots, rows, feeds, start, publications, slots):
+        return
+    outputs = model.run(feeds)
     if len(lots) == 1 and len(lots[0].ids) == 1:
-        _answer(lots[0], outputs, start, publications)
+        _answer(lots[0], outputs, start, publications, slots)
         return
     for spec, output in zip(model.spec.outputs, outputs, strict=True):
         if output.shape[:1] != (rows,):
             raise PenstockError(MODEL_FAILED, f"output '{spec.name}' has no row for each of {rows} rows")
     if len(lots) == 1:
-        _answer(lots[0], outputs, start, publications)
+        _answer(lots[0], outputs, start, publications, slots)
         return
     at = 0
     for lot in lots:
         end = at + lot.rows
-        _answer(lot, [output[at:end] for output in outputs], start, publications)
+        _answer(lot, [output[at:end] for output in outputs], start, publications, slots)
         at = end
 
 
+def _run_placed(
+    model: Model,
+    lots: Sequence[Lot],
+    rows: int,
+    feeds: Sequence[Array],
+    start: float,
+    publications: dict[bytes, Publication],
+    slots: Slots,
+) -> bool:
+    """Have the model write its outputs where callers read them, when it is known how large they will be, and worth it.
+    False: they are not there, for whatever reason."""
+    shapes = _placed_shapes(model, lots, feeds)
+    if not shapes:
+        return False
+    sizes = [element_count(shape) * ITEM_SIZES[model.spec.outputs[at].datatype] for at, shape in shapes.items()]
+    if sum(sizes) < PLACED_MIN_BYTES * sum([len(lot.ids) for lot in lots]) or any(n % ALIGN_BYTES for n in sizes[:-1]):
+        return False
+    slot = slots.take(sum(sizes))
+    if slot is None:
+        return False
+    try:
+        if not model.run_into(feeds, shapes, slots.address + slot.place):
+            return False
+        alone = len(lots) == 1 and len(lots[0].ids) == 1
+        begin = 0
+        for lot in lots:
+            rows = lot.plan.rows
+            own = tuple([shape if alone else (rows, *shape[1:]) for shape in shapes.values()])
+            nbytes, body = lot.plan.describe(own)
+            end = begin + nbytes * len(lot.ids)
+            into = publications.setdefault(lot.caller, Publication())
+            queue_us = _queue_us(lot, start)
+            if lot.reads and nbytes >= PLACED_MIN_BYTES:
+                places = tuple(range(slot.place + begin, slot.place + end, nbytes))
+                into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, places))
+                into.slots.append(slot.share())
+            else:
+                into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids))
+                _send(into, memoryview(bytes(slot.view[begin:end])), nbytes)
+            begin = end
+        return True
+    finally:
+        slot.give_back()
+
+
+def _placed_shapes(model: Model, lots: Sequence[Lot], feeds: Sequence[Array]) -> dict[int, tuple[int, ...]]:
+    """The shapes of the outputs that all of a batch want, by their index; {} when its results should not be placed as
+    they come from the model: what they will be is not known, or too small, or would not lie together for each request.
+    """
+    if not any(lot.reads for lot in lots):
+        return {}
+    wanted = lots[0].plan.outputs
+    if len(wanted) > 1 and (len(lots) > 1 or len(lots[0].ids) > 1):
+        return {}
+    if any(lot.plan.outputs != wanted for lot in lots):
+        return {}
+    return model.output_shapes(feeds, wanted)
+
+
+def _send(into: Publication, block: memoryview, nbytes: int) -> None:
+    """Payloads of so many bytes each, that lie side by side, as they travel in a message."""
+    if nbytes <= INLINE_MAX_BYTES:
+        into.inline.append(bytes(block))
+    else:
+        into.frames += [block[at : at + nbytes] for at in range(0, len(block), nbytes)]
+
+
 def _run_one_by_one(
-    model: Model, lots: Sequence[Lot], start: float, error: Exception, publications: dict[bytes, Publication]
+    model: Model,
+    lots: Sequence[Lot],
+    start: float,
+    error: Exception,
+    publications: dict[bytes, Publication],
+    slots: Slots | None,
 ) -> None:
     """``error`` is what all of them together gave."""
     alone = len(lots) == 1 and len(lots[0].ids) == 1
@@ -105,7 +192,7 @@ def _run_one_by_one(
             own: Exception | None = error if alone else None
             if not alone:
                 try:
-                    _run(model, [one], start, publications)
+                    _run(model, [one], start, publications, slots)
                 except _FAILURES as failure:
                     own = failure
             if own is not None:
@@ -121,7 +208,9 @@ def _one_of(lot: Lot, at: int) -> Lot:
     size = lot.plan.form.nbytes
     payload, start = (lot.payload, lot.start + at * size) if type(lot.payload) is not tuple else ((lot.payload[at],), 0)
     times = (lot.timeouts_us[at],)
-    return Lot({}, lot.caller, lot.attempt, lot.plan, (lot.ids[at],), times, payload, start, lot.waited_us, lot.arrived)
+    ids = (lot.ids[at],)
+    waited_us, arrived = lot.waited_us, lot.arrived
+    return Lot({}, lot.caller, lot.attempt, lot.plan, ids, times, payload, start, waited_us, arrived, lot.reads)
 
 
 def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int) -> Array:
@@ -204,7 +293,13 @@ def _gather_strings(lots: Sequence[Lot], at: int) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _answer(lot: Lot, outputs: Sequence[Array], start: float, publications: dict[bytes, Publication]) -> None:
+def _answer(
+    lot: Lot,
+    outputs: Sequence[Array],
+    start: float,
+    publications: dict[bytes, Publication],
+    slots: Slots | None,
+) -> None:
     """Put the outputs of a lot's rows into its caller's answers."""
     plan, count = lot.plan, len(lot.ids)
     into = publications.get(lot.caller)
@@ -218,16 +313,37 @@ def _answer(lot: Lot, outputs: Sequence[Array], start: float, publications: dict
         return
     shapes = tuple([(plan.rows, *output.shape[1:]) if count > 1 else output.shape for output in wanted])
     nbytes, body = plan.describe(shapes)
-    into.groups.append(Answers(COMPLETE, nbytes, body, _queue_us(lot, start), lot.ids))
+    queue_us = _queue_us(lot, start)
+    if lot.reads and slots is not None and nbytes >= PLACED_MIN_BYTES:
+        slot = slots.take(nbytes * count)
+        if slot is not None:
+            _fill(slot, wanted, count)
+            places = tuple(range(slot.place, slot.place + nbytes * count, nbytes))
+            into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, places))
+            into.slots.append(slot)
+            return
+    into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids))
     if len(wanted) == 1 and nbytes <= INLINE_MAX_BYTES:
         into.inline.append(wanted[0].tobytes())
         return
-    blocks = [np.ascontiguousarray(output).reshape(-1).view(np.uint8).reshape(count, -1) for output in wanted]
+    blocks = [_rows_of(output, count) for output in wanted]
     block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
-    if nbytes <= INLINE_MAX_BYTES:
-        into.inline.append(block.tobytes())
-    else:
-        into.frames += [memoryview(row) for row in block]
+    _send(into, block.reshape(-1).data, nbytes)
+
+
+def _rows_of(output: Array, count: int) -> Array:
+    """An output's bytes, [requests, bytes of one]."""
+    return np.ascontiguousarray(output).reshape(-1).view(np.uint8).reshape(count, -1)
+
+
+def _fill(slot: Slot, outputs: Sequence[Array], count: int) -> None:
+    """Write outputs of a number of requests into a slot, each request's side by side."""
+    rows = np.frombuffer(slot.view, np.uint8).reshape(count, -1)
+    at = 0
+    for output in outputs:
+        part = _rows_of(output, count)
+        rows[:, at : at + part.shape[1]] = part
+        at += part.shape[1]
 
 
 def _answer_strings(plan: Plan, number: int, outputs: Sequence[Array], queue_us: int, into: Publication) -> None:

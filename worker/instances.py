@@ -8,6 +8,7 @@ from collections import deque
 from queue import SimpleQueue
 from typing import Final
 
+from penstock.wire.slots import Slots
 from penstock.worker.batcher import Batch
 from penstock.worker.execute import Executed, execute
 from penstock.worker.model import Model
@@ -21,7 +22,9 @@ _SMOOTHING: Final = 1 / 16  # weight of one batch in a model's mean time
 class Instances:
     """``count`` threads. ``fileno``, an eventfd, is readable once ``take`` has something new."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, slots: Slots | None = None) -> None:
+        """``slots``: where large outputs go while there is room."""
+        self._slots = slots
         self._todo: SimpleQueue[tuple[Model, Batch] | None] = SimpleQueue()
         self._ran: deque[Executed] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -39,7 +42,7 @@ class Instances:
         if model.run_s > INLINE_MAX_S:
             self._todo.put((model, batch))
             return None
-        executed = execute(model, batch)
+        executed = execute(model, batch, self._slots)
         _measure(executed)
         return executed
 
@@ -61,7 +64,7 @@ class Instances:
 
     def _compute(self) -> None:
         while (task := self._todo.get()) is not None:
-            self._ran.append(execute(*task))
+            self._ran.append(execute(*task, self._slots))
             del task  # it would hold its callers' memory until the next one comes
             os.eventfd_write(self._wake, 1)
 

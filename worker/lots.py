@@ -33,7 +33,7 @@ class Lot:
 
     ``payload``: their tensors (see pick_payload), from byte ``start`` on where they lie in one piece. ``arrived``:
     seconds of this process's monotonic clock; ``timeouts_us``: how long after that each may take; ``waited_us``:
-    before that.
+    before that. ``reads``: their caller reads results where they lie in this worker's arena.
     """
 
     __slots__ = (
@@ -44,6 +44,7 @@ class Lot:
         "index",
         "payload",
         "plan",
+        "reads",
         "start",
         "state",
         "timeouts_us",
@@ -62,6 +63,7 @@ class Lot:
         start: int,
         waited_us: int,
         arrived: float,
+        reads: bool = False,
     ) -> None:
         self.index = index  # where the worker finds it by its ids
         self.caller = caller
@@ -73,6 +75,7 @@ class Lot:
         self.start = start
         self.waited_us = waited_us
         self.arrived = arrived
+        self.reads = reads
         self.state = WAITING
 
     @property
@@ -122,6 +125,7 @@ class Lot:
             *parts[0],
             self.waited_us,
             self.arrived,
+            self.reads,
         )
         other.state = self.state
         self.ids = pick(self.ids, outside)

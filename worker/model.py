@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from penstock.wire.messages import MAX_NAME
 from penstock.wire.models import MAX_TENSORS, ModelSpec, TensorSpec
-from penstock.wire.tensors import MAX_DIMS, Array
+from penstock.wire.tensors import DTYPES, ITEM_SIZES, MAX_DIMS, Array, element_count
 from penstock.worker.config import DEFAULT_BATCH_SIZE, ModelConfig
 
 _DATATYPES: Final = {
@@ -34,6 +34,8 @@ _DATATYPES: Final = {
     "tensor(string)": "BYTES",
 }
 _ONNX_BFLOAT16: Final = 16  # TensorProto.DataType
+_ONNX_TYPES: Final[dict[str, Any]] = {**DTYPES, "BF16": _ONNX_BFLOAT16}
+_SHAPES_MAX: Final = 1024  # of inputs, for which a model remembers the shapes of its outputs
 _LOG_FATAL_ONLY: Final = 4  # errors come as exceptions, which are told in our own words
 
 # ONNX Runtime's own exceptions have no common base.
@@ -80,6 +82,9 @@ class Model:
             config.max_batch_size or DEFAULT_BATCH_SIZE,
         )
         self._names = [each.name for each in self.spec.outputs]
+        self._output_dims: list[list[int | str | None]] = [list(each.shape) for each in outputs]
+        self._known_shapes: dict[tuple[Any, ...], dict[int, tuple[int, ...]]] = {}
+        self._binds = all(each.datatype != "BYTES" for each in self.spec.inputs)
         # numpy has no bfloat16, so such models take ONNX Runtime's own values in and out.
         datatypes = {each.datatype for each in (*self.spec.inputs, *self.spec.outputs)}
         self._has_bf16 = "BF16" in datatypes
@@ -102,6 +107,53 @@ class Model:
         feed = {spec.name: array for spec, array in zip(self.spec.inputs, feeds, strict=True)}
         outputs: list[Array] = self._session.run(self._names, feed)
         return outputs
+
+    def output_shapes(self, feeds: Sequence[Array], wanted: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """The shapes that some outputs will have for these inputs, by index, as far as the model's declaration tells;
+        {} when it does not tell of all of them."""
+        key = (*wanted, *[feed.shape for feed in feeds])
+        known = self._known_shapes.get(key)
+        if known is None:
+            if len(self._known_shapes) >= _SHAPES_MAX:
+                self._known_shapes.clear()
+            known = self._known_shapes[key] = self._find_shapes(feeds, wanted)
+        return known
+
+    def _find_shapes(self, feeds: Sequence[Array], wanted: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        sizes: dict[Any, int] = {}
+        for dims, feed in zip(self.dims, feeds, strict=True):
+            sizes |= {dim: size for dim, size in zip(dims, feed.shape, strict=True) if type(dim) is str}
+        shapes: dict[int, tuple[int, ...]] = {}
+        for at in wanted:
+            spec, dims = self.spec.outputs[at], self._output_dims[at]
+            shape = [dim if type(dim) is int else sizes.get(dim, 0) for dim in dims]
+            if self.spec.batchable:
+                shape[0] = len(feeds[0])  # each row has one, whatever its name
+            # A scalar is declared without dimensions, and so is what may have any (see MEASURED in ARCHITECTURE.md).
+            if not shape or min(shape) < 1 or spec.datatype == "BYTES":
+                return {}
+            shapes[at] = tuple(shape)
+        return shapes if self._binds and all(feed.size for feed in feeds) else {}
+
+    def run_into(self, feeds: Sequence[Array], shapes: Mapping[int, tuple[int, ...]], address: int) -> bool:
+        """Have some outputs written side by side to ``address``, where there is room for them in these shapes. False
+        when they turn out to be of others; then it is not tried again. Raises as ``run``."""
+        binding = self._session.io_binding()
+        for spec, feed in zip(self.spec.inputs, feeds, strict=True):
+            kind = _ONNX_TYPES[spec.datatype]
+            binding.bind_input(spec.name, "cpu", 0, kind, feed.shape, feed.ctypes.data)
+        for at, shape in shapes.items():
+            spec = self.spec.outputs[at]
+            binding.bind_output(spec.name, "cpu", 0, _ONNX_TYPES[spec.datatype], shape, address)
+            address += element_count(shape) * ITEM_SIZES[spec.datatype]
+        try:
+            self._session.run_with_iobinding(binding)
+        except RUN_ERRORS:
+            self.run(feeds)  # raises too, unless it was the binding
+            self._binds = False
+            self._known_shapes.clear()
+            return False
+        return True
 
     def _run_values(self, feeds: Sequence[Array]) -> list[Array]:
         make = onnxruntime.OrtValue

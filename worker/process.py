@@ -20,19 +20,21 @@ from typing import Any, Final
 import zmq
 
 from penstock.wire import control
-from penstock.wire.arena import ArenaError, Mapping
+from penstock.wire.arena import make_arena
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
-from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Expect, Message
+from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
 from penstock.wire.process import StopSignal, fields, measure, notify
+from penstock.wire.slots import Slots
 from penstock.wire.sockets import Socket
 from penstock.worker.core import Core, Identity
-from penstock.worker.events import ArenaCame, Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.instances import Instances
 from penstock.worker.model import LoadError, load
+from penstock.worker.options import WorkerOptions
 from penstock.worker.probe import probe
 from penstock.worker.repository import ModelFile, find_models
 
@@ -55,6 +57,7 @@ class WorkerSettings:
     device: str = "cpu"
     bind: str = ""
     drain_s: float = 10.0
+    options: WorkerOptions = field(default_factory=WorkerOptions)
 
 
 @dataclass(slots=True)
@@ -107,7 +110,7 @@ def _load(file: ModelFile) -> Loaded:
 
 class WorkerProcess:
     """``start`` opens, ``serve`` runs until a signal and drains, ``stop`` closes. ``serve`` returns whether any model
-    could be loaded. RepositoryError, EndpointError: cannot start."""
+    could be loaded. RepositoryError, EndpointError, ArenaError: cannot start."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
@@ -122,7 +125,13 @@ class WorkerProcess:
         files = find_models(settings.models)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
+        self._slots: Slots | None = None
         if settings.broker.runtime is not None:
+            name = f"penstock-{settings.name or settings.device}"
+            arena = make_arena(settings.options.arena_bytes, name, "[worker] arena_bytes")
+            if arena is not None:
+                opened.callback(arena.close)
+                self._slots = Slots(arena)
             settings.broker.runtime.make()
             opened.callback(Guard(settings.broker.runtime.results(number)).release)
         self._context: zmq.Context[Any] = zmq.Context()
@@ -137,7 +146,7 @@ class WorkerProcess:
         opened.callback(self._broker.close, _LINGER_MS)
         self._broker.raw.connect(settings.broker.workers)
         instances = max(file.config.instances for file in files)
-        self._instances = Instances(instances)
+        self._instances = Instances(instances, self._slots)
         opened.callback(self._instances.stop)
         self._stop_signal = StopSignal()
         opened.callback(self._stop_signal.restore)
@@ -218,10 +227,7 @@ class WorkerProcess:
     def _read(self) -> None:
         for heads, frames in self._broker.receive(1, _ROUND_MESSAGES):
             try:
-                message = unpack(heads[0], [frame.buffer for frame in frames], TO_WORKER)
-                if isinstance(message, Expect) and message.sharing:
-                    self._read_control()  # the arenas have been sent before
-                event: Event = FromBroker(message)
+                event: Event = FromBroker(unpack(heads[0], [frame.buffer for frame in frames], TO_WORKER))
             except BadMessage as error:
                 event = Garbage("broker", str(error))
             self._hear(event)
@@ -271,8 +277,12 @@ class WorkerProcess:
 
     def _say(self, message: Message) -> None:
         if isinstance(message, Beat):
-            measure(self._core.meters)
-            message.samples = self._core.meters.samples()
+            meters = self._core.meters
+            if self._slots is not None:
+                meters.value("penstock_arena_bytes").value = self._slots.arena.size
+                meters.value("penstock_arena_used_bytes").value = self._slots.arena.allocator.used
+            measure(meters)
+            message.samples = meters.samples()
         assert not isinstance(message, Carrier)
         self._broker.send((pack(message),))
 
@@ -286,7 +296,8 @@ class WorkerProcess:
             return
         if self._control is not None or time.monotonic() < self._control_at:
             return
-        self._control = control.connect(runtime.control, self._core.identity.id)
+        arena = control.NO_ARENA if self._slots is None else self._slots.arena.fd
+        self._control = control.connect(runtime.control, self._core.identity.id, arena)
         if self._control is None:
             self._control_at = time.monotonic() + _CONTROL_AGAIN_S
             return
@@ -296,18 +307,16 @@ class WorkerProcess:
 
     def _read_control(self) -> None:
         """Take in the arenas that the broker passes on, and its end."""
-        while self._control is not None:
-            try:
-                introduced = control.receive(self._control)
-                if introduced is None:
-                    self._lose_control()
-                    self._hear(BrokerLost("its process ended"))
-                elif introduced[1] != control.NO_ARENA:
-                    self._hear(ArenaCame(introduced[0], Mapping(introduced[1])))
-            except BlockingIOError:
-                return
-            except (ArenaError, BadMessage) as error:
-                self._hear(Garbage("control", str(error)))
+        assert self._control is not None
+        try:
+            while (came := control.receive_arena(self._control)) is not None:
+                self._hear(came)
+        except BlockingIOError:
+            return
+        except BadMessage as error:
+            log.warning("the broker talks nonsense", extra=fields(reason=str(error)))
+        self._lose_control()
+        self._hear(BrokerLost("its process ended"))
 
     def _lose_control(self) -> None:
         if self._control is not None:

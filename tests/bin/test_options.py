@@ -19,6 +19,7 @@ from penstock.bin import options
 from penstock.bin.cli import cli
 from penstock.broker.options import BrokerOptions
 from penstock.gateway.options import GatewayOptions
+from penstock.worker.options import WorkerOptions
 
 
 def refusal(*arguments: str) -> str:
@@ -113,25 +114,26 @@ def complaint(tmp_path: Path, content: str | bytes) -> str:
 
 
 def test_without_a_file_every_limit_has_its_default() -> None:
-    assert options.load_options(None) == (BrokerOptions(), GatewayOptions())
+    assert options.load_options(None) == (BrokerOptions(), WorkerOptions(), GatewayOptions())
 
 
 def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
     path = tmp_path / "penstock.toml"
-    path.write_text("[broker]\nattempts_max = 5\n[gateway]\nkeep_alive_s = 10\n")
-    broker, gateway = options.load_options(path)
+    path.write_text("[broker]\nattempts_max = 5\n[gateway]\nkeep_alive_s = 10\n[worker]\narena_bytes = 0\n")
+    broker, worker, gateway = options.load_options(path)
     assert broker == BrokerOptions(attempts_max=5)
+    assert worker == WorkerOptions(arena_bytes=0)
     assert gateway == GatewayOptions(keep_alive_s=10.0)
     path.write_text("")
-    assert options.load_options(path) == (BrokerOptions(), GatewayOptions())
+    assert options.load_options(path) == options.Options()
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[brokr]\n", "'brokr' is not a section; known are [broker] and [gateway]"),
-        ("broker = 1\n", "'broker' is not a section; known are [broker] and [gateway]"),
-        ("attempts_max = 1\n", "'attempts_max' is not a section; known are [broker] and [gateway]"),
+        ("[brokr]\n", "'brokr' is not a section; known are [broker], [worker], [gateway]"),
+        ("broker = 1\n", "'broker' is not a section; known are [broker], [worker], [gateway]"),
+        ("attempts_max = 1\n", "'attempts_max' is not a section; known are [broker], [worker], [gateway]"),
         ("[broker]\natempts_max = 1\n", "[broker]: unknown key 'atempts_max'; did you mean 'attempts_max'?"),
         ("[gateway]\nattempts_max = 1\n", "[gateway]: unknown key 'attempts_max'; "),
         ("[broker]\nattempts_max = 'three'\n", "[broker]: key 'attempts_max': Expected `int`, got `str`"),
@@ -161,11 +163,11 @@ def test_no_file_makes_more_than_a_sentence(tmp_path_factory: pytest.TempPathFac
     path.write_bytes(content)
     said = ""
     try:
-        broker, gateway = options.load_options(path)
+        read = options.load_options(path)
     except click.UsageError as error:
         said = error.message
     else:
-        assert (broker, gateway) == (BrokerOptions(), GatewayOptions())
+        assert read == options.Options()
     assert not said or said.startswith(f"{path}: ")
 
 

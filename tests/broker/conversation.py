@@ -115,11 +115,12 @@ class Conversation:
         name: str = "w",
         endpoints: Sequence[str] = ("ipc:///run/w.sock",),
         connected: bool = False,
+        arena_bytes: int = 0,
     ) -> WorkerTalk:
         """A worker that has said hello, perhaps over a control connection too, and is heard by some callers."""
         worker = WorkerTalk(self, b"worker%02d" % len(self.inbox))
         if connected:
-            self.handle(Came(worker.id, 0))
+            self.handle(Came(worker.id, arena_bytes))
         callers = [caller.id for caller in hears]
         worker.say(WorkerHello(0, name, "cpu", 1, endpoints, instances, models or (model(),), callers))
         return worker

@@ -36,8 +36,13 @@ def arena() -> Iterator[Arena]:
 
 
 @pytest.fixture
-def server(path: Path) -> Iterator[ControlServer]:
-    server = ControlServer(path)
+def poll() -> select.poll:
+    return select.poll()
+
+
+@pytest.fixture
+def server(path: Path, poll: select.poll) -> Iterator[ControlServer]:
+    server = ControlServer(path, poll)
     yield server
     server.close()
 
@@ -150,7 +155,7 @@ def test_processes_of_other_users_are_turned_away(
 
 
 def test_closing_ends_every_connection(path: Path) -> None:
-    server = ControlServer(path)
+    server = ControlServer(path, select.poll())
     end = control.connect(path, PEER)
     assert end is not None
     [fileno] = server.accept()
@@ -186,10 +191,37 @@ def test_arenas_are_passed_on(server: ControlServer, path: Path, arena: Arena) -
     assert introduced[0] == PEER
     arena.view(0, 1)[:] = b"!"
     assert bytes(Mapping(introduced[1]).view(0, 1)) == b"!"
-    server.share(b"nobody..", b"a reader")
     server.share(PEER, b"nobody..")
+    server.share(b"gone now", b"a reader")
+    assert control.receive(reader) == (b"gone now", control.NO_ARENA)
     with pytest.raises(BlockingIOError):
         control.receive(reader)
+    owner.close()
+    reader.close()
+
+
+def test_more_arenas_than_the_kernel_takes_wait(
+    server: ControlServer, path: Path, arena: Arena, poll: select.poll
+) -> None:
+    """As when a worker joins a server with many clients: net.unix.max_dgram_qlen is 10 by default."""
+    owner, reader = control.connect(path, PEER, arena.fd), control.connect(path, b"a reader")
+    assert owner is not None
+    assert reader is not None
+    for fileno in server.accept():
+        server.read(fileno)
+    for _ in range(2000):
+        server.share(PEER, b"a reader")
+    taken = 0
+    while taken < 2000:
+        for fileno, happened in poll.poll(0):
+            assert happened == select.POLLOUT
+            server.write(fileno)
+        introduced = control.receive(reader)
+        assert introduced is not None
+        assert introduced[0] == PEER
+        os.close(introduced[1])
+        taken += 1
+    assert poll.poll(0) == [], "there is nothing to write any more"
     owner.close()
     reader.close()
 
@@ -201,7 +233,7 @@ def test_a_peer_that_does_not_read_is_gone(server: ControlServer, path: Path, ar
     filenos = list(server.accept())
     for fileno in filenos:
         server.read(fileno)
-    for _ in range(10_000):
+    for _ in range(40_000):
         server.share(PEER, b"deaf one")
     assert server.read(filenos[1]) == Gone(b"deaf one", "its process ended", disconnected=True)
     assert not server.shares(b"deaf one")

@@ -35,12 +35,11 @@ from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTal
 T = TypeVar("T")
 
 CALLERS, WORKERS = 3, 3
-ACKNOWLEDGE_GRACE_S = 4.0
 LARGE = INLINE_MAX_BYTES + 1
 MODELS = {"m": model("m", batch=4), "n": model("n", batch=2)}
 
 HAPPENINGS = (
-    *("caller", "remote caller", "worker", "worker", "tcp worker"),
+    *("caller", "remote caller", "worker", "sharing worker", "tcp worker"),
     *("heard", "heard", "heard", "unheard", "models", "models", "nonsense", "leaving"),
     *("caller bye", "caller gone", "caller hello", "worker gone", "worker gone", "worker hello"),
 )
@@ -54,7 +53,6 @@ class CallerLife:
 
     talk: CallerTalk
     sizes: dict[int, int] = field(default_factory=dict)  # all that it asked for
-    deadlines: dict[int, float] = field(default_factory=dict)
     answered: set[int] = field(default_factory=set)  # have a result, which may be acknowledged or not
     acknowledged: set[int] = field(default_factory=set)
     cancelled: set[int] = field(default_factory=set)
@@ -75,6 +73,7 @@ class WorkerLife:
     keeps: set[tuple[bytes, int]] = field(default_factory=set)  # results, until they are freed
     hears: set[bytes] = field(default_factory=set)
     serves: set[str] = field(default_factory=lambda: set(MODELS))
+    shares: bool = False  # callers read results in its memory, so it keeps them until they are acknowledged
 
 
 def some(things: Sequence[T], picks: list[int]) -> list[T]:
@@ -97,7 +96,6 @@ class CoreMachine(RuleBasedStateMachine):
             unacknowledged_bytes_max=100,
             attempts_max=2,
             unserved_grace_s=3.0,
-            acknowledge_grace_s=ACKNOWLEDGE_GRACE_S,
         )
         self.callers: dict[bytes, CallerLife] = {}
         self.workers: dict[bytes, WorkerLife] = {}
@@ -129,7 +127,8 @@ class CoreMachine(RuleBasedStateMachine):
             for message in worker.talk.inbox:
                 if isinstance(message, Expect):
                     worker.hears -= set(message.gone)
-                    worker.keeps = {key for key in worker.keeps if key[0] not in message.gone}
+                    if not worker.shares:
+                        worker.keeps = {key for key in worker.keeps if key[0] not in message.gone}
                 elif isinstance(message, Assign):
                     self.assigned(worker, message)
             worker.talk.inbox.clear()
@@ -149,13 +148,15 @@ class CoreMachine(RuleBasedStateMachine):
     def assigned(self, worker: WorkerLife, message: Assign) -> None:
         for freed in message.freed:
             for number in spread(freed.ranges):
-                assert (freed.caller, number) in worker.keeps, f"request {number} was freed and is not kept"
-                worker.keeps.remove((freed.caller, number))
+                known = (freed.caller, number) in worker.keeps
+                stray = worker.shares and number in self.callers[freed.caller].acknowledged
+                assert known or stray, f"request {number} was freed and is not kept"
+                worker.keeps.discard((freed.caller, number))
         for cancelled in message.cancelled:
             caller = self.callers[cancelled.caller]
             for number in spread(cancelled.ranges):
                 ended = number in caller.cancelled or number in caller.acknowledged
-                assert ended or self.is_overdue(caller, number), f"request {number} was cancelled by nobody"
+                assert ended, f"request {number} was cancelled by nobody"
         for group, start in zip(message.groups, message.starts, strict=True):
             assert group.caller in worker.hears, "work for a caller that does not hear this worker"
             assert group.form.model in worker.serves, "work for a model that this worker does not serve"
@@ -171,10 +172,6 @@ class CoreMachine(RuleBasedStateMachine):
                     payload = message.frames[start + at] if size == LARGE else message.blob[start + at * size :][:size]
                     assert payload == bytes([number % 256]) * caller.sizes[number]
                 worker.holds[key] = group.attempt
-
-    def is_overdue(self, caller: CallerLife, number: int) -> bool:
-        """Its time was up so long ago that the broker drops it without a word: callers have clocks of their own."""
-        return self.talk.now - caller.deadlines[number] > ACKNOWLEDGE_GRACE_S
 
     # --- callers ---
 
@@ -224,7 +221,6 @@ class CoreMachine(RuleBasedStateMachine):
             places = tuple(map(place_of, own)) if placed and size == LARGE else ()
             groups.append(Requests(form, tuple(own), tuple(int(each * 1e6) for each in timeouts_s[:count]), places))
             caller.sizes |= dict.fromkeys(own, size)
-            caller.deadlines |= {number: self.talk.now + each for number, each in zip(own, timeouts_s, strict=False)}
         self.submit(caller, groups, ended, unwanted)
         if tick:
             self.tick(0.001)
@@ -323,8 +319,16 @@ class CoreMachine(RuleBasedStateMachine):
         elif "worker" in who and len(self.workers) < WORKERS:
             callers = [each.talk for each in self.callers.values()]
             endpoints = ["ipc:///run/w.sock"] + ["tcp://10.0.0.1:1"] * (who == "tcp worker")
-            worker = self.talk.worker(*MODELS.values(), hears=callers, instances=instances, endpoints=endpoints)
-            self.workers[worker.id] = WorkerLife(worker, hears=set(self.callers))
+            shares = who == "sharing worker"
+            worker = self.talk.worker(
+                *MODELS.values(),
+                hears=callers,
+                instances=instances,
+                endpoints=endpoints,
+                connected=shares,
+                arena_bytes=1 << 40,
+            )
+            self.workers[worker.id] = WorkerLife(worker, hears=set(self.callers), shares=shares)
 
     def attach(self, worker: WorkerLife, caller: CallerTalk, attached: bool) -> None:
         worker.talk.hear(caller, attached)
@@ -332,6 +336,9 @@ class CoreMachine(RuleBasedStateMachine):
 
     def end_caller(self, caller: CallerTalk, how: str) -> None:
         del self.callers[caller.id]
+        if how != "caller hello":
+            for worker in self.workers.values():
+                worker.keeps = {key for key in worker.keeps if key[0] != caller.id}
         if how == "caller bye":
             caller.bye()
         elif how == "caller gone":
@@ -342,13 +349,14 @@ class CoreMachine(RuleBasedStateMachine):
         self.hear()
 
     def end_worker(self, worker: WorkerTalk, how: str) -> None:
-        del self.workers[worker.id]
+        before = self.workers.pop(worker.id)
         if how == "worker gone":
             worker.vanish()
         else:
             models = tuple(MODELS.values())
             worker.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, models, tuple(self.callers)))
-            self.workers[worker.id] = WorkerLife(worker, hears=set(self.callers))
+            kept = before.keeps if before.shares else set()
+            self.workers[worker.id] = WorkerLife(worker, keeps=kept, hears=set(self.callers), shares=before.shares)
 
     # --- time ---
 
@@ -379,15 +387,15 @@ class CoreMachine(RuleBasedStateMachine):
                 for number, request in list(worker.keeps):
                     self.deliver(number, request)  # what was lost on the way is published again
             for caller in self.callers.values():
-                self.submit(caller, [], sorted(caller.answered - caller.acknowledged), [])
+                again = {key[1] for each in self.workers.values() for key in each.keeps if key[0] == caller.talk.id}
+                self.submit(caller, [], sorted(caller.answered - caller.acknowledged | again), [])
             if self.talk.held == (0, 0):
                 break
         assert self.talk.held == (0, 0), "something is held for ever"
         self.tick(0.02)
         self.tick(0.02)
         for life in self.callers.values():
-            open = [number for number in life.open if not self.is_overdue(life, number)]
-            assert open == [], "some requests never ended"
+            assert life.open == [], "some requests never ended"
         for worker in self.workers.values():
             assert worker.holds == {}
             assert {key for key in worker.keeps if key[0] in self.callers} == set(), "results are kept for ever"

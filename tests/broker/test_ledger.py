@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from penstock.wire.errors import OVERLOADED
 from penstock.wire.events import Drain
 from penstock.wire.messages import MAX_SENTENCE, Assign, Form, Models, Requests, Submit, WorkerHello
 from penstock.wire.models import LOADING, UNAVAILABLE
@@ -414,17 +415,19 @@ def test_a_worker_cannot_end_what_another_has() -> None:
     assert talk.held == (1, 0)
 
 
-def test_results_that_nobody_acknowledges_are_dropped_in_the_end() -> None:
-    talk, caller, worker = pair(acknowledge_grace_s=3.0)
+def test_a_result_waits_for_its_acknowledgment_as_long_as_its_caller_lives() -> None:
+    """It may be reading it still, in the worker's memory. What it may leave unacknowledged is bounded."""
+    talk, caller, worker = pair(caller_requests_max=2)
     caller.submit(2, timeout_s=1.0)
     talk.tick()
-    worker.done(caller, 1)
-    talk.live(3.9)
+    worker.done(caller, 1, 2)
+    talk.live(100.0)
     assert talk.held == (2, 0)
-    talk.live(0.5)
-    assert talk.held == (1, 0)  # the other is still on the worker, which never said DONE
-    assert worker.news() == ([1], [2])
-    worker.done(caller, 2)
+    assert worker.news() == ([], [])
+    caller.submit()
+    talk.tick()
+    assert caller.refused() == {3: OVERLOADED}
+    caller.vanish()
     assert talk.held == (0, 0)
 
 

@@ -126,11 +126,11 @@ def test_news_are_told_once_in_ranges_by_caller() -> None:
     for lot in lots:
         give(worker, lot)
     worker.cancel(lots[1])
-    assert (worker.has_news, worker.has_cancels) == (True, True)
+    assert (worker.has_news, worker.has_urgent_news) == (True, True)
     assert worker.take_cancelled() == [(first.id, (3, 3))]
     for lot in lots:
         worker.release(lot)
-    assert (worker.has_news, worker.has_cancels) == (True, False)
+    assert (worker.has_news, worker.has_urgent_news) == (True, False)
     assert worker.take_freed() == [(first.id, (1, 3, 9, 9)), (second.id, (1, 1))]
     assert (worker.has_news, worker.take_freed(), worker.take_cancelled()) == (False, [], [])
 

@@ -148,6 +148,8 @@ class Echo:
         else:
             exchange.answer(200, b"%b %b %b" % (head.method, head.url, bytes(body)), b"text/plain")
 
+    def sent(self) -> None: ...
+
     def refused(self, status: int, sentence: str) -> None:
         self.refusals.append((status, sentence))
 

@@ -121,7 +121,13 @@ def tasks(draw: st.DrawFn) -> Tasks:
     return Tasks(form, draw(peers), attempt, draw(u64), numbers, timeouts, draw(places(len(numbers))))
 
 
-answers = st.builds(Answers, st.integers(COMPLETE, FAILED), sizes, bodies, u64, ids)
+@st.composite
+def answers(draw: st.DrawFn) -> Answers:
+    numbers = draw(ids)
+    status, nbytes = draw(st.integers(COMPLETE, FAILED)), draw(sizes)
+    return Answers(status, nbytes, draw(bodies), draw(u64), numbers, draw(places(len(numbers))))
+
+
 finished = st.builds(Finished, peers, st.integers(1, 1 << 16), u64, ids)
 freed = few(st.builds(Freed, peers, id_ranges))
 refusals = st.builds(Refusal, u64, st.sampled_from(sorted(CODES)), names, u32)
@@ -136,7 +142,7 @@ def payloads(groups: tuple[Any, ...]) -> dict[str, Any]:
     starts: list[int] = []
     for group in groups:
         size, count = group.nbytes, len(group.ids)
-        if not isinstance(group, Answers) and group.places:
+        if group.places:
             starts.append(0)
         elif size <= INLINE_MAX_BYTES:
             starts.append(len(blob))
@@ -177,6 +183,6 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     Metrics: st.builds(Metrics, u64, u64, few(snapshots)),
     Expect: st.builds(Expect, u64, few(peers), few(peers), few(peers)),
     Assign: carriers(Assign, tasks(), freed, freed),
-    Results: carriers(Results, answers, peers, batches),
+    Results: carriers(Results, answers(), peers, batches),
 }
 messages: st.SearchStrategy[Message] = st.one_of(*MESSAGES.values())

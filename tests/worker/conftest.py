@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, pack_layout, unpack, unpack_failure, unpack_outcome
 from penstock.wire.events import FromBroker, Log, Say, Tick
 from penstock.wire.messages import (
@@ -34,6 +35,7 @@ from penstock.wire.messages import (
 )
 from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.models import READY, Layout, ModelState, Tensor, check
+from penstock.wire.slots import Slots
 from penstock.wire.tensors import Array, decode, encode
 from penstock.worker.batcher import Batch
 from penstock.worker.config import ModelConfig
@@ -189,15 +191,18 @@ class Requests:
         assert isinstance(message, Results)
         return message
 
-    def read(self, head: bytes, frames: Sequence[Any]) -> list[tuple[int, Answer]]:
-        """The answers in a published message."""
+    def read(self, head: bytes, frames: Sequence[Any], arena: Arena | None = None) -> list[tuple[int, Answer]]:
+        """The answers in a published message, as they are now where they lie in the worker's arena."""
         message = self.unpack(head, frames)
         found: list[tuple[int, Answer]] = []
         for group, start in zip(message.groups, message.starts, strict=True):
             for at, number in enumerate(group.ids):
-                if group.nbytes <= INLINE_MAX_BYTES:
+                if group.places:
+                    assert arena is not None, "a caller is sent places that cannot read them"
+                    payload: Any = bytes(arena.view(group.places[at], group.nbytes))
+                elif group.nbytes <= INLINE_MAX_BYTES:
                     begin = start + at * group.nbytes
-                    payload: Any = message.blob[begin : begin + group.nbytes]
+                    payload = message.blob[begin : begin + group.nbytes]
                 else:
                     payload = message.frames[start + at]
                 found.append((number, _read(group, payload)))
@@ -227,8 +232,10 @@ class Talk:
     the commands that followed. ``now``: seconds.
     """
 
-    def __init__(self, requests: Requests, instances: int = 1, local: bool = True) -> None:
+    def __init__(self, requests: Requests, instances: int = 1, local: bool = True, slots: Slots | None = None) -> None:
+        """``slots``: of the worker's arena."""
         self.requests = requests
+        self.slots = slots
         self.now = 1.0
         self.core = Core(Identity(WORKER, "worker", "cpu", 42, ("ipc://results",), instances, local), [])
         self.batches: list[Run] = []
@@ -259,8 +266,8 @@ class Talk:
     def join(self, epoch: int = 7) -> list[Command]:
         return self.tell(Welcome(epoch, "worker-1"))
 
-    def expect(self, *callers: bytes, gone: Sequence[bytes] = ()) -> list[Command]:
-        return self.tell(Expect(self.epoch, callers, tuple(gone)))
+    def expect(self, *callers: bytes, gone: Sequence[bytes] = (), reading: Sequence[bytes] = ()) -> list[Command]:
+        return self.tell(Expect(self.epoch, callers, tuple(gone), (), tuple(reading)))
 
     def subscribe(self, caller: bytes) -> list[Command]:
         return self.hear(Subscribed(caller))
@@ -291,7 +298,7 @@ class Talk:
     def finish(self, after: float = 0.0, which: int = 0) -> list[Command]:
         """One of the batches that run has ended, by default the one that was started first."""
         run = self.batches.pop(which)
-        return self.hear(execute(run.model, run.batch), after)
+        return self.hear(execute(run.model, run.batch, self.slots), after)
 
     def said(self, commands: Sequence[Command], kind: type[M]) -> list[M]:
         """The messages of one kind to the broker."""
@@ -304,7 +311,8 @@ class Talk:
     def heard(self, commands: Sequence[Command], caller: bytes) -> list[tuple[int, Answer]]:
         """What is published for a caller."""
         published = [command for command in commands if isinstance(command, Publish) and command.caller == caller]
-        return [answer for command in published for answer in self.requests.read(command.head, command.frames)]
+        arena = None if self.slots is None else self.slots.arena
+        return [answer for each in published for answer in self.requests.read(each.head, each.frames, arena)]
 
     def about(self, commands: Sequence[Command]) -> list[BatchInfo]:
         """What published messages say of their batches."""
@@ -380,10 +388,10 @@ def alone(workshop: Workshop) -> Model:
 
 @pytest.fixture
 def start_talk(requests: Requests) -> Callable[..., Talk]:
-    """``start_talk(*models, instances=1, local=True)``: a conversation with a core that has loaded them."""
+    """``start_talk(*models, instances=1, local=True, slots=None)``: a conversation with a core that has loaded them."""
 
-    def start(*models: Model, instances: int = 1, local: bool = True) -> Talk:
-        talk = Talk(requests, instances, local)
+    def start(*models: Model, instances: int = 1, local: bool = True, slots: Slots | None = None) -> Talk:
+        talk = Talk(requests, instances, local, slots)
         for model in models:
             talk.load(model)
         return talk

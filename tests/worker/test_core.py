@@ -165,18 +165,30 @@ def test_messages_of_another_epoch_are_not_heard(talk: Talk, row: Request) -> No
 # --- a new epoch ---
 
 
-def test_new_epoch_drops_what_waits_what_is_kept_and_who_is_known(talk: Talk, row: Request) -> None:
+def test_new_epoch_drops_what_waits_and_who_is_known(talk: Talk, row: Request) -> None:
     talk.assign(A, [1], row)
     talk.finish()
     talk.assign(A, [2], row)
     talk.assign(A, [3, 4], row)
-    assert talk.core.kept_bytes > 0
+    kept = talk.core.kept_bytes
+    assert kept > 0
+    talk.join(8)
+    assert talk.core._lots == {}
+    assert talk.core.kept_bytes == kept
+    commands = talk.expect(A)
+    assert talk.said(commands, Attached) == [Attached(8, A, True)]
+    assert ids(talk, commands) == [1]  # it, or its acknowledgment, may have been lost with the old broker
+    talk.tell(Assign(8, [], [Freed(A, (1, 1))]))
+    assert talk.core.kept_bytes == 0
+
+
+def test_a_caller_that_neither_the_new_broker_nor_a_subscription_knows_is_gone(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    talk.hear(Unsubscribed(A))
     talk.join(8)
     assert talk.core.holds_nothing
     assert talk.core.kept_bytes == 0
-    assert talk.subscribe(A) == []  # unknown to this broker so far: nothing is kept, nothing said
-    [hello_again] = talk.said(talk.expect(A), Attached)
-    assert hello_again == Attached(8, A, True)
 
 
 def test_result_of_an_old_epoch_is_dropped(talk: Talk, row: Request) -> None:
@@ -534,6 +546,8 @@ def test_caller_that_has_gone_is_forgotten(talk: Talk, row: Request) -> None:
     talk.assign(A, [3], row)
     commands = talk.expect(gone=[A])
     assert talk.done(commands) == [Finished(A, 1, 0, (3,))]
+    assert talk.core.kept_bytes > 0  # it may have been stopped, and read on when it is continued
+    talk.hear(Unsubscribed(A))
     assert talk.core.kept_bytes == 0
     commands = talk.finish()  # what ran goes to nobody, and the broker hears that it is over
     assert talk.heard(commands, A) == []
@@ -543,6 +557,29 @@ def test_caller_that_has_gone_is_forgotten(talk: Talk, row: Request) -> None:
 
 def test_caller_that_nobody_knows_may_be_gone(talk: Talk) -> None:
     assert talk.expect(gone=[B]) == []
+
+
+def test_a_caller_that_comes_back_is_told_again_what_it_may_have_missed(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    talk.expect(gone=[A])
+    assert ids(talk, talk.expect(A)) == [1]
+
+
+def test_what_was_answered_before_is_not_run_again(talk: Talk, row: Request) -> None:
+    """The broker took this worker for lost, and gives it what it has done already; its caller may be reading that."""
+    talk.assign(A, [1, 2], row)
+    talk.finish()
+    talk.tell(HelloWanted(7))
+    talk.join(7)
+    talk.expect(A)
+    commands = talk.assign(A, [2, 3], row, attempt=2)
+    assert ids(talk, commands) == [1, 2]  # one message
+    assert talk.done(commands) == [Finished(A, 2, 0, (2,))]
+    [run] = talk.batches
+    assert [lot.ids for lot in run.batch.lots] == [(3,)]
+    assert ids(talk, talk.finish()) == [3]
+    assert talk.done(talk.assign(A, [1], row, attempt=2)) == [Finished(A, 2, 0, (1,))]
 
 
 def test_others_keep_theirs_when_a_caller_goes(talk: Talk, row: Request) -> None:
@@ -774,7 +811,7 @@ def test_tick_without_anything_due_is_silent(talk: Talk) -> None:
         (lambda core: core._lots[A].pop(3), "are indexed as"),
         (lambda core: core._batcher._held.update({("double", "1"): 99}), "are held, and 99 are counted"),
         (lambda core: core._kept.update({B: {}}), "empty index of results"),
-        (lambda core: core._callers.clear(), "which the broker does not know"),
+        (lambda core: (core._callers.clear(), core._subscriptions.clear()), "which has gone"),
         (lambda core: core._subscriptions.update({B: 0}), "subscriptions are"),
         (lambda core: core._done.append(1), "were not said"),
         (lambda core: next(core._batcher.waiting()).move("start"), "is among those that wait"),

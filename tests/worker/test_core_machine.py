@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,10 +18,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from penstock.wire.arena import Arena
 from penstock.wire.codec import ranges
 from penstock.wire.errors import BAD_INPUT, DEADLINE, UNAVAILABLE
 from penstock.wire.events import BrokerFound, BrokerLost, FromBroker
 from penstock.wire.messages import Assign, Bye, Failure, Form, Freed, HelloWanted, Tasks
+from penstock.wire.slots import PLACED_MIN_BYTES, Slots
 from penstock.worker.events import Command, Event, Unsubscribed
 from penstock.worker.model import Model
 
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     StartTalk = Callable[..., Talk]
 
 CALLERS = [b"caller a", b"caller b", b"caller c"]
+READERS = {b"caller a", b"caller b"}  # read results in the worker's arena
+WIDE = PLACED_MIN_BYTES // 4 + 1
+ARENA_BYTES = 64 * 1024  # for few of them
 Key = tuple[bytes, int]  # a request
 
 
@@ -42,12 +48,14 @@ class Sent(NamedTuple):
     urgent: bool  # may be too late
 
 
+NOBODYS = Sent(0, 0.0, "", False)  # ended while no broker was there
+
 GROUPS = st.lists(
     st.tuples(
         st.sampled_from(CALLERS),
         st.sampled_from([*["double", "twice", "slow"] * 4, "lying", "unknown"]),
         st.integers(1, 3),  # rows of a request
-        st.integers(1, 2),  # numbers in a row
+        st.sampled_from([1, 2, 2, WIDE]),  # numbers in a row
         st.integers(1, 4),  # requests
         st.sampled_from([1, 1, 2]),  # attempt
         st.sampled_from([*[60_000_000] * 8, 4_000, 0]),  # microseconds
@@ -64,11 +72,13 @@ class CoreMachine(RuleBasedStateMachine):
     def __init__(self, start_talk: StartTalk, models: Sequence[Model]) -> None:
         super().__init__()
         self.models = {model.spec.name: model for model in models}
-        self.talk = start_talk(*models, instances=2)
+        self.slots = Slots(Arena(ARENA_BYTES, "test"))
+        self.talk = start_talk(*models, instances=2, slots=self.slots)
         self.known: set[bytes] = set()
         self.assigned: dict[Key, Sent] = {}  # not DONE
         self.cancelled: set[Key] = set()  # or their caller has gone
-        self.kept: set[Key] = set()  # published, not freed
+        self.kept: dict[Key, Sent] = {}  # published, not freed, and their caller may be there to read it
+        self.heard: Counter[bytes] = Counter()  # connections that are subscribed to a caller's results
         self.published: set[Key] = set()
         self.freeable: set[Key] = set()  # DONE, not freed
         self.lost: dict[Key, Sent] = {}  # were held when an epoch ended
@@ -82,19 +92,22 @@ class CoreMachine(RuleBasedStateMachine):
     # --- what the core is told, and what must follow ---
 
     def follow(self, commands: list[Command], again: bool = False) -> None:
-        """``again``: results are published anew, because somebody subscribed."""
-        published: set[Key] = set()
+        """``again``: results are published anew, because somebody subscribed, or is expected again."""
+        published: dict[Key, Sent] = {}
         for caller in CALLERS:
             for number, answer in self.talk.heard(commands, caller):
                 key = (caller, number)
-                published.add(key)
-                if again:
+                if again or key in self.kept:
                     assert key in self.published  # what is freed may come once more beside what is not
                     continue
                 assert caller in self.known
                 if not self.joined:
+                    published[key] = NOBODYS
                     continue
-                sent = self.assigned[key]
+                if key not in self.assigned:
+                    assert key in self.published  # beside what was answered before
+                    continue
+                sent = published[key] = self.assigned[key]
                 if isinstance(answer, Failure):
                     assert answer.code == sent.code or (sent.urgent and answer.code == DEADLINE), answer
                 else:
@@ -106,18 +119,20 @@ class CoreMachine(RuleBasedStateMachine):
                 assert self.assigned.pop(key).attempt == attempt
                 self.freeable.add(key)
                 if caller in self.known:
-                    assert key in published or (key in self.cancelled and not nbytes)
-        if not again:
-            self.kept |= published
-            self.published |= published
+                    assert key in published or key in self.kept or (key in self.cancelled and not nbytes)
+        self.kept |= published
+        self.published |= published.keys()
 
     def hear(self, event: Event, after: float = 0.0) -> None:
         self.follow(self.talk.hear(event, after))
 
     def forget_epoch(self) -> None:
         self.lost |= self.assigned
-        for held in self.known, self.assigned, self.cancelled, self.kept, self.published, self.freeable:
+        self.lost |= {key: sent for key, sent in self.kept.items() if sent is not NOBODYS}
+        for held in self.known, self.assigned, self.cancelled, self.freeable:
             held.clear()
+        self.kept = {key: sent for key, sent in self.kept.items() if self.heard[key[0]]}
+        self.freeable = set(self.kept)  # the caller says so to the new broker, which passes it on
 
     # --- the broker ---
 
@@ -145,7 +160,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(callers=st.sets(st.sampled_from(CALLERS)))
     def expect(self, callers: set[bytes]) -> None:
         self.known |= callers
-        self.follow(self.talk.expect(*sorted(callers)))
+        self.follow(self.talk.expect(*sorted(callers), reading=sorted(callers & READERS)), again=True)
 
     @precondition(lambda self: self.known)
     @rule(at=st.integers(0, 2))
@@ -153,8 +168,12 @@ class CoreMachine(RuleBasedStateMachine):
         caller = sorted(self.known)[at % len(self.known)]
         self.known.discard(caller)
         self.cancelled |= {key for key in self.assigned if key[0] == caller}
-        self.kept -= {key for key in self.kept if key[0] == caller}
         self.follow(self.talk.expect(gone=[caller]))
+        self.leave(caller)
+
+    def leave(self, caller: bytes) -> None:
+        if caller not in self.known and not self.heard[caller]:
+            self.kept = {key: sent for key, sent in self.kept.items() if key[0] != caller}
 
     @precondition(lambda self: self.known)
     @rule(groups=GROUPS, free=PART, cancel=PART)
@@ -198,7 +217,9 @@ class CoreMachine(RuleBasedStateMachine):
                 blob += self.send((caller, number), sent, 1, width)
                 tasks.append(Tasks(self.form("double", 1, width), caller, sent.attempt, 0, (number,), (60_000_000,)))
         self.lost.clear()
+        answered = [key for key in self.assigned if key in self.kept]
         self.follow(self.talk.tell(Assign(self.talk.epoch, tasks, blob=blob)))
+        assert not any(key in self.assigned for key in answered), "what was answered before is run again"
 
     def form(self, name: str, rows: int, width: int) -> Form:
         model = self.models.get(name, self.models["double"])
@@ -217,7 +238,9 @@ class CoreMachine(RuleBasedStateMachine):
         keys = sorted(self.freeable)
         chosen = {keys[at] for at in places if at < len(keys)}
         self.freeable -= chosen
-        self.kept -= chosen
+        for held in self.kept, self.lost:  # what its caller has does not come again
+            for key in chosen:
+                held.pop(key, None)
         return as_freed(chosen)
 
     def cancels(self, places: list[int]) -> list[Freed]:
@@ -231,6 +254,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(caller=st.sampled_from(CALLERS))
     def subscribe(self, caller: bytes) -> None:
         commands = self.talk.subscribe(caller)
+        self.heard[caller] += 1
         self.follow(commands, again=True)
         heard = {number for number, _ in self.talk.heard(commands, caller)}
         assert {number for each, number in self.kept if each == caller} <= heard
@@ -238,6 +262,8 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(caller=st.sampled_from(CALLERS))
     def unsubscribe(self, caller: bytes) -> None:
         self.hear(Unsubscribed(caller))
+        self.heard[caller] = max(0, self.heard[caller] - 1)
+        self.leave(caller)
 
     @precondition(lambda self: self.talk.batches)
     @rule(which=st.integers(0, 1))
@@ -253,10 +279,15 @@ class CoreMachine(RuleBasedStateMachine):
     @invariant()
     def core_holds_what_it_should(self) -> None:
         core = self.talk.core
-        assert set(core._kept) <= self.known
-        assert {(caller, number) for caller, held in core._kept.items() for number in held} == self.kept
+        assert {(caller, number) for caller, held in core._kept.items() for number in held} == set(self.kept)
         if self.joined:
             assert {(caller, number) for caller, index in core._lots.items() for number in index} == set(self.assigned)
+        for (caller, number), sent in self.kept.items():
+            if sent is not NOBODYS:
+                kept = core._kept[caller][number]
+                answer = dict(self.talk.requests.read(kept.head, kept.frames, self.slots.arena))[number]
+                if not isinstance(answer, Failure):
+                    assert (answer["y"] == sent.value * 2).all(), "what a caller reads was overwritten"
         assert not core._idle or core._batcher.next(self.talk.now) is None, "an instance is idle beside work"
 
     def teardown(self) -> None:
@@ -270,9 +301,11 @@ class CoreMachine(RuleBasedStateMachine):
                 self.finish(0)
             else:
                 self.wait(0.010)
-        self.follow(self.talk.tell(Assign(self.talk.epoch, [], as_freed(self.freeable))))
+        self.follow(self.talk.tell(Assign(self.talk.epoch, [], as_freed(self.freeable | set(self.kept)))))
         assert core.holds_nothing
         assert core.kept_bytes == 0
+        assert self.slots.arena.allocator.used == 0, "a slot is lost"
+        self.slots.arena.close()
         assert core._idle == core.identity.instances
         assert not any(core._batcher._held.values())
 

@@ -11,9 +11,9 @@ import pytest
 
 from penstock.wire.arena import Arena, Mapping
 from penstock.wire.errors import BAD_INPUT
-from penstock.wire.events import BrokerLost, Log
+from penstock.wire.events import ArenaCame, BrokerLost, Log
 from penstock.wire.messages import INLINE_MAX_BYTES, Assign, Attached, Expect, Failure, Finished, Tasks
-from penstock.worker.events import ArenaCame, Command
+from penstock.worker.events import Command
 from penstock.worker.model import Model
 
 if TYPE_CHECKING:
@@ -76,9 +76,25 @@ def test_a_caller_whose_arena_did_not_come_is_not_served(talk: Talk) -> None:
     talk.subscribe(A)
     commands = talk.tell(Expect(talk.epoch, (A, B), (), (A,)))
     assert talk.said(commands, Attached) == []
-    [logged] = [command for command in commands if isinstance(command, Log)]
-    assert (logged.level, logged.fields) == ("error", {"caller": A.hex()})
     assert talk.said(talk.subscribe(B), Attached) == [Attached(talk.epoch, B, True)]
+    commands = talk.hear(ArenaCame(A, None, "too many are mapped"))
+    [logged] = [command for command in commands if isinstance(command, Log)]
+    assert (logged.level, logged.fields) == ("error", {"reason": "too many are mapped"})
+    assert talk.said(commands, Attached) == []
+
+
+def test_an_arena_may_come_after_its_caller_is_expected(talk: Talk, arena: Arena) -> None:
+    talk.subscribe(A)
+    assert talk.said(talk.tell(Expect(talk.epoch, (A,), (), (A,))), Attached) == []
+    assert talk.said(talk.hear(ArenaCame(A, mapped(arena))), Attached) == [Attached(talk.epoch, A, True)]
+
+
+def test_an_arena_that_comes_after_its_caller_has_gone_is_not_held(talk: Talk, arena: Arena) -> None:
+    talk.subscribe(A)
+    talk.tell(Expect(talk.epoch, (A,), (), (A,)))
+    talk.expect(gone=[A])
+    assert talk.hear(ArenaCame(A, mapped(arena))) == []
+    assert talk.core._arenas == {}
 
 
 def test_requests_run_on_what_lies_there(talk: Talk, arena: Arena, row: Request, double: Model) -> None:

@@ -1,0 +1,11 @@
+"""Every limit of a worker, with its unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    # Shared memory for large outputs, of each worker. -1: an eighth of what is free, at most 256 MiB; 0: none.
+    arena_bytes: int = -1
