@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -116,11 +117,17 @@ def _outcome(body: bytes) -> Outcome:
     return unpack_outcome(body)
 
 
-def decode_outcome(body: bytes, payload: Payload) -> tuple[Outcome, dict[str, Array]]:
-    """An answer's tensors by name, copied out of the payload. Raises BadMessage or PenstockError."""
-    outcome = _outcome(body)
-    view = memoryview(payload)
-    return outcome, {
-        name: np.array(decode(datatype, shape, view[offset : offset + nbytes]))
+def decode_outcome(
+    body: bytes, payload: Payload, copy: bool = True, let_go: Callable[[], None] | None = None
+) -> tuple[Outcome, dict[str, Array]]:
+    """An answer's tensors by name, copied out of the payload, or read-only views of it. ``let_go`` is called once the
+    payload is not read any more. Raises BadMessage or PenstockError."""
+    if let_go is not None:
+        payload = np.frombuffer(payload, np.uint8)  # all that is made of it below holds on to it
+        weakref.finalize(payload, let_go).atexit = False
+    outcome, view = _outcome(body), memoryview(payload)
+    outputs = {
+        name: decode(datatype, shape, view[offset : offset + nbytes])
         for name, datatype, shape, offset, nbytes in outcome.tensors
     }
+    return outcome, {name: np.array(output) for name, output in outputs.items()} if copy else outputs

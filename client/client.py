@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
@@ -48,13 +49,23 @@ class Timing:
 
 
 class Result(Mapping[str, Array]):
-    """A model's outputs by name: writable arrays that belong to the receiver."""
+    """A model's outputs by name: writable arrays that belong to the receiver, or with ``copy=False`` read-only ones
+    that may lie in the worker's memory. As a context it lets go of its outputs at the end; what lies there is the
+    worker's again when no array over it is left, or the client has been closed."""
 
     def __init__(self, model: str, version: str, outputs: dict[str, Array], timing: Timing) -> None:
         self.model = model
         self.version = version
         self.timing = timing
         self._outputs = outputs
+
+    def __enter__(self) -> Result:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._outputs = {}
 
     def __getitem__(self, name: str) -> Array:
         try:
@@ -76,10 +87,11 @@ class Result(Mapping[str, Array]):
 class _Call(Future[Result]):
     """A future that is also the end of its request."""
 
-    def __init__(self, client: Client, payload: bytes | Slot) -> None:
+    def __init__(self, client: Client, payload: bytes | Slot, copy: bool) -> None:
         super().__init__()
         self.number: int | None = None  # set by the client's thread
         self._client = client
+        self._copy = copy
         self._slot = payload if isinstance(payload, Slot) else None
 
     def cancel(self) -> bool:
@@ -95,10 +107,14 @@ class _Call(Future[Result]):
 
     def complete(self, answer: Complete) -> None:
         self.release()
+        client = self._client
+        let_go = partial(client._enqueue, client._let_go, answer.held) if answer.held else None
         if not self.set_running_or_notify_cancel():
+            if let_go is not None:
+                let_go()
             return
         try:
-            outcome, outputs = decode_outcome(answer.body, answer.payload)
+            outcome, outputs = decode_outcome(answer.body, answer.payload, self._copy, let_go)
         except (BadMessage, PenstockError) as error:
             self.set_exception(PenstockError(INTERNAL, f"a worker's answer cannot be read: {error}"))
             return
@@ -155,15 +171,18 @@ class Client:
         version: str = "",
         outputs: Sequence[str] = (),
         timeout: float | None = None,
+        copy: bool = True,
     ) -> Result:
         """Run a model and wait for its outputs.
 
         ``inputs``: arrays by name; for a batchable model the first dimension counts rows. Lists become arrays of the
-        type that the model expects; strings are BYTES. ``outputs``: names, none for all. ``timeout``: seconds. Raises
-        PenstockError; its ``retryable`` says whether the same call may succeed later.
+        type that the model expects; strings are BYTES. ``outputs``: names, none for all. ``timeout``: seconds.
+        ``copy=False``: large outputs are not copied out of the worker's memory; use the result as a context, so that
+        the worker gets its memory back soon. Raises PenstockError; its ``retryable`` says whether the same call may
+        succeed later.
         """
         limit_s = self._timeout_s if timeout is None else timeout
-        call = self.submit(model, inputs, version=version, outputs=outputs, timeout=limit_s)
+        call = self.submit(model, inputs, version=version, outputs=outputs, timeout=limit_s, copy=copy)
         try:
             return call.result(limit_s + _LATE_S)
         except TimeoutError:
@@ -179,6 +198,7 @@ class Client:
         version: str = "",
         outputs: Sequence[str] = (),
         timeout: float | None = None,
+        copy: bool = True,
     ) -> Future[Result]:
         """As ``infer``, without waiting for the result: its future ends with it, or with a PenstockError. Cancelling
         the future takes the request out of the queue.
@@ -190,7 +210,7 @@ class Client:
         limit_s = _check_timeout(self._timeout_s if timeout is None else timeout)
         link = self._reach(limit_s)
         form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs, self._slots)
-        call = _Call(self, payload)
+        call = _Call(self, payload, copy)
         self._enqueue(self._submit, call, form, payload, limit_s - (time.monotonic() - start))
         thread = self._thread
         if self._closed and thread is not None and thread is not threading.current_thread():
@@ -328,6 +348,9 @@ class Client:
         if call.number is not None:
             link.caller.cancel(call.number)
         call.release()
+
+    def _let_go(self, link: Link, held: int) -> None:
+        link.caller.release(held, time.monotonic())
 
     def _end(self, link: Link) -> None:
         with self._lock:

@@ -14,13 +14,12 @@ from typing import Final
 
 import numpy as np
 
-from penstock.wire.allocator import ALIGN_BYTES
 from penstock.wire.codec import pack_failure
 from penstock.wire.errors import BAD_INPUT, MODEL_FAILED, PenstockError
 from penstock.wire.messages import COMPLETE, FAILED, INLINE_MAX_BYTES, Answers, Failure, Payload
 from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
-from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array, decode, element_count, pack_strings
+from penstock.wire.tensors import DTYPES, Array, decode, pack_strings
 from penstock.worker.batcher import Batch
 from penstock.worker.lots import Lot
 from penstock.worker.model import RUN_ERRORS, Model, brief
@@ -120,23 +119,26 @@ def _run_placed(
 ) -> bool:
     """Have the model write its outputs where callers read them, when it is known how large they will be, and worth it.
     False: they are not there, for whatever reason."""
-    shapes = _placed_shapes(model, lots, feeds)
-    if not shapes:
+    wanted = lots[0].plan.outputs
+    shapes, nbytes = model.foresee(feeds, wanted)
+    if nbytes < PLACED_MIN_BYTES:
         return False
-    sizes = [element_count(shape) * ITEM_SIZES[model.spec.outputs[at].datatype] for at, shape in shapes.items()]
-    if sum(sizes) < PLACED_MIN_BYTES * sum([len(lot.ids) for lot in lots]) or any(n % ALIGN_BYTES for n in sizes[:-1]):
+    requests = sum([len(lot.ids) for lot in lots])
+    if nbytes < PLACED_MIN_BYTES * requests or not any(lot.reads for lot in lots):
         return False
-    slot = slots.take(sum(sizes))
+    # Each request's outputs lie side by side; those of a batch lie so only if there is one.
+    if (len(wanted) > 1 and requests > 1) or any(lot.plan.outputs != wanted for lot in lots):
+        return False
+    slot = slots.take(nbytes)
     if slot is None:
         return False
     try:
         if not model.run_into(feeds, shapes, slots.address + slot.place):
             return False
-        alone = len(lots) == 1 and len(lots[0].ids) == 1
         begin = 0
         for lot in lots:
             rows = lot.plan.rows
-            own = tuple([shape if alone else (rows, *shape[1:]) for shape in shapes.values()])
+            own = tuple([shape if requests == 1 else (rows, *shape[1:]) for shape in shapes.values()])
             nbytes, body = lot.plan.describe(own)
             end = begin + nbytes * len(lot.ids)
             into = publications.setdefault(lot.caller, Publication())
@@ -152,20 +154,6 @@ def _run_placed(
         return True
     finally:
         slot.give_back()
-
-
-def _placed_shapes(model: Model, lots: Sequence[Lot], feeds: Sequence[Array]) -> dict[int, tuple[int, ...]]:
-    """The shapes of the outputs that all of a batch want, by their index; {} when its results should not be placed as
-    they come from the model: what they will be is not known, or too small, or would not lie together for each request.
-    """
-    if not any(lot.reads for lot in lots):
-        return {}
-    wanted = lots[0].plan.outputs
-    if len(wanted) > 1 and (len(lots) > 1 or len(lots[0].ids) > 1):
-        return {}
-    if any(lot.plan.outputs != wanted for lot in lots):
-        return {}
-    return model.output_shapes(feeds, wanted)
 
 
 def _send(into: Publication, block: memoryview, nbytes: int) -> None:

@@ -6,12 +6,13 @@ import ctypes
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
+from penstock.wire.allocator import ALIGN_BYTES
 from penstock.wire.messages import MAX_NAME
 from penstock.wire.models import MAX_TENSORS, ModelSpec, TensorSpec
 from penstock.wire.tensors import DTYPES, ITEM_SIZES, MAX_DIMS, Array, element_count
@@ -56,6 +57,14 @@ class LoadError(Exception):
     """A model that cannot be served; the message is a sentence for the user."""
 
 
+class Foreseen(NamedTuple):
+    """What outputs will be before the model has run: their shapes by index, and the bytes that they take side by side.
+    0: that is not known, or one of them would not be aligned."""
+
+    shapes: dict[int, tuple[int, ...]]
+    nbytes: int
+
+
 class Model:
     """A loaded model. ``spec`` says what callers need; ``why_alone`` why rows of several requests must not run together
     (empty when they may); ``dims`` has the names of the inputs' symbolic dimensions.
@@ -83,7 +92,7 @@ class Model:
         )
         self._names = [each.name for each in self.spec.outputs]
         self._output_dims: list[list[int | str | None]] = [list(each.shape) for each in outputs]
-        self._known_shapes: dict[tuple[Any, ...], dict[int, tuple[int, ...]]] = {}
+        self._known_shapes: dict[tuple[Any, ...], Foreseen] = {}
         self._binds = all(each.datatype != "BYTES" for each in self.spec.inputs)
         # numpy has no bfloat16, so such models take ONNX Runtime's own values in and out.
         datatypes = {each.datatype for each in (*self.spec.inputs, *self.spec.outputs)}
@@ -108,15 +117,17 @@ class Model:
         outputs: list[Array] = self._session.run(self._names, feed)
         return outputs
 
-    def output_shapes(self, feeds: Sequence[Array], wanted: Sequence[int]) -> dict[int, tuple[int, ...]]:
-        """The shapes that some outputs will have for these inputs, by index, as far as the model's declaration tells;
-        {} when it does not tell of all of them."""
+    def foresee(self, feeds: Sequence[Array], wanted: Sequence[int]) -> Foreseen:
+        """What some outputs, by their indexes, will be for these inputs, as far as the model's declaration tells."""
         key = (*wanted, *[feed.shape for feed in feeds])
         known = self._known_shapes.get(key)
         if known is None:
             if len(self._known_shapes) >= _SHAPES_MAX:
                 self._known_shapes.clear()
-            known = self._known_shapes[key] = self._find_shapes(feeds, wanted)
+            shapes = self._find_shapes(feeds, wanted)
+            sizes = [element_count(shape) * ITEM_SIZES[self.spec.outputs[at].datatype] for at, shape in shapes.items()]
+            aligned = not any(size % ALIGN_BYTES for size in sizes[:-1])
+            known = self._known_shapes[key] = Foreseen(shapes, sum(sizes) if aligned else 0)
         return known
 
     def _find_shapes(self, feeds: Sequence[Array], wanted: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -129,7 +140,7 @@ class Model:
             shape = [dim if type(dim) is int else sizes.get(dim, 0) for dim in dims]
             if self.spec.batchable:
                 shape[0] = len(feeds[0])  # each row has one, whatever its name
-            # A scalar is declared without dimensions, and so is what may have any (see MEASURED in ARCHITECTURE.md).
+            # A scalar is declared without dimensions, and so is what may have any.
             if not shape or min(shape) < 1 or spec.datatype == "BYTES":
                 return {}
             shapes[at] = tuple(shape)
