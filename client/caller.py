@@ -412,7 +412,8 @@ class Caller:
                 self._lost("the broker fell silent")
 
     def _expire(self, call: Call) -> None:
-        limit = f"{round(call.timeout_s, 3):g} s"  # less what the client library took to build the request
+        # Less what the client library took to build the request, which need not be told.
+        limit = f"{round(call.timeout_s, 2 if call.timeout_s > 0.1 else 3):g} s"
         if call.state == WAITING and not self.membership.joined:
             sentence = (
                 f"no Penstock broker answered at {self.identity.address} within {limit}; "
