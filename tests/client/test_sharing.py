@@ -311,3 +311,30 @@ def test_what_cannot_be_decoded_is_let_go_of() -> None:
     with pytest.raises(BadMessage):
         decode_outcome(b"\xc1", memoryview(bytes(16)), copy=False, let_go=lambda: let_go.append(True))
     assert let_go == [True]
+
+
+def test_a_worker_is_heard_as_long_as_something_is_read_in_its_memory(
+    sharing: Conversation, form: Callable[..., Form]
+) -> None:
+    """To end the connection would tell it that its reader has gone; a new broker has yet to hear of it."""
+    [end] = sharing.send(form())
+    publish(sharing, 1)
+    sharing.hear(BrokerLost("its process ended"))
+    sharing.join(10)
+    assert name_workers(sharing) == []
+    assert name_workers(sharing, OTHER) == [("ipc://another.", True)]
+    sharing.caller.release(end.answers[0].held, sharing.now)
+    assert hears(sharing.pass_time(0.2)) == [("ipc://a worker", False)]
+    assert sharing.acknowledged() == []  # said before, when it was let go of
+
+
+def test_a_worker_that_is_named_again_while_it_is_read_is_heard_on(
+    sharing: Conversation, form: Callable[..., Form]
+) -> None:
+    [end] = sharing.send(form())
+    publish(sharing, 1)
+    assert name_workers(sharing) == []
+    assert name_workers(sharing, WORKER, sharing=[WORKER]) == []
+    sharing.hear(ArenaCame(WORKER, MEMORY))
+    sharing.caller.release(end.answers[0].held, sharing.now)
+    assert hears(sharing.pass_time(0.2)) == []
