@@ -98,11 +98,12 @@ class Caller:
         self._last_id = 0
         self._last_serial = 0
         self._workers: dict[bytes, WorkerAddress] = {}  # those that the broker has named
+        self._left: dict[bytes, WorkerAddress] = {}  # those that it names no more, and that are still heard
         self._endpoints: set[str] = set()  # of those that are heard
         self._arenas: dict[bytes, Arena] = {}  # by worker
         self._arrivals: Arrivals[Arena | None] = Arrivals()
         self._sharing: set[bytes] = set()  # workers that this broker has said to share their arena
-        self._held: set[int] = set()  # results that are still read in their worker's memory
+        self._held: dict[int, bytes] = {}  # results that are still read in their worker's memory, and whose that is
         self._commands: list[Command] = []
 
     # --- what the shell asks for ---
@@ -128,7 +129,7 @@ class Caller:
 
     def release(self, held: int, now: float) -> None:
         """A result that lies in its worker's memory is not read any more: ``held`` of its Complete."""
-        self._held.discard(held)
+        self._held.pop(held, None)
         if self.membership.joined:  # else the worker publishes it again, which is then acknowledged
             self._acks.append(held)
             self._acknowledge_at = min(self._acknowledge_at, now + _ACKNOWLEDGE_S)
@@ -192,7 +193,7 @@ class Caller:
 
     def due(self) -> float:
         """When the next Tick is needed even if nothing happens before."""
-        sweep = self._sweep_at if self.calls else float("inf")
+        sweep = self._sweep_at if self.calls or self._left else float("inf")
         return min(self.membership.due(), self._acknowledge_at, sweep)
 
     def wants_flush(self, now: float) -> bool:
@@ -238,6 +239,7 @@ class Caller:
         assert calls.keys().isdisjoint(self._cancels), "a request that is cancelled is still waited for"
         assert joined or not (self._acks or self._cancels), "nobody is there to be told"
         assert calls.keys().isdisjoint(self._held), "a result is read, and still waited for"
+        assert self._left.keys().isdisjoint(self._workers), "a worker has left, and is there"
         assert self._sharing <= self._workers.keys(), "a worker shares, and is not known"
         heard = {self._workers[worker].endpoint for worker in self._sharing & self._arenas.keys()}
         assert heard <= self._endpoints, "a worker is not heard whose results can be read"
@@ -299,7 +301,7 @@ class Caller:
                 continue
             del self.calls[number]
             call.move("end")
-            self._held.add(number)
+            self._held[number] = message.worker
             done = Complete(call.sink, group.body, payload, message.batch, group.queue_us, message.worker, number)
             self._commands.append(done)
 
@@ -356,10 +358,9 @@ class Caller:
 
     def _set_workers(self, workers: Sequence[WorkerAddress]) -> None:
         """Whoever shares its arena is heard once that has come: so its results can always be read."""
+        self._left = {worker: address for worker, address in (self._left | self._workers).items() if address.shares}
         self._workers = {address.worker: address for address in workers}
         sharing = {address.worker for address in workers if address.shares}
-        for worker in self._arenas.keys() - sharing:
-            del self._arenas[worker]
         for worker in sharing - self._sharing:
             arena = self._arrivals.announced(worker)
             if arena is not None:
@@ -373,7 +374,16 @@ class Caller:
             self._hear_workers()
 
     def _hear_workers(self) -> None:
-        endpoints = {
+        """Also those that the broker has stopped to name, or has not named yet, as long as a result is read in their
+        memory: by this connection they know that its reader lives."""
+        read = set(self._held.values())
+        self._left = {
+            worker: address for worker, address in self._left.items() if worker in read - self._workers.keys()
+        }
+        for worker in self._arenas.keys() - self._sharing - self._left.keys():
+            del self._arenas[worker]
+        endpoints = {address.endpoint for address in self._left.values()}
+        endpoints |= {
             address.endpoint
             for worker, address in self._workers.items()
             if worker in self._arenas or not address.shares
@@ -397,6 +407,8 @@ class Caller:
     def _tick(self, now: float) -> None:
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP_S
+            if self._left:
+                self._hear_workers()
             latest = now - _LATE_S
             for call in [call for call in self.calls.values() if call.deadline < latest]:
                 self._expire(call)
@@ -412,7 +424,8 @@ class Caller:
                 self._lost("the broker fell silent")
 
     def _expire(self, call: Call) -> None:
-        limit = f"{round(call.timeout_s, 3):g} s"  # less what the client library took to build the request
+        # Less what the client library took to build the request, which need not be told.
+        limit = f"{round(call.timeout_s, 2 if call.timeout_s > 0.1 else 3):g} s"
         if call.state == WAITING and not self.membership.joined:
             sentence = (
                 f"no Penstock broker answered at {self.identity.address} within {limit}; "

@@ -242,23 +242,23 @@ class Application:
         self._seconds.observe(seconds)
         encoding = exchange.request.head.target.accepts
         try:
-            if not encoding:
+            if encoding:
+                json, binary = render_body(answer.body, answer.payload, query.style, query.id)
+                self._send_compressed(exchange, json, binary, encoding)
+            else:
                 head, tail = render(answer.body, answer.payload, query.style, query.id)
                 if answer.held and tail is answer.payload:
                     self._count(200)
                     exchange.send(200, head, tail, partial(self._release, answer.held))
                     return
                 self._send(exchange, head, tail)
-            else:
-                json, binary = render_body(answer.body, answer.payload, query.style, query.id)
         except (BadMessage, PenstockError) as error:
             code = error.code if isinstance(error, PenstockError) else errors.INTERNAL
             self.fail(exchange, PenstockError(code, str(error)), query.id)
-            encoding = ""
-        if answer.held:  # what was sent of it was copied
+        if answer.held:  # what is sent of it has been copied
             self._release(answer.held)
-        if not encoding:
-            return
+
+    def _send_compressed(self, exchange: Exchange, json: bytes, binary: bytes, encoding: str) -> None:
         if len(json) + len(binary) < self.options.compress_bytes_min:
             self._send(exchange, wrap(json, len(binary), b"", bool(binary)), binary)
             return

@@ -99,10 +99,10 @@ class Conversation:
     def garbage(self, process: str = "caller") -> None:
         self.handle(Garbage(process, "nonsense", b"somebody"))
 
-    def caller(self, name: str = "", local: bool = True, arena_bytes: int = 0) -> CallerTalk:
-        """A caller that has said hello, perhaps after it has shown its arena."""
+    def caller(self, name: str = "", local: bool = True, arena_bytes: int = 0, connected: bool = False) -> CallerTalk:
+        """A caller that has said hello, perhaps after it has made its control connection and shown its arena."""
         caller = CallerTalk(self, b"caller%02d" % len(self.inbox))
-        if arena_bytes:
+        if arena_bytes or connected:
             self.handle(Came(caller.id, arena_bytes))
         caller.say(CallerHello(0, name, 1, local))
         return caller

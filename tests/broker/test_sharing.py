@@ -7,8 +7,18 @@ import pytest
 from penstock.broker.events import Came, Gone
 from penstock.wire.errors import BAD_INPUT
 from penstock.wire.events import Garbage
-from penstock.wire.messages import INLINE_MAX_BYTES, Assign, CallerHello, Expect, Form, Requests, Welcome
-from tests.broker.conversation import EPOCH, Conversation, model
+from penstock.wire.messages import (
+    INLINE_MAX_BYTES,
+    Assign,
+    CallerHello,
+    Expect,
+    Form,
+    Requests,
+    Welcome,
+    WorkerHello,
+    Workers,
+)
+from tests.broker.conversation import EPOCH, CallerTalk, Conversation, model
 
 LARGE = INLINE_MAX_BYTES + 1
 ARENA = 1 << 20
@@ -171,3 +181,111 @@ def test_who_talks_nonsense_on_its_control_connection_is_gone_and_so_is_its_aren
     talk.tick()
     assert list(caller.refused().values()) == [BAD_INPUT]
     assert talk.held == (0, 0)
+
+
+# --- results in workers' arenas ---
+
+
+def addresses(caller: CallerTalk) -> list[list[tuple[bytes, bool]]]:
+    """The workers that a caller is told of, and whether they share, message by message."""
+    return [[(each.worker, each.shares) for each in message.workers] for message in caller.take(Workers)]
+
+
+def test_a_workers_arena_is_passed_on_before_its_callers_hear_of_it() -> None:
+    talk = Conversation()
+    plain, far = talk.caller(connected=True), talk.caller()
+    owner = talk.worker(connected=True, arena_bytes=ARENA)
+    assert [(message.callers, message.reading) for message in owner.take(Expect)] == [((plain.id, far.id), (plain.id,))]
+    assert talk.shared == []
+    addresses(plain), addresses(far)
+    talk.tick()
+    assert talk.shared == [(owner.id, plain.id)]
+    assert addresses(plain) == [[(owner.id, True)]]
+    assert addresses(far) == [[(owner.id, False)]]
+    late = talk.caller(connected=True)
+    assert talk.shared == [(owner.id, plain.id), (owner.id, late.id)]
+    assert addresses(late) == [[(owner.id, True)]]
+    assert [message.reading for message in owner.take(Expect)] == [(late.id,)]
+
+
+def test_a_workers_arena_is_passed_on_once_while_it_stays() -> None:
+    talk = Conversation()
+    caller = talk.caller(connected=True)
+    first = talk.worker(connected=True, arena_bytes=ARENA)
+    talk.tick()
+    second = talk.worker(connected=True, arena_bytes=ARENA)
+    talk.tick()
+    assert talk.shared == [(first.id, caller.id), (second.id, caller.id)]
+    first.vanish()
+    talk.tick()
+    assert addresses(caller)[-1] == [(second.id, True)]
+    first.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, (model(),), ()))
+    talk.tick()
+    assert talk.shared[2:] == [(first.id, caller.id)]
+
+
+def test_a_worker_without_a_connection_or_an_arena_shares_nothing() -> None:
+    talk = Conversation()
+    caller = talk.caller(connected=True)
+    workers = talk.worker(connected=True), talk.worker()
+    talk.tick()
+    assert talk.shared == []
+    assert addresses(caller)[-1] == [(worker.id, False) for worker in workers]
+    assert all(message.reading == () for worker in workers for message in worker.take(Expect))
+
+
+def test_what_this_broker_does_not_know_is_passed_on_to_workers_whose_arena_the_caller_reads() -> None:
+    """A worker had it from the broker before this one, and keeps it where its caller has read it."""
+    talk = Conversation()
+    caller, other = talk.caller(connected=True), talk.caller()
+    owner = talk.worker(connected=True, arena_bytes=ARENA)
+    plain = talk.worker(connected=True)
+    talk.tick()
+    other.ack(5)
+    talk.tick()
+    assert owner.news() == ([], [])
+    caller.ack(3, 4, 9)
+    talk.tick()  # at once: nothing may follow
+    assert owner.news() == ([3, 4, 9], [])
+    assert plain.news() == ([], [])
+
+
+def test_what_was_done_by_a_worker_that_was_thought_lost_is_freed_there_when_it_is_back() -> None:
+    talk = Conversation()
+    caller = talk.caller(connected=True)
+    lost = talk.worker(hears=[caller], connected=True, arena_bytes=ARENA)
+    talk.tick()
+    caller.submit()
+    talk.tick()
+    assert lost.got() == [1]
+    lost.done(caller, 1, size=5000)
+    lost.vanish("silent for 5.0 s")
+    other = talk.worker(hears=[caller], connected=True, arena_bytes=ARENA)
+    talk.tick()
+    assert other.got() == [1]
+    caller.ack(1)  # of the first one's result
+    lost.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, (model(),), (caller.id,)))
+    caller.ack(1)  # it is published again, and so acknowledged
+    talk.tick()
+    assert lost.news() == ([1], [])
+    other.done(caller, 1, attempt=2)
+    assert talk.held == (0, 0)
+
+
+def test_a_caller_that_never_acknowledges_gets_nothing_more_from_a_worker_whose_memory_it_fills() -> None:
+    talk = Conversation(unacknowledged_bytes_max=10_000)
+    greedy, modest = talk.caller(connected=True), talk.caller(connected=True)
+    worker = talk.worker(hears=[greedy, modest], connected=True, arena_bytes=ARENA)
+    talk.tick()
+    for _ in range(2):
+        greedy.submit()
+        talk.tick()
+        worker.done(greedy, *worker.got(), size=5000)
+    greedy.submit()
+    modest.submit()
+    talk.tick()
+    assert [group.caller for group in worker.work()] == [modest.id]
+    worker.done(modest, 1, size=5000)
+    greedy.ack(1)
+    talk.tick()
+    assert [(group.caller, group.ids) for group in worker.work()] == [(greedy.id, (3,))]

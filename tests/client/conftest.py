@@ -250,7 +250,8 @@ def server(serving: Any, models: Path, tmp_path_factory: pytest.TempPathFactory)
         yield running
 
 
-@pytest.fixture
-def client(server: Server) -> Iterator[Client]:
-    with Client(server.runtime, timeout=20.0) as client:
+@pytest.fixture(params=["shared", "sent"])
+def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Client]:
+    """With large tensors in shared memory, and as on another host: all over TCP."""
+    with Client(server.runtime if request.param == "shared" else server.tcp, timeout=20.0) as client:
         yield client

@@ -24,7 +24,7 @@ from penstock.gateway.reports import Reports
 from penstock.wire import errors
 from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, pack_failure, pack_outcome, unpack, unpack_layout
-from penstock.wire.events import BrokerLost, FromBroker, Tick
+from penstock.wire.events import ArenaCame, BrokerLost, FromBroker, Tick
 from penstock.wire.messages import (
     COMPLETE,
     FAILED,
@@ -42,6 +42,8 @@ from penstock.wire.messages import (
     Snapshot,
     Submit,
     Welcome,
+    WorkerAddress,
+    Workers,
 )
 from penstock.wire.metrics import Sample
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelSpec, ModelState, Tensor, TensorSpec
@@ -827,3 +829,83 @@ def test_without_a_broker_that_shares_a_tensor_travels(loop: Loop, slots: Slots)
     desk.begin("POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text)))
     sent = desk.sent()
     assert (sent.groups[0].places, bytes(sent.frames[0])) == ((), x)
+
+
+# --- results in a worker's memory ---
+
+
+class Memory:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self.content)[offset : offset + nbytes]
+
+
+BINARY = {**INFER, "parameters": {"binary_data_output": True}}
+Y = np.array([[2, 4]], "<f4").tobytes()
+
+
+@pytest.fixture
+def sharing(desk: Desk) -> Desk:
+    """A desk whose one worker has the answer Y in its memory, behind eight bytes."""
+    desk.join(ready())
+    desk.hear(FromBroker(Workers(EPOCH, [WorkerAddress(b"worker 0", "ipc://results", True)])))
+    desk.hear(ArenaCame(b"worker 0", Memory(bytes(8) + Y)))
+    return desk
+
+
+def place(desk: Desk, number: int) -> None:
+    """The result of a request, where it lies."""
+    body = pack_outcome(Outcome("double", "1", (Tensor("y", "FP32", (1, 2), 0, 8),)))
+    answers = Answers(COMPLETE, 8, body, 7, (number,), (8,))
+    message = unpack(pack(Results(EPOCH, [answers], b"worker 0", Batch(1, 1, "idle", 10))), (), ON_PUBLICATION)
+    assert isinstance(message, Results)
+    desk.hear(FromWorker(message))
+
+
+def acknowledged(desk: Desk) -> list[int]:
+    return list(desk.sent().acks)
+
+
+@pytest.mark.parametrize("identifier", ["", "mine"])
+def test_a_binary_answer_is_sent_from_where_it_lies_and_acknowledged_afterwards(sharing: Desk, identifier: str) -> None:
+    exchange = sharing.infer({**BINARY, "id": identifier} if identifier else BINARY)
+    assert acknowledged(sharing) == []
+    place(sharing, 1)
+    assert exchange._response is not None
+    assert isinstance(exchange._tail, memoryview)
+    assert exchange._tail == Y
+    assert (b'"id":"mine"' in exchange._response) == bool(identifier)
+    assert acknowledged(sharing) == []
+    assert exchange._sent is not None
+    exchange._sent()
+    assert acknowledged(sharing) == [1, 1]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Accept_Encoding": "gzip"}])
+def test_what_is_made_of_a_result_frees_it_at_once(sharing: Desk, headers: dict[str, str]) -> None:
+    exchange = sharing.infer(**headers)
+    sharing.sent()
+    place(sharing, 1)
+    assert not waits(exchange)
+    assert acknowledged(sharing) == [1, 1]
+
+
+def test_a_result_for_a_client_that_has_gone_is_acknowledged(sharing: Desk) -> None:
+    exchange = sharing.infer(BINARY)
+    sharing.sent()
+    exchange._connection = None
+    place(sharing, 1)
+    assert acknowledged(sharing) == [1, 1]
+
+
+def test_an_answer_that_cannot_be_rendered_is_acknowledged(sharing: Desk) -> None:
+    exchange = sharing.infer()
+    sharing.sent()
+    answers = Answers(COMPLETE, 8, b"\xc1", 7, (1,), (8,))
+    message = unpack(pack(Results(EPOCH, [answers], b"worker 0", Batch(1, 1, "idle", 10))), (), ON_PUBLICATION)
+    assert isinstance(message, Results)
+    sharing.hear(FromWorker(message))
+    assert said(exchange).status == 500
+    assert acknowledged(sharing) == [1, 1]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.gateway.connection import Exchange
 from tests.gateway.serving import Echo, Peer, Serving, pattern
 
 Serve = Callable[..., Serving]
@@ -493,6 +494,98 @@ def test_request_and_its_budget_are_let_go_with_the_answer(echo: Echo, serve: Se
     assert (serving.http.budget.used, exchange.request.body, exchange.abandoned) == (5, b"hello", False)
     echo.tell(exchange)
     assert (serving.http.budget.used, exchange.request.body, exchange.status) == (0, b"", 200)
+
+
+# --- what the kernel has taken ---
+
+
+class Lender(Echo):
+    """Answers with memory of somebody else's, and notes when it may be used anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returned: list[bytes] = []
+        self.settled = 0
+
+    def tell(self, exchange: Exchange) -> None:
+        url = exchange.request.head.url
+        count = int(url.rpartition(b"/")[2])
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % count
+        exchange.send(200, head, memoryview(pattern(count)), lambda: self.returned.append(url))
+
+    def sent(self) -> None:
+        self.settled += 1
+
+
+@pytest.fixture
+def lender() -> Lender:
+    return Lender()
+
+
+def test_what_the_kernel_takes_at_once_is_returned_at_once(lender: Lender, serve: Serve) -> None:
+    peer = serve(lender).connect()
+    peer.send(ask("/0/10") + ask("/1/5000"))
+    assert [peer.response().body for _ in range(2)] == [pattern(10), pattern(5000)]
+    assert lender.returned == [b"/0/10", b"/1/5000"]
+    assert lender.settled == 0, "what follows from it is already under way"
+
+
+def test_a_large_answer_is_returned_once_the_client_has_read_it(lender: Lender, serve: Serve) -> None:
+    serving = serve(lender)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask("/0/5000000"))
+    serving.loop.until(lambda: lender.exchanges)
+    serving.loop.settle()
+    assert lender.returned == []
+    assert peer.response().body == pattern(5_000_000)
+    serving.loop.until(lambda: lender.returned)
+    assert lender.settled == 1
+    peer.send(ask("/1/10"))
+    assert peer.response().body == pattern(10)
+    assert lender.returned == [b"/0/5000000", b"/1/10"]
+
+
+def test_what_waits_for_an_answer_before_it_is_returned_after_that(lender: Lender, serve: Serve) -> None:
+    lender.hold = True
+    serving = serve(lender)
+    peer = serving.connect()
+    peer.send(ask("/0/10") + ask("/1/20"))
+    serving.loop.until(lambda: len(lender.exchanges) == 2)
+    lender.tell(lender.exchanges[1])
+    assert lender.returned == []
+    lender.tell(lender.exchanges[0])
+    assert lender.returned == [b"/0/10", b"/1/20"]
+    assert [peer.response().body for _ in range(2)] == [pattern(10), pattern(20)]
+
+
+def test_a_client_that_leaves_returns_everything(lender: Lender, serve: Serve) -> None:
+    """An answer that is half written, one that waits behind it, and one that comes too late."""
+    serving = serve(lender)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    lender.hold = True
+    peer.send(ask("/0/5000000") + ask("/1/10") + ask("/2/10") + ask("/3/10"))
+    serving.loop.until(lambda: len(lender.exchanges) == 4)
+    first, _, third, late = lender.exchanges
+    lender.tell(third)
+    lender.tell(first)
+    assert lender.returned == []
+    peer.reset()
+    serving.ended()
+    assert sorted(lender.returned) == [b"/0/5000000", b"/2/10"]
+    assert lender.settled == 1
+    lender.tell(late)
+    assert sorted(lender.returned) == [b"/0/5000000", b"/2/10", b"/3/10"]
+
+
+def test_what_is_encrypted_is_returned_at_once(lender: Lender, serve: Serve, certificate: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    peer = SecurePeer(serve(lender, tls=context).connect(wait=False))
+    peer.send(ask("/0/5000000"))
+    assert peer.response().body == pattern(5_000_000)
+    assert lender.returned == [b"/0/5000000"]
 
 
 # --- draining ---

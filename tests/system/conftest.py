@@ -61,9 +61,14 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the tests of a module that only ask."""
-    server = Server(tmp_path_factory.mktemp("server") / "run", str(repository))
+@pytest.fixture(scope="module", params=["shared", "sent"])
+def server(
+    request: pytest.FixtureRequest, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """One server for the tests of a module that only ask, with large tensors in shared memory and without."""
+    directory = tmp_path_factory.mktemp("server")
+    config = directory / "penstock.toml"
+    config.write_text("" if request.param == "shared" else "[gateway]\narena_bytes = 0\n[worker]\narena_bytes = 0\n")
+    server = Server(directory / "run", str(repository), f"--config={config}")
     yield server
     server.check_clean_end()

@@ -71,9 +71,9 @@ def server(
 ) -> Iterator[Server]:
     """The same server with shared memory and without."""
     directory = tmp_path_factory.mktemp("sharing")
-    (directory / "penstock.toml").write_text(
-        f"[gateway]\narena_bytes = {4 << 20 if request.param == 'shared' else 0}\n"
-    )
+    gateway, worker = (4 << 20, -1) if request.param == "shared" else (0, 0)
+    config = f"[gateway]\narena_bytes = {gateway}\n[worker]\narena_bytes = {worker}\n"
+    (directory / "penstock.toml").write_text(config)
     server = Server(directory / "run", str(repository), f"--config={directory / 'penstock.toml'}", "--workers=2")
     yield server
     server.check_clean_end()

@@ -1,24 +1,17 @@
-"""Slots of a caller's arena, and what is sent of them."""
+"""Slots of an arena."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.client.arrays import Forms
-from penstock.client.caller import Caller, Identity
 from penstock.wire.arena import Arena
-from penstock.wire.events import FromBroker
-from penstock.wire.messages import INLINE_MAX_BYTES, Form, Submit, Welcome
-from penstock.wire.models import ModelSpec, TensorSpec
-from penstock.wire.slots import Placed, Slot, Slots
-
-LARGE = INLINE_MAX_BYTES + 1
+from penstock.wire.slots import Slots
 
 
 @pytest.fixture
@@ -84,53 +77,22 @@ def test_threads_take_slots_that_do_not_meet(slots: Slots) -> None:
     assert not wrong
 
 
-def test_large_inputs_are_written_where_they_are_read(slots: Slots) -> None:
-    tensors = (TensorSpec("a", "FP32", (-1, -1)), TensorSpec("b", "INT8", (-1,)))
-    spec = ModelSpec("m", "1", "", tensors, (), True, 1000)
-    a, b = np.arange(10_000, dtype=np.float32).reshape(100, 100), np.arange(100, dtype=np.int8)
-    form, payload = Forms().build(spec, {"a": a[:, ::-1], "b": b}, (), slots)
-    assert isinstance(payload, Slot)
-    assert payload.place % 64 == 0
-    assert len(payload) == form.nbytes == a.nbytes + b.nbytes
-    assert bytes(payload.view) == a[:, ::-1].tobytes() + b.tobytes()
-    _, small = Forms().build(spec, {"a": a[:1], "b": b[:1]}, (), slots)
-    assert type(small) is bytes
-    whole = slots.take(slots.arena.allocator.largest)
-    assert whole is not None
-    _, elsewhere = Forms().build(spec, {"a": a, "b": b}, (), slots)
-    assert elsewhere == a.tobytes() + b.tobytes()
-    payload.give_back()
-    whole.give_back()
+def test_a_slot_that_is_shared_is_given_back_by_all(slots: Slots) -> None:
+    slot = slots.take(100)
+    assert slot is not None
+    assert slot.share() is slot
+    slot.share()
+    for _ in range(2):
+        slot.give_back()
+        assert slots.arena.allocator.slots == 1
+    slot.give_back()
+    assert slots.arena.allocator.slots == 0
+    slot.give_back()
 
 
-class Silent:
-    def complete(self, answer: object, /) -> None: ...
-    def fail(self, error: object, /) -> None: ...
-
-
-def submit(shares: bool, *payloads: object) -> Submit:
-    """What a caller says that has these payloads of LARGE bytes to send."""
-    caller = Caller(Identity(b"a caller", "", 1, True, "/run/here"))
-    caller.handle(FromBroker(Welcome(7, "", shares)), 0.0)
-    form = Form("m", "1", 0, "", 1, LARGE, b"", b"layout")
-    for payload in payloads:
-        caller.submit(form, payload, 1.0, Silent(), 0.0)
-    [message] = caller.flush(0.0)
-    caller.validate()
-    return message
-
-
-def test_what_is_placed_stays_and_the_rest_travels() -> None:
-    sent = b"x" * LARGE
-    memory = memoryview(bytes(LARGE))
-    message = submit(True, Placed(64, memory), sent, Placed(0, memory))
-    assert [(group.ids, group.places) for group in message.groups] == [((1, 3), (64, 0)), ((2,), ())]
-    assert message.frames == [sent]
-
-
-def test_without_a_broker_that_shares_all_travels() -> None:
-    sent = b"x" * LARGE
-    memory = memoryview(bytes(LARGE))
-    message = submit(False, Placed(64, memory), sent)
-    assert [(group.ids, group.places) for group in message.groups] == [((1, 2), ())]
-    assert message.frames == [memory, sent]
+def test_an_address_is_where_the_bytes_are(slots: Slots) -> None:
+    slot = slots.take(100)
+    assert slot is not None
+    slot.view[:5] = b"hello"
+    assert ctypes.string_at(slots.address + slot.place, 5) == b"hello"
+    slot.give_back()
