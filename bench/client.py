@@ -1,9 +1,10 @@
 """What a request from the client library costs, beside tritonclient's: ``python bench/client.py``.
 
-Starts a server, asks it from one process, and reads that process's own processor time: ``submit`` with many requests
-under way, ``infer`` one after another, and the same with ``tritonclient.http`` against the same server. ``--requests``
-adds a long run of mixed sizes and says how much memory each process has grown by after its first tenth. Judge by
-processor time and by ratios. Results go to standard output as a table, and to a JSON file.
+Starts a server, asks it from one process, and reads that process's own processor time: ``infer`` one after another, on
+one thread and on several that share the client, in turn with ``tritonclient.http`` against the same server, which gives
+the ratio of the two with its quartiles; then ``submit`` with many requests under way. ``--requests`` adds a long run of
+mixed sizes and says how much memory each process has grown by after its first tenth. Judge by processor time and by
+ratios. Results go to standard output as a table, and to a JSON file.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ if __name__ == "__main__":
 import argparse
 import json
 import random
+import statistics
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -35,26 +40,74 @@ _WINDOW: Final = 1000  # requests under way with submit
 _SIZES: Final = ("tiny", "mlp", "image")  # of the long run: 64 bytes, 4 KB, 602 KB
 
 
+_SLICE_S: Final = 0.25  # of one way of asking, before it is the other's turn
+_THREADS: Final = (1, 4, 16)
+
+
 @dataclass(frozen=True)
 class Figures:
-    """One way of asking. Microseconds of this process's processor time are per request."""
+    """One way of asking. Microseconds of this process's processor time are per request, the median of all slices.
+    ``ratio``: to tritonclient's in the same round, quartiles."""
 
     client: str
     model: str
+    threads: int
     requests_per_s: float
     client_us: float
+    ratio: Sequence[float] = ()
+
+
+class Crew:
+    """Threads that ask at the same time."""
+
+    def __init__(self, ask: Callable[[], int], threads: int = 1) -> None:
+        self.threads = threads
+        self._ask = ask
+        self._pool = ThreadPoolExecutor(threads)
+
+    def spend(self, seconds: float) -> tuple[float, float]:
+        """Have each of them ask for some seconds. Returns requests a second, and microseconds of this process's time
+        for each."""
+        start, cpu = time.monotonic(), time.process_time()
+        ended = [self._pool.submit(self._work, start + seconds) for _ in range(self.threads)]
+        count = sum(each.result() for each in ended)
+        elapsed, used = time.monotonic() - start, time.process_time() - cpu
+        return count / elapsed, used / max(1, count) * 1e6
+
+    def _work(self, until: float) -> int:
+        count = 0
+        while time.monotonic() < until:
+            count += self._ask()
+        return count
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 def measure(client: str, model: str, seconds: float, ask: Callable[[], int]) -> Figures:
-    """Call ``ask``, which returns how many requests it has ended, for some seconds."""
-    until = time.monotonic() + min(1.0, seconds)
-    while time.monotonic() < until:
-        ask()
-    count, start, cpu = 0, time.monotonic(), time.process_time()
-    while time.monotonic() - start < seconds:
-        count += ask()
-    elapsed, used = time.monotonic() - start, time.process_time() - cpu
-    return Figures(client, model, count / elapsed, used / max(1, count) * 1e6)
+    """One way of asking by itself, after a second of it. ``ask`` returns how many requests it has ended."""
+    with closing(Crew(ask)) as crew:
+        crew.spend(min(1.0, seconds))
+        return Figures(client, model, 1, *crew.spend(seconds))
+
+
+def compare(model: str, threads: int, seconds: float, ways: Mapping[str, Callable[[], int]]) -> list[Figures]:
+    """Several ways in turn, a slice each, for ``seconds`` each; the last one is what the others are compared with."""
+    slice_s = min(_SLICE_S, seconds)
+    with ExitStack() as stack:
+        crews = {way: stack.enter_context(closing(Crew(ask, threads))) for way, ask in ways.items()}
+        for crew in crews.values():
+            crew.spend(slice_s)
+        count = max(2, round(seconds / slice_s))
+        rounds = [{way: crew.spend(slice_s) for way, crew in crews.items()} for _ in range(count)]
+    last = list(ways)[-1]
+    figures = []
+    for way in ways:
+        ratios = [each[way][1] / each[last][1] for each in rounds]
+        quartiles = [round(ratio, 3) for ratio in statistics.quantiles(ratios)] if way != last else ()
+        rps, used = (statistics.median(each[way][at] for each in rounds) for at in (0, 1))
+        figures.append(Figures(way, model, threads, rps, used, quartiles))
+    return figures
 
 
 def submitting(client: Client, model: str, inputs: Mapping[str, Any]) -> Callable[[], int]:
@@ -82,14 +135,17 @@ def inferring(client: Client, model: str, inputs: Mapping[str, Any]) -> Callable
 
 
 def triton_inferring(url: str, model: str, inputs: Mapping[str, Any]) -> Callable[[], int]:
-    client = tritonclient.http.InferenceServerClient(url.removeprefix("http://"))
+    """With a connection for each thread: a tritonclient is not to be shared."""
+    own = threading.local()
 
     def ask() -> int:
+        if not hasattr(own, "client"):
+            own.client = tritonclient.http.InferenceServerClient(url.removeprefix("http://"))
         wanted = []
         for name, array in inputs.items():
             wanted.append(tritonclient.http.InferInput(name, array.shape, "FP32"))
             wanted[-1].set_data_from_numpy(array)
-        client.infer(model, wanted).as_numpy("y")
+        own.client.infer(model, wanted).as_numpy("y")
         return 1
 
     return ask
@@ -134,21 +190,26 @@ def main() -> None:
         directory = Path(name)
         repository = bench_models.make_repository(directory / "models", _SIZES)
         with bench_http.Server(repository, directory / "run") as server, Client(directory / "run") as client:
-            for model in ("tiny", "image"):
+            for model, threads in [(model, threads) for model in ("tiny", "image") for threads in _THREADS]:
                 inputs = bench_models.sample(model, 1)
-                rows.append(measure("infer", model, arguments.seconds, inferring(client, model, inputs)))
-                ask = triton_inferring(server.url, model, inputs)
-                rows.append(measure("tritonclient.http", model, arguments.seconds, ask))
+                ways = {
+                    "infer": inferring(client, model, inputs),
+                    "tritonclient.http": triton_inferring(server.url, model, inputs),
+                }
+                rows += compare(model, threads, arguments.seconds, ways)
             tiny = bench_models.sample("tiny", 1)
             rows.append(measure("submit", "tiny", arguments.sustain, submitting(client, "tiny", tiny)))
             if arguments.requests:
                 growth = grow(server, client, arguments.requests)
     machine = bench_http.about_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print("| client | model | requests/s | client CPU-us |")
-    print("|---|---|---|---|")
+    print("| client | model | threads | requests/s | client CPU-us | of tritonclient's (quartiles) |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row.client} | {row.model} | {row.requests_per_s:.0f} | {row.client_us:.1f} |")
+        ratio = f"{row.ratio[1]:.2f} ({row.ratio[0]:.2f} to {row.ratio[2]:.2f})" if row.ratio else ""
+        print(
+            f"| {row.client} | {row.model} | {row.threads} | {row.requests_per_s:.0f} | {row.client_us:.1f} | {ratio} |"
+        )
     if growth:
         print(f"MB grown over {arguments.requests} requests: {growth}")
     content = {"machine": machine, "rows": [asdict(row) for row in rows], "requests": arguments.requests}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import threading
 import time
 import weakref
@@ -15,8 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Final
-
-import zmq
 
 from penstock.client.arrays import Forms, decode_outcome
 from penstock.client.events import Complete
@@ -270,13 +267,12 @@ class Client:
                 raise PenstockError(CANCELLED, "this Client is closed")
             if self._link is not None:
                 return
-            self._context: zmq.Context[Any] = zmq.Context()
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             # Not closed by close(): another thread may be about to write, and the number might be another file's by
             # then.
             weakref.finalize(self, os.close, self._wake)
-            arena = self._make_arena()
-            self._link = Link(self._context, self._address, "", lambda metrics: None, arena)
+            self._link = Link(self._address, "", lambda metrics: None, self._make_arena())
+            self._link.watch(self._wake, self._woken)
             self._thread = threading.Thread(target=self._serve, args=(self._link,), name="penstock-client", daemon=True)
             self._thread.start()
 
@@ -301,31 +297,16 @@ class Client:
     # --- on the client's thread ---
 
     def _serve(self, link: Link) -> None:
-        poll = select.poll()
-        for readable in (self._wake, *link.filenos()):
-            poll.register(readable, select.POLLIN)
-        control: int | None = None
         try:
             while self._work(link):
-                if link.pump():
-                    continue
+                link.handle(link.wait(max(0.0, link.due() - time.monotonic())))
                 if link.caller.models is not None:
                     self._known.set()
-                if link.control_fileno != control:
-                    if control is not None:
-                        poll.unregister(control)
-                    control = link.control_fileno
-                    if control is not None:
-                        poll.register(control, select.POLLIN)
-                for readable, _ in poll.poll(max(0.0, link.due() - time.monotonic()) * 1000):
-                    if readable == self._wake:
-                        os.eventfd_read(self._wake)
-                    elif readable == control:
-                        link.read_control()
-                    else:
-                        link.readable(readable)
         finally:
             self._end(link)
+
+    def _woken(self, events: int) -> None:
+        os.eventfd_read(self._wake)
 
     def _work(self, link: Link) -> bool:
         """Do what other threads have asked for. False: end."""
@@ -363,7 +344,6 @@ class Client:
             if method == self._submit:
                 self._end_call(arguments[0])
         link.close()
-        self._context.term()
         self._known.set()
 
     def _end_call(self, call: _Call) -> None:

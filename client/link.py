@@ -1,7 +1,8 @@
-"""A caller's sockets, for a loop of whatever kind.
+"""A caller's connections, for a loop of whatever kind.
 
-The loop polls ``filenos`` and ``control_fileno``, calls ``pump`` or ``read_control`` when one is readable, ``pump``
-also when ``due`` has come, and ``flush`` once after it has submitted.
+All of them are behind one descriptor, ``fileno``. A loop of another calls ``pump`` when that is readable and when
+``due`` has come; a loop that has nothing else calls ``wait`` and gives what it returns to ``handle``. Both call
+``flush`` once after they have submitted.
 """
 
 from __future__ import annotations
@@ -9,140 +10,219 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import select
 import socket as sockets
 import time
 from collections.abc import Callable
-from typing import Any, Final
-
-import zmq
+from functools import partial
+from typing import Final
 
 from penstock.client.caller import Caller, Identity
+from penstock.client.connection import Broken, Connection
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report
-from penstock.wire import control
+from penstock.wire import control, zmtp
 from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, unpack
-from penstock.wire.endpoints import BrokerAddress
+from penstock.wire.endpoints import BrokerAddress, EndpointError
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
-from penstock.wire.messages import ON_PUBLICATION, PEER_ID_BYTES, TO_CALLER, Beat, Bye, Message, Metrics, Results
+from penstock.wire.messages import (
+    ON_PUBLICATION,
+    PEER_ID_BYTES,
+    TO_CALLER,
+    Beat,
+    Bye,
+    Carrier,
+    Message,
+    Metrics,
+    Payload,
+    Results,
+)
 from penstock.wire.process import fields, measure
-from penstock.wire.sockets import Socket
 
 log = logging.getLogger("penstock.client")
 
-_ROUND_MESSAGES: Final = 64
-_HIGH_WATER: Final = 100_000  # messages that may wait; a caller's bound of calls keeps it far below
+_EVENTS_MAX: Final = 64  # of one look; there may be more at the next
 _CONTROL_AGAIN_S: Final = 0.05  # between two looks for a broker's control socket
+_LINGER_S: Final = 0.2  # for what was said last
+_FULL_AGAIN_S: Final = 0.1  # between two looks at what is due while the broker takes nothing
 
 
 class Link:
-    """One caller's connection to a broker and its workers. Belongs to one thread.
+    """One caller's connections to a broker and its workers. Belongs to one thread at a time; ``wait`` alone may be
+    called while another has it.
 
     ``on_report`` is called with the whole server's metrics when they come.
     """
 
     def __init__(
-        self,
-        context: zmq.Context[Any],
-        address: BrokerAddress,
-        name: str,
-        on_report: Callable[[Metrics], None],
-        arena: Arena | None = None,
+        self, address: BrokerAddress, name: str, on_report: Callable[[Metrics], None], arena: Arena | None = None
     ) -> None:
-        """``arena``: of this process, whose descriptor workers on this host are given. It is closed with the link."""
+        """``arena``: of this process, whose descriptor workers on this host are given. It is closed with the link.
+        Raises EndpointError for an address whose sockets can be none."""
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._address = address
         self._arena = arena
         self._on_report = on_report
         self.caller = Caller(Identity(number, name, os.getpid(), address.runtime is not None, str(address)))
-        self._broker = Socket(context, zmq.DEALER, _HIGH_WATER, number)
-        self._broker.raw.connect(address.callers)
-        self._results = Socket(context, zmq.SUB, _HIGH_WATER)
-        self._results.raw.set(zmq.SUBSCRIBE, number)
+        self._epoll = select.epoll()
+        try:
+            self._broker = Connection(self._epoll, address.callers, "DEALER", number)
+        except EndpointError:
+            self._epoll.close()
+            raise
+        self._subscription = zmtp.subscription(number)
+        self._workers: dict[str, Connection] = {}  # by endpoint
+        self._handlers: dict[int, Callable[[int], None]] = {}  # by descriptor
+        self._retry_at = 0.0  # when the next connection is to be made (again)
+        self._full = False  # the broker takes nothing; it has been logged
         self._control: sockets.socket | None = None
         self._control_at = 0.0 if address.runtime is not None else float("inf")
 
-    def filenos(self) -> tuple[int, int]:
-        return self._broker.fileno(), self._results.fileno()
+    def fileno(self) -> int:
+        return self._epoll.fileno()
 
-    def readable(self, fileno: int) -> None:
-        """One of ``filenos`` is readable: ``pump`` will look there."""
-        if fileno == self._broker.fileno():
-            self._broker.pending = True
-        elif fileno == self._results.fileno():
-            self._results.pending = True
-
-    @property
-    def control_fileno(self) -> int | None:
-        """The control connection's, while there is one; it changes only inside ``pump`` and ``read_control``."""
-        return None if self._control is None else self._control.fileno()
+    def watch(self, fileno: int, handler: Callable[[int], None]) -> None:
+        """Have ``handle`` call this too when a descriptor of the loop's own is readable."""
+        self._handlers[fileno] = handler
+        self._epoll.register(fileno, select.EPOLLIN)
 
     def due(self) -> float:
         """When ``pump`` has something to do even if nothing happens before."""
-        if self._results.pending or self._broker.pending:
-            return 0.0
-        return min(self.caller.due(), self._control_at)
+        due = self.caller.due()
+        if self._full:
+            due = max(due, time.monotonic() + _FULL_AGAIN_S)
+        return min(due, self._control_at, self._retry_at)
 
-    def pump(self) -> bool:
-        """Handle everything that has come, and whatever is due. Whether there is more already: then call again."""
-        if self._results.pending:
-            self._read_results()
-        if self._broker.pending:
-            self._read_broker()
+    def wait(self, timeout_s: float) -> list[tuple[int, int]]:
+        """What has happened, to be given to ``handle``; nothing when the time is up."""
+        return self._epoll.poll(timeout_s, _EVENTS_MAX)
+
+    def handle(self, events: list[tuple[int, int]]) -> None:
+        """Take in what ``wait`` has seen, and do whatever is due."""
+        for fileno, happened in events:
+            handler = self._handlers.get(fileno)  # None: closed since
+            if handler is not None:
+                handler(happened)
         now = time.monotonic()
         if now >= self._control_at:
             self._find_broker(now)
+        if now >= self._retry_at:
+            self._connect(now)
         if now >= self.caller.due():
             self._hear(Tick())
         if self.caller.wants_flush(now):
             self.flush()
-        return self._results.pending or self._broker.pending
+
+    def pump(self) -> None:
+        """Take in what has happened by now, and do whatever is due."""
+        self.handle(self.wait(0))
 
     def flush(self) -> None:
-        """Send what has been submitted and what is to be acknowledged."""
+        """Send what has been submitted and what is to be acknowledged. While the broker reads nothing, and enough waits
+        for it, it stays in the core."""
+        if self._broker.full:
+            if not self._full:
+                self._full = True
+                log.warning("the broker takes no messages; requests wait")
+            return
+        self._full = False
         for message in self.caller.flush(time.monotonic()):
-            if self._broker.send((pack(message),), message.frames) != "sent":
+            if not self._broker.send((pack(message), *message.frames)):
                 self._hear(BrokerLost("the connection to the broker broke"))
                 break
-        if self._broker.pending:
-            self._read_broker()
 
     def say(self, message: Message) -> None:
         if isinstance(message, Beat) and self.caller.identity.name:
             measure(self.caller.meters)
             message.samples = self.caller.meters.samples()
-        self._broker.send((pack(message),))
+        if not self._broker.full:
+            self._broker.send((pack(message), *(message.frames if isinstance(message, Carrier) else ())))
 
     def close(self) -> None:
         """Say good-bye and close; what was said last is still delivered."""
         if self.caller.membership.joined:
             self.say(Bye(self.caller.membership.epoch))
-        self._broker.close(200)
-        self._results.close(0)
+        self._broker.close(_LINGER_S)
+        for connection in self._workers.values():
+            connection.close()
         if self._control is not None:
             self._control.close()
         if self._arena is not None:
             self._arena.close()
+        self._epoll.close()
 
-    def _read_results(self) -> None:
-        for heads, frames in self._results.receive(2, _ROUND_MESSAGES):
-            try:
-                if len(heads) != 2:
-                    raise BadMessage("a result has a topic and a head")
-                message = unpack(heads[1], [frame.buffer for frame in frames], ON_PUBLICATION)
-                assert isinstance(message, Results)
-                event: Event = FromWorker(message)
-            except BadMessage as error:
-                event = Garbage("worker", str(error))
-            self._hear(event)
+    # --- connections ---
 
-    def _read_broker(self) -> None:
-        for heads, frames in self._broker.receive(1, _ROUND_MESSAGES):
+    def _connect(self, now: float) -> None:
+        """Make those that are due (again)."""
+        for connection in (self._broker, *self._workers.values()):
+            if now >= connection.retry_at and connection.connect(now):
+                self._handlers[connection.fileno] = partial(self._happened, connection)
+        self._set_retry()
+
+    def _reached(self) -> None:
+        """A broker can be spoken to, perhaps a new one, or one that has not got all that was said."""
+        if self.caller.membership.joined:
+            self._hear(BrokerLost("the connection to the broker broke"))
+        if self._control is not None or self._address.runtime is None:
+            self._hear(BrokerFound())
+
+    def _happened(self, connection: Connection, events: int) -> None:
+        fileno, was_ready = connection.fileno, connection.ready
+        try:
+            messages = connection.handle(events, time.monotonic())
+        except (Broken, BadMessage) as error:
+            del self._handlers[fileno]
+            self._set_retry()
+            if isinstance(error, BadMessage):
+                self._hear(Garbage("broker" if connection is self._broker else "worker", str(error)))
+            # A process that ends closes this and the control connection, which says so; else nobody does.
+            if connection is self._broker and self._control is None and self.caller.membership.joined:
+                self._hear(BrokerLost("the connection to the broker broke"))
+            return
+        if connection is self._broker and connection.ready and not was_ready:
+            self._reached()
+        hear = self._from_broker if connection is self._broker else self._from_worker
+        for frames in messages:
+            hear(frames)
+
+    def _set_retry(self) -> None:
+        self._retry_at = min([self._broker.retry_at, *[each.retry_at for each in self._workers.values()]])
+
+    def _hear_worker(self, endpoint: str, on: bool) -> None:
+        if on:
             try:
-                event: Event = FromBroker(unpack(heads[0], frames, TO_CALLER))
-            except BadMessage as error:
-                event = Garbage("broker", str(error))
-            self._hear(event)
+                self._workers[endpoint] = Connection(self._epoll, endpoint, "SUB", first=self._subscription)
+            except EndpointError as error:
+                log.warning("a worker's address cannot be used", extra=fields(endpoint=endpoint, reason=str(error)))
+                return
+        else:
+            gone = self._workers.pop(endpoint, None)
+            if gone is not None:
+                self._handlers.pop(gone.fileno, None)
+                gone.close()
+        self._set_retry()
+
+    # --- what comes ---
+
+    def _from_worker(self, frames: list[Payload]) -> None:
+        try:
+            if len(frames) < 2:
+                raise BadMessage("a result has a topic and a head")
+            message = unpack(frames[1], frames[2:], ON_PUBLICATION)
+            assert isinstance(message, Results)
+            event: Event = FromWorker(message)
+        except BadMessage as error:
+            event = Garbage("worker", str(error))
+        self._hear(event)
+
+    def _from_broker(self, frames: list[Payload]) -> None:
+        try:
+            event: Event = FromBroker(unpack(frames[0], frames[1:], TO_CALLER))
+        except BadMessage as error:
+            event = Garbage("broker", str(error))
+        self._hear(event)
 
     def _hear(self, event: Event) -> None:
         self._obey(self.caller.handle(event, time.monotonic()))
@@ -165,24 +245,21 @@ class Link:
                 case _:
                     raise AssertionError(f"unexpected command {command!r}")
 
-    def _hear_worker(self, endpoint: str, on: bool) -> None:
-        self._results.pending = True  # to connect may swallow a wake-up, as to send does
-        try:
-            (self._results.raw.connect if on else self._results.raw.disconnect)(endpoint)
-        except zmq.ZMQError as error:
-            log.warning("a worker's address cannot be used", extra=fields(endpoint=endpoint, reason=str(error)))
-
     def _find_broker(self, now: float) -> None:
         assert self._address.runtime is not None
         arena = control.NO_ARENA if self._arena is None else self._arena.fd
         self._control = control.connect(self._address.runtime.control, self.caller.identity.id, arena)
         if self._control is None:
             self._control_at = now + _CONTROL_AGAIN_S
-        else:
-            self._control_at = float("inf")
+            return
+        self._control_at = float("inf")
+        self.watch(self._control.fileno(), self._read_control)
+        if self._broker.ready:
             self._hear(BrokerFound())
+        elif self._broker.fileno < 0:
+            self._broker.retry_at = self._retry_at = now  # who listens here listens there too
 
-    def read_control(self) -> None:
+    def _read_control(self, events: int) -> None:
         """Take in the arenas of workers that the broker passes on, and its end."""
         assert self._control is not None
         try:
@@ -192,6 +269,7 @@ class Link:
             return
         except BadMessage as error:
             log.warning("the broker talks nonsense", extra=fields(reason=str(error)))
+        del self._handlers[self._control.fileno()]
         self._control.close()
         self._control = None
         self._control_at = 0.0

@@ -10,10 +10,9 @@ import signal
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import uvloop
-import zmq
 
 from penstock.client.link import Link
 from penstock.gateway.application import Application
@@ -115,8 +114,7 @@ class GatewayProcess:
         stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
-        context: zmq.Context[Any] = zmq.Context()
-        coupling = Coupling(loop, context, settings, self._arena)
+        coupling = Coupling(loop, settings, self._arena)
         log.info("gateway listens", extra=fields(url=url_of(self._listener)))
         notify("READY=1")
         coupling.pump()
@@ -127,7 +125,6 @@ class GatewayProcess:
         notify("STOPPING=1")
         await self._drain(server, coupling.http)
         coupling.close()
-        context.term()
 
     async def _drain(self, server: asyncio.AbstractServer, http: Http) -> None:
         """Accept nothing more; answer what is under way, and wait for idle connections until the limit."""
@@ -149,38 +146,23 @@ async def _first_of(limit_s: float, *events: asyncio.Event) -> None:
 
 
 class Coupling:
-    """The HTTP side and the caller's sockets on one loop.
+    """The HTTP side and the caller's connections on one loop. Requests of one turn of the loop leave in one message."""
 
-    Requests of one turn of the loop leave in one message; sockets are drained when their descriptors wake, and once
-    more after every send.
-    """
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, context: zmq.Context[Any], settings: GatewaySettings, arena: Arena | None
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, settings: GatewaySettings, arena: Arena | None) -> None:
         self._loop = loop
         self.introduced = asyncio.Event()  # a broker has said what models there are
-        self._link = Link(context, settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
+        self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
         application = Application(loop, self._link.caller, settings.options, reports, self._flush_soon)
         self.http = Http(loop, settings.options, application, None if arena is None else Slots(arena))
         self._flushing = False
-        self._control: int | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
-        for readable in self._link.filenos():
-            loop.add_reader(readable, self._readable, readable)
-
-    def _readable(self, fileno: int) -> None:
-        self._link.readable(fileno)
-        self.pump()
+        loop.add_reader(self._link.fileno(), self.pump)
 
     def pump(self) -> None:
-        """Handle everything that has come from the broker and the workers."""
-        if self._link.pump():
-            self._loop.call_soon(self.pump)  # there may be more; others have their turn first
-        if self._link.control_fileno != self._control:
-            self._watch_control()
+        """Handle what has come from the broker and the workers."""
+        self._link.pump()
         if self._link.caller.models is not None:
             self.introduced.set()
         self._set_timer()
@@ -209,24 +191,11 @@ class Coupling:
         self._timer = None
         self.pump()
 
-    def _watch_control(self) -> None:
-        if self._control is not None:
-            self._loop.remove_reader(self._control)
-        self._control = self._link.control_fileno
-        if self._control is not None:
-            self._loop.add_reader(self._control, self._read_control)
-
-    def _read_control(self) -> None:
-        self._link.read_control()
-        self._watch_control()
-        self.pump()
-
     def _ask_broker(self) -> int | None:
         if not self._link.caller.membership.joined:
             return None
         serial, say = self._link.caller.ask_metrics()
         self._link.say(say.message)
-        self._loop.call_soon(self.pump)
         return serial
 
     def _snapshot(self) -> Snapshot:
@@ -241,10 +210,7 @@ class Coupling:
         return Snapshot(caller.name, caller.meters.samples())
 
     def close(self) -> None:
-        for readable in self._link.filenos():
-            self._loop.remove_reader(readable)
-        if self._control is not None:
-            self._loop.remove_reader(self._control)
+        self._loop.remove_reader(self._link.fileno())
         if self._timer is not None:
             self._timer.cancel()
         self._link.close()

@@ -19,11 +19,16 @@ def test_a_run_prints_a_table_and_writes_every_figure(
     monkeypatch.setattr(sys, "argv", ["client.py", *arguments])
     client.main()
     content = json.loads(out.read_text())
-    asked = [(row["client"], row["model"]) for row in content["rows"]]
-    ways = ("infer", "tritonclient.http")
-    assert asked == [(way, model) for model in ("tiny", "image") for way in ways] + [("submit", "tiny")]
+    asked = [(row["client"], row["model"], row["threads"]) for row in content["rows"]]
+    assert asked == [
+        (way, model, threads)
+        for model in ("tiny", "image")
+        for threads in (1, 4, 16)
+        for way in ("infer", "tritonclient.http")
+    ] + [("submit", "tiny", 1)]
+    assert [len(row["ratio"]) for row in content["rows"]] == [3, 0] * 6 + [0]
     assert all(row["requests_per_s"] > 0 and row["client_us"] > 0 for row in content["rows"])
     assert set(content["grown_mb"]) == {"gateway", "broker", "worker", "client"}
     printed = capsys.readouterr().out
-    assert "| submit | tiny |" in printed
+    assert "| submit | tiny | 1 |" in printed
     assert "MB grown over 200 requests" in printed

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-import zmq
 from onnx import TensorProto, helper
 
 from penstock.bin.bundled import BUNDLED_MODELS
@@ -107,12 +106,11 @@ class Server:
 
     def wait(self) -> None:
         """Until the broker can tell of every model whether it is served."""
-        with zmq.Context() as context:
-            link = Link(context, parse_broker(self.runtime), "", lambda metrics: None)
-            try:
-                drive(link, lambda: is_settled(link))
-            finally:
-                link.close()
+        link = Link(parse_broker(self.runtime), "", lambda metrics: None)
+        try:
+            drive(link, lambda: is_settled(link))
+        finally:
+            link.close()
 
 
 def is_settled(link: Link) -> bool:
@@ -126,16 +124,7 @@ def drive(link: Link, condition: Callable[[], Any]) -> None:
     while not condition():
         now = time.monotonic()
         assert now < until, f"waited {DEADLINE_S:.0f} s in vain"
-        poll = select.poll()
-        for fileno in (*link.filenos(), link.control_fileno):
-            if fileno is not None:
-                poll.register(fileno, select.POLLIN)
-        for readable, _ in poll.poll(max(0.0, min(link.due(), until) - now) * 1000):
-            if readable == link.control_fileno:
-                link.read_control()
-            else:
-                link.readable(readable)
-        link.pump()
+        link.handle(link.wait(max(0.0, min(link.due(), until) - now)))
 
 
 def make_repository(directory: Path) -> Path:

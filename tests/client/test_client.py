@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime
 import pytest
-import zmq
 
 from penstock.bin.bundled import BUNDLED_MODELS
 from penstock.client import Client, PenstockError, Result
@@ -54,21 +53,20 @@ def scores(images: Array) -> Array:
 def callers(server: Server, serving: Any) -> Iterator[Callable[[], float]]:
     """How many callers the broker knows, this one left out."""
     reports: list[Metrics] = []
-    with zmq.Context() as context:
-        link = Link(context, parse_broker(server.runtime), "", reports.append)
-        serving.drive(link, lambda: link.caller.membership.joined)
+    link = Link(parse_broker(server.runtime), "", reports.append)
+    serving.drive(link, lambda: link.caller.membership.joined)
 
-        def count() -> float:
-            reports.clear()
-            link.say(link.caller.ask_metrics()[1].message)
-            serving.drive(link, lambda: reports)
-            samples = next(snapshot.samples for snapshot in reports[0].snapshots if snapshot.name == "broker")
-            value = next(sample.value for sample in samples if sample.family == "penstock_callers")
-            assert isinstance(value, float)
-            return value - 1
+    def count() -> float:
+        reports.clear()
+        link.say(link.caller.ask_metrics()[1].message)
+        serving.drive(link, lambda: reports)
+        samples = next(snapshot.samples for snapshot in reports[0].snapshots if snapshot.name == "broker")
+        value = next(sample.value for sample in samples if sample.family == "penstock_callers")
+        assert isinstance(value, float)
+        return value - 1
 
-        yield count
-        link.close()
+    yield count
+    link.close()
 
 
 def refused(call: Callable[..., Any], *arguments: Any, **options: Any) -> PenstockError:

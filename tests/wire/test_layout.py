@@ -23,7 +23,8 @@ OURS = {
     "bin": {"wire", "broker", "worker", "client", "gateway", "deploy"},
     "deploy": set[str](),
 }
-LIBRARIES = {"zmq", "msgpack", "numpy"}
+LIBRARIES = {"msgpack", "numpy"}
+SERVER_ONLY = "wire/sockets.py"  # ZeroMQ as broker and workers use it
 
 
 def imports(package: str) -> Iterator[tuple[str, str]]:
@@ -71,11 +72,17 @@ def test_a_package_imports_only_those_below_it(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["wire", "client"])
-def test_the_client_library_needs_three_libraries(package: str) -> None:
+def test_the_client_library_needs_two_libraries(package: str) -> None:
     allowed = LIBRARIES | {"penstock"} | sys.stdlib_module_names
-    assert [each for each in imports(package) if each[1].split(".")[0] not in allowed] == []
+    found = [each for each in imports(package) if not each[0].startswith(f"{SERVER_ONLY}:")]
+    assert [each for each in found if each[1].split(".")[0] not in allowed] == []
 
 
-def test_plain_installation_asks_for_these_three() -> None:
+@pytest.mark.parametrize("package", ["wire", "client", "gateway"])
+def test_only_broker_and_worker_need_zeromq(package: str) -> None:
+    assert [each for each in imports(package) if each[1] == "penstock.wire.sockets"] == []
+
+
+def test_plain_installation_asks_for_these_two() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {each.split(">")[0] for each in project["dependencies"]} == {"pyzmq", "msgpack", "numpy"}
+    assert {each.split(">")[0] for each in project["dependencies"]} == LIBRARIES
