@@ -49,7 +49,7 @@ def client(server: Server) -> Iterator[Client]:
 
 def held_by(client: Client) -> set[int]:
     assert client._link is not None
-    return client._link.caller._held
+    return set(client._link.caller._held)
 
 
 # --- borrowing ---
