@@ -151,13 +151,6 @@ def triton_inferring(url: str, model: str, inputs: Mapping[str, Any]) -> Callabl
     return ask
 
 
-def resident_mb(pid: int | str) -> float:
-    """Resident memory of a process that is its own: not what it shares."""
-    fields = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    private = [int(line.split()[1]) for line in fields if line.startswith(("Private_", "Swap:"))]
-    return sum(private) / 1024
-
-
 def grow(server: bench_http.Server, client: Client, requests: int) -> dict[str, float]:
     """By how many MB each process has grown from the first tenth of a run of mixed sizes to its end."""
     source = random.Random(0)
@@ -167,14 +160,14 @@ def grow(server: bench_http.Server, client: Client, requests: int) -> dict[str, 
     under_way: deque[Any] = deque()
     for number in range(requests):
         if number == requests // 10:
-            before = {role: resident_mb(pid) for role, pid in pids.items()}
+            before = {role: bench_http.resident_mb(pid) for role, pid in pids.items()}
         model = source.choices(_SIZES, (90, 9, 1))[0]
         under_way.append(client.submit(model, samples[model]))
         if len(under_way) > _WINDOW:
             under_way.popleft().result()
     for call in under_way:
         call.result()
-    return {role: round(resident_mb(pid) - before[role], 2) for role, pid in pids.items()}
+    return {role: round(bench_http.resident_mb(pid) - before[role], 2) for role, pid in pids.items()}
 
 
 def main() -> None:

@@ -2,8 +2,11 @@
 
 Starts a server, drives it with wrk (Debian package ``wrk``) over several models and numbers of connections, and reads
 from /proc what each process used meanwhile. Processor time per request repeats within some 15 % on a shared machine;
-requests per second and p99 do not: judge by the first. Medians of the repeats go to standard output as a table, and
-with everything else to a JSON file.
+requests per second and p99 do not: judge by the first, and by ratios within one run. Medians of the repeats go to
+standard output as a table, and with everything else to a JSON file.
+
+``--beside`` runs ``fastapi_ort.py``, FastAPI with ONNX Runtime in one process, in turn with it on the binary cases.
+``--requests`` adds a long run of mixed sizes, and says by how many MB each process has grown after its first tenth.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from socket import create_server
 from typing import Any, Final
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
@@ -41,6 +46,7 @@ from bench import models as bench_models
 ROLES: Final = ("gateway", "broker", "worker")
 FORMS: Final = ("binary", "json", "binary-id")
 RESULTS: Final = Path(__file__).parent / "results"
+_MIXED: Final = {"tiny": 90, "mlp": 9, "image": 1}  # percent of the long run: 64 bytes, 4 KB, 602 KB
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -110,6 +116,41 @@ class Server:
         return sum(map(float, count)), sum(map(float, total))
 
 
+class Beside:
+    """``fastapi_ort.py`` on a repository of bench models, for the time of a ``with``."""
+
+    def __init__(self, repository: Path) -> None:
+        self._repository = repository
+
+    def __enter__(self) -> Beside:
+        with create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        script = Path(__file__).with_name("fastapi_ort.py")
+        self._process = subprocess.Popen([sys.executable, str(script), str(self._repository), str(port)])
+        self.url = f"http://127.0.0.1:{port}"
+        while self._process.poll() is None:
+            try:
+                urlopen(self.url + "/openapi.json", timeout=10).close()
+                return self
+            except URLError:
+                time.sleep(0.1)
+        sys.exit("bench: FastAPI did not start; pip install --editable '.[bench]'")
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+    def cpu_s(self) -> float:
+        return _cpu_s(self._process.pid)
+
+
+def resident_mb(pid: int | str) -> float:
+    """Resident memory of a process that is its own: not what it shares."""
+    fields = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    private = [int(line.split()[1]) for line in fields if line.startswith(("Private_", "Swap:"))]
+    return sum(private) / 1024
+
+
 def _children(parent: int, role: str) -> Iterator[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -145,6 +186,56 @@ def request_body(model: str, form: str) -> tuple[bytes, int]:
         request = {"id": "0000000000000000", **request}
     head = json.dumps(request, separators=(",", ":")).encode()
     return head + binary, 0 if form == "json" else len(head)
+
+
+def write_raw_script(directory: Path, model: str) -> Path:
+    """A wrk script that sends one row as it is."""
+    [array] = bench_models.sample(model, 1).values()
+    (directory / "raw").write_bytes(array.tobytes())
+    script = directory / "raw.lua"
+    script.write_text(
+        f'local file = io.open("{directory}/raw", "rb")\n'
+        f'wrk.method, wrk.path = "POST", "/v2/models/{model}/infer"\n'
+        'wrk.body = file:read("*a")\n'
+    )
+    return script
+
+
+def write_mixed_script(directory: Path, models: Mapping[str, int]) -> Path:
+    """A wrk script that sends binary requests for several models, as often as their weights say."""
+    lines = ["local requests, weights = {}, {}"]
+    for model, weight in models.items():
+        body, header_length = request_body(model, "binary")
+        (directory / model).with_suffix(".body").write_bytes(body)
+        headers = f'{{["Inference-Header-Content-Length"] = "{header_length}"}}'
+        lines += [
+            f'local file = io.open("{directory}/{model}.body", "rb")',
+            f'local made = wrk.format("POST", "/v2/models/{model}/infer", {headers}, file:read("*a"))',
+            f"for each = 1, {weight} do table.insert(requests, made) end",
+        ]
+    # wrk.format wants wrk.headers, which are there only when the script is run: so it is made at the first request.
+    made = "\n".join(lines)
+    script = directory / "mixed.lua"
+    script.write_text(
+        f"local requests\nlocal function make()\n{made}\nreturn requests\nend\n"
+        "function request()\n  requests = requests or make()\n  return requests[math.random(#requests)]\nend\n"
+    )
+    return script
+
+
+def grow(server: Server, script: Path, requests: int, connections: int = 32) -> dict[str, float]:
+    """By how many MB each process has grown from the first tenth of a long run to its end."""
+    pids = [(role, pid) for role in ROLES for pid in server.pids[role]]
+    before: dict[int, float] = {}
+    sent = 0
+    while sent < requests:
+        count, _, _, _, failed = run_wrk(server.url, script, connections, 5)
+        if failed:
+            sys.exit(f"bench: {failed} requests of the long run failed")
+        sent += count
+        if not before and sent >= requests // 10:
+            before = {pid: resident_mb(pid) for _, pid in pids}
+    return {role: round(resident_mb(pid) - before[pid], 2) for role, pid in pids}
 
 
 def write_script(directory: Path, case: Case) -> Path:
@@ -216,6 +307,15 @@ def _milliseconds(text: str) -> float:
         if text.endswith(unit):
             return float(text.removesuffix(unit)) * factor
     raise ValueError(text)
+
+
+def measure_beside(beside: Beside, script: Path, connections: int, seconds: int) -> tuple[float, float]:
+    """(requests/s, microseconds of processor time a request)."""
+    before = beside.cpu_s()
+    requests, requests_per_s, _, _, errors = run_wrk(beside.url, script, connections, seconds)
+    if errors:
+        sys.exit(f"bench: {errors} requests beside failed")
+    return requests_per_s, (beside.cpu_s() - before) / max(1, requests) * 1e6
 
 
 def measure(server: Server, case: Case, script: Path, seconds: int) -> Figures:
@@ -325,26 +425,56 @@ def main() -> None:
     parser.add_argument("--connections", type=_counts, default="1,16,64,256")
     parser.add_argument("--seconds", type=_count, default=5, help="for each run; wrk takes whole ones")
     parser.add_argument("--repeats", type=_count, default=3)
+    parser.add_argument("--beside", action="store_true", help="FastAPI with ONNX Runtime, in turn with it")
+    parser.add_argument("--requests", type=int, default=0, help="of mixed sizes, to see memory grow")
     parser.add_argument("--out", type=Path, default=RESULTS / "http.json")
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("bench: wrk is missing; on Debian and Ubuntu: apt install wrk")
     wanted = cases(arguments.models, arguments.forms, arguments.connections)
     rows: list[tuple[Case, Figures, float]] = []
-    with _directory() as directory:
+    others: list[dict[str, Any]] = []
+    growth: dict[str, float] = {}
+    with ExitStack() as stack:
+        directory = stack.enter_context(_directory())
         repository = bench_models.make_repository(directory / "models", arguments.models)
-        with Server(repository, directory / "run") as server:
-            for number, case in enumerate(wanted, start=1):
-                print(f"{number}/{len(wanted)} {case}", file=sys.stderr)
-                script = write_script(directory, case)
-                run_wrk(server.url, script, case.connections, 1)
-                runs = [measure(server, case, script, arguments.seconds) for _ in range(arguments.repeats)]
-                figures = medians(runs)
-                bare_us = bare_model_us(case.model, max(1, round(figures.batch_rows)))
-                rows.append((case, figures, bare_us))
+        server = stack.enter_context(Server(repository, directory / "run"))
+        beside = stack.enter_context(Beside(repository)) if arguments.beside else None
+        for number, case in enumerate(wanted, start=1):
+            print(f"{number}/{len(wanted)} {case}", file=sys.stderr)
+            script, raw = write_script(directory, case), write_raw_script(directory, case.model)
+            compared = beside if case.form == "binary" else None
+            run_wrk(server.url, script, case.connections, 1)
+            runs: list[Figures] = []
+            by_others: list[tuple[float, float]] = []
+            for _ in range(arguments.repeats):
+                runs.append(measure(server, case, script, arguments.seconds))
+                if compared is not None:
+                    by_others.append(measure_beside(compared, raw, case.connections, arguments.seconds))
+            figures = medians(runs)
+            bare_us = bare_model_us(case.model, max(1, round(figures.batch_rows)))
+            rows.append((case, figures, bare_us))
+            if by_others:
+                rate, cpu_us = (statistics.median(each) for each in zip(*by_others, strict=True))
+                pairs = zip(runs, by_others, strict=True)
+                ratio = statistics.median([own.requests_per_s / other for own, (other, _) in pairs])
+                others.append(asdict(case) | {"requests_per_s": rate, "cpu_us": cpu_us, "ratio": ratio})
+        if arguments.requests:
+            weights = {model: weight for model, weight in _MIXED.items() if model in arguments.models}
+            growth = grow(server, write_mixed_script(directory, weights), arguments.requests)
     machine = about_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print_table(rows)
+    if others:
+        print("\n| FastAPI + ONNX Runtime, raw bytes | conn. | requests/s | CPU-us | Penstock's requests/s to these |")
+        print("|---|---|---|---|---|")
+        for each in others:
+            print(
+                f"| {each['model']} | {each['connections']} | {each['requests_per_s']:.0f} | {each['cpu_us']:.0f} "
+                f"| **{each['ratio']:.2f}** |"
+            )
+    if growth:
+        print(f"\nMB grown over {arguments.requests} requests of mixed sizes: {growth}")
     content = {
         "machine": machine,
         "seconds": arguments.seconds,
@@ -353,6 +483,9 @@ def main() -> None:
             asdict(case) | asdict(figures) | {"total_us": figures.total_us, "bare_us": bare_us}
             for case, figures, bare_us in rows
         ],
+        "fastapi": others,
+        "requests": arguments.requests,
+        "grown_mb": growth,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -239,9 +239,9 @@ class Ledger:
         """A caller has its results: what is left to do for them is to have their workers forget them."""
         requests = caller.requests
         ids = ids_in(ranges, requests)
-        if len(ids) < sum(ranges[1::2]) - sum(ranges[::2]) + len(ranges) // 2:
-            self._pass_on(caller, ranges)
+        elsewhere = len(ids) < sum(ranges[1::2]) - sum(ranges[::2]) + len(ranges) // 2
         for lot in lots_of(requests, ids):
+            elsewhere = elsewhere or lot.attempt > 1
             for number in lot.ids:
                 del requests[number]
             worker = lot.worker
@@ -256,11 +256,12 @@ class Ledger:
                 self._forget(lot)
             else:
                 self._release(worker, lot)
+        if elsewhere:
+            self._pass_on(caller, ranges)
 
     def _pass_on(self, caller: CallerPeer, ranges: Sequence[int]) -> None:
-        """Acknowledgments of requests that this broker does not know, or knows no more. A worker may: one that had
-        them from the broker before this one, or that was thought lost. It keeps their results where the caller read
-        them, until it hears this."""
+        """Acknowledgments of what another worker may keep as well, where the caller has read it: one that had the
+        requests from the broker before this one, or that was thought lost."""
         for worker in self._workers.values():
             if caller.id in worker.readers:
                 worker.free(caller.id, ranges)

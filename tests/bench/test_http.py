@@ -65,7 +65,7 @@ def test_a_run_prints_a_table_and_writes_every_figure(
     assert "1/1 Case(model='tiny', form='binary-id', connections=2)" in ended.stderr
 
     content = json.loads(out.read_text())
-    assert content.keys() == {"machine", "seconds", "repeats", "cases"}
+    assert content.keys() == {"machine", "seconds", "repeats", "cases", "fastapi", "requests", "grown_mb"}
     assert (content["seconds"], content["repeats"]) == (1, 1)
     assert {"date", "cpu", "kernel", "python", "penstock", "onnxruntime", "pyzmq"} <= content["machine"].keys()
     [case] = content["cases"]
