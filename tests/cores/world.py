@@ -6,6 +6,7 @@ killed and started. Tensors lie in real arenas, and the models are real; only so
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from penstock.broker.options import BrokerOptions
 from penstock.client.arrays import decode_outcome, make_form
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Fail, FromWorker, Hear
-from penstock.wire.arena import Arena
+from penstock.wire.arena import Arena, Mapping
 from penstock.wire.codec import pack, unpack
 from penstock.wire.errors import PenstockError
 from penstock.wire.events import ArenaCame, BrokerFound, BrokerLost, FromBroker, Say, Tick
@@ -101,7 +102,7 @@ class BrokerLife(Process):
     def _share(self, owner: bytes, reader: bytes) -> None:
         to, of = self.world.peers.get(reader), self.world.peers.get(owner)
         if to is not None:
-            came = ArenaCame(owner, None if of is None else of.slots.arena)
+            came = ArenaCame(owner, None if of is None else Mapping(os.dup(of.slots.arena.fd)))
             to.send("control", lambda: to.hear(came))
 
     def tick(self) -> None:
@@ -136,6 +137,7 @@ class Peer(Process):
     def end(self) -> None:
         self.alive = False
         self.inbox.clear()
+        self.slots.arena.close()  # those who have mapped it read on
         broker = self.world.broker
         if broker is not None:
             broker.send(self.name, lambda: broker.hear(Gone(self.id, "its process ended", disconnected=True)))
