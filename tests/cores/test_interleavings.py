@@ -296,9 +296,9 @@ class Interleavings(RuleBasedStateMachine):
     @rule(at=st.integers(0, 9), pick=st.integers(0, 9), count=st.integers(1, 8))
     def deliver(self, at: int, pick: int, count: int) -> None:
         processes = self.world.processes
-        process = processes[at % len(processes)] if processes else None
-        for _ in range(count if process else 0):
-            process.deliver(pick)
+        if processes:
+            for _ in range(count):
+                processes[at % len(processes)].deliver(pick)
 
     @rule(rounds=st.integers(1, 4))
     def settle(self, rounds: int) -> None:

@@ -10,7 +10,8 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -47,6 +48,7 @@ from penstock.worker.model import Model
 ARENA_BYTES = 1 << 16  # of a caller or a worker: for a dozen of the large tensors
 LARGE, SMALL = 600, 2  # numbers in a row: 2400 bytes lie in an arena, 8 travel
 Delivery: TypeAlias = Callable[[], None]
+P = TypeVar("P", bound="Peer")
 
 
 class Process:
@@ -247,7 +249,7 @@ class CallerLife(Peer):
             workers = [each for each in self.world.of(WorkerLife) if each.endpoint == endpoint]
             for worker in workers:
                 self.heard[endpoint] = worker
-                worker.send(self.name, lambda worker=worker: worker.hear(Subscribed(self.id)))
+                worker.send(self.name, partial(worker.hear, Subscribed(self.id)))
         else:
             worker = self.heard.pop(endpoint, None)
             if worker is not None:
@@ -300,7 +302,7 @@ class CallerLife(Peer):
     def end(self) -> None:
         super().end()
         for worker in self.heard.values():
-            worker.send(self.name, lambda worker=worker: worker.hear(Unsubscribed(self.id)))
+            worker.send(self.name, partial(worker.hear, Unsubscribed(self.id)))
 
     def tick(self) -> None:
         if self.world.now >= self.caller.due():
@@ -340,7 +342,7 @@ class World:
         for peer in self.peers.values():
             if not read:
                 peer.inbox.pop("broker", None)
-            peer.send("control", lambda peer=peer: peer.hear(BrokerLost("its process ended")))
+            peer.send("control", partial(peer.hear, BrokerLost("its process ended")))
 
     def start_caller(self) -> CallerLife:
         return self._start(CallerLife(self, self._name("c")))
@@ -352,7 +354,7 @@ class World:
         self._made += 1
         return f"{kind}{self._made:07}".encode()
 
-    def _start(self, peer: Any) -> Any:
+    def _start(self, peer: P) -> P:
         self.peers[peer.id] = peer
         if self.broker is not None:
             peer.meet(self.broker)
