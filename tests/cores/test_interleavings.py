@@ -391,6 +391,6 @@ class Interleavings(RuleBasedStateMachine):
 def test_whatever_happens_every_request_ends_once_and_nobody_writes_where_another_reads(model: Model) -> None:
     machine: Any = lambda: Interleavings(model)  # noqa: E731
     settings_ = settings(
-        max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=80, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
     run_state_machine_as_test(machine, settings=settings_)
