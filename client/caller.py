@@ -358,7 +358,7 @@ class Caller:
 
     def _set_workers(self, workers: Sequence[WorkerAddress]) -> None:
         """Whoever shares its arena is heard once that has come: so its results can always be read."""
-        self._left = {worker: address for worker, address in (self._left | self._workers).items() if address.shares}
+        self._left |= self._workers
         self._workers = {address.worker: address for address in workers}
         sharing = {address.worker for address in workers if address.shares}
         for worker in sharing - self._sharing:
@@ -374,20 +374,19 @@ class Caller:
             self._hear_workers()
 
     def _hear_workers(self) -> None:
-        """Also those that the broker has stopped to name, or has not named yet, as long as a result is read in their
-        memory: by this connection they know that its reader lives."""
+        """Also those that the broker names no more, or not yet, as long as a result is read in their memory: by this
+        connection they know that its reader lives."""
         read = set(self._held.values())
-        self._left = {
-            worker: address for worker, address in self._left.items() if worker in read - self._workers.keys()
-        }
-        for worker in self._arenas.keys() - self._sharing - self._left.keys():
+        left = read - self._workers.keys()
+        self._left = {worker: address for worker, address in self._left.items() if worker in left}
+        for worker in self._arenas.keys() - self._sharing - read:
             del self._arenas[worker]
-        endpoints = {address.endpoint for address in self._left.values()}
-        endpoints |= {
-            address.endpoint
+        heard = [
+            address
             for worker, address in self._workers.items()
-            if worker in self._arenas or not address.shares
-        }
+            if worker in read or worker in self._arenas or not address.shares
+        ]
+        endpoints = {address.endpoint for address in (*heard, *self._left.values())}
         self._commands += [Hear(endpoint, True) for endpoint in sorted(endpoints - self._endpoints)]
         self._commands += [Hear(endpoint, False) for endpoint in sorted(self._endpoints - endpoints)]
         self._endpoints = endpoints

@@ -6,10 +6,12 @@ killed and started. Tensors lie in real arenas, and the models are real; only so
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from penstock.broker.options import BrokerOptions
 from penstock.client.arrays import decode_outcome, make_form
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Fail, FromWorker, Hear
-from penstock.wire.arena import Arena
+from penstock.wire.arena import Arena, Mapping
 from penstock.wire.codec import pack, unpack
 from penstock.wire.errors import PenstockError
 from penstock.wire.events import ArenaCame, BrokerFound, BrokerLost, FromBroker, Say, Tick
@@ -46,6 +48,7 @@ from penstock.worker.model import Model
 ARENA_BYTES = 1 << 16  # of a caller or a worker: for a dozen of the large tensors
 LARGE, SMALL = 600, 2  # numbers in a row: 2400 bytes lie in an arena, 8 travel
 Delivery: TypeAlias = Callable[[], None]
+P = TypeVar("P", bound="Peer")
 
 
 class Process:
@@ -101,7 +104,7 @@ class BrokerLife(Process):
     def _share(self, owner: bytes, reader: bytes) -> None:
         to, of = self.world.peers.get(reader), self.world.peers.get(owner)
         if to is not None:
-            came = ArenaCame(owner, None if of is None else of.slots.arena)
+            came = ArenaCame(owner, None if of is None else Mapping(os.dup(of.slots.arena.fd)))
             to.send("control", lambda: to.hear(came))
 
     def tick(self) -> None:
@@ -136,6 +139,7 @@ class Peer(Process):
     def end(self) -> None:
         self.alive = False
         self.inbox.clear()
+        self.slots.arena.close()  # those who have mapped it read on
         broker = self.world.broker
         if broker is not None:
             broker.send(self.name, lambda: broker.hear(Gone(self.id, "its process ended", disconnected=True)))
@@ -245,7 +249,7 @@ class CallerLife(Peer):
             workers = [each for each in self.world.of(WorkerLife) if each.endpoint == endpoint]
             for worker in workers:
                 self.heard[endpoint] = worker
-                worker.send(self.name, lambda worker=worker: worker.hear(Subscribed(self.id)))
+                worker.send(self.name, partial(worker.hear, Subscribed(self.id)))
         else:
             worker = self.heard.pop(endpoint, None)
             if worker is not None:
@@ -298,7 +302,7 @@ class CallerLife(Peer):
     def end(self) -> None:
         super().end()
         for worker in self.heard.values():
-            worker.send(self.name, lambda worker=worker: worker.hear(Unsubscribed(self.id)))
+            worker.send(self.name, partial(worker.hear, Unsubscribed(self.id)))
 
     def tick(self) -> None:
         if self.world.now >= self.caller.due():
@@ -338,7 +342,7 @@ class World:
         for peer in self.peers.values():
             if not read:
                 peer.inbox.pop("broker", None)
-            peer.send("control", lambda peer=peer: peer.hear(BrokerLost("its process ended")))
+            peer.send("control", partial(peer.hear, BrokerLost("its process ended")))
 
     def start_caller(self) -> CallerLife:
         return self._start(CallerLife(self, self._name("c")))
@@ -350,7 +354,7 @@ class World:
         self._made += 1
         return f"{kind}{self._made:07}".encode()
 
-    def _start(self, peer: Any) -> Any:
+    def _start(self, peer: P) -> P:
         self.peers[peer.id] = peer
         if self.broker is not None:
             peer.meet(self.broker)
