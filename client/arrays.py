@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -14,9 +14,10 @@ from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.messages import Form, Outcome, Payload
 from penstock.wire.models import Layout, ModelSpec, Tensor, check, check_declaration
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
-from penstock.wire.tensors import DTYPES, Array, datatype_of, decode, encode
+from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array, datatype_of, decode, element_count, encode
 
 _FORMS_MAX: Final = 1024
+_PLAIN_MAX_BYTES: Final = 4096  # of outputs that share the memory that they are copied into
 
 # What a list must not hold if it is to become an array of a kind: numpy would cut 1.5 to 1, and read "1" as a number.
 _UNFIT: Final = {"b": "fcSU", "i": "fcSU", "u": "fcSU", "f": "cSU"}
@@ -112,9 +113,27 @@ def _made(value: Any, dtype: np.dtype[Any] | None) -> Array:
     return made
 
 
+class _Plain(NamedTuple):
+    """Tensors of at most _PLAIN_MAX_BYTES together that are copied at once, or one of any size."""
+
+    nbytes: int
+    tensors: tuple[tuple[str, tuple[int, ...], np.dtype[Any], int], ...]  # name, shape, dtype, offset
+
+
 @lru_cache(maxsize=1024)
-def _outcome(body: bytes) -> Outcome:
-    return unpack_outcome(body)
+def _outcome(body: bytes) -> tuple[Outcome, _Plain | None]:
+    """An outcome, and how to copy its tensors in one piece, where that is possible."""
+    outcome = unpack_outcome(body)
+    end = max([tensor.offset + tensor.nbytes for tensor in outcome.tensors], default=0)
+    if len(outcome.tensors) != 1 and end > _PLAIN_MAX_BYTES:
+        return outcome, None
+    tensors = []
+    for name, datatype, shape, offset, nbytes in outcome.tensors:
+        size = ITEM_SIZES[datatype]
+        if datatype in ("BYTES", "BF16") or not nbytes or nbytes != element_count(shape) * size or offset % size:
+            return outcome, None
+        tensors.append((name, shape, DTYPES[datatype], offset))
+    return outcome, _Plain(end, tuple(tensors))
 
 
 def decode_outcome(
@@ -125,7 +144,14 @@ def decode_outcome(
     if let_go is not None:
         payload = np.frombuffer(payload, np.uint8)  # all that is made of it below holds on to it
         weakref.finalize(payload, let_go).atexit = False
-    outcome, view = _outcome(body), memoryview(payload)
+    outcome, plain = _outcome(body)
+    if plain is not None and copy and len(payload) >= plain.nbytes:
+        memory = bytearray(payload)
+        arrays = {}
+        for name, shape, dtype, at in plain.tensors:  # not a comprehension, which is a function of its own
+            arrays[name] = np.ndarray(shape, dtype, memory, at)
+        return outcome, arrays
+    view = memoryview(payload)
     outputs = {
         name: decode(datatype, shape, view[offset : offset + nbytes])
         for name, datatype, shape, offset, nbytes in outcome.tensors

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from penstock.client.calls import SENT, WAITING, Call
+from penstock.client.calls import ENDED, SENT, WAITING, Call
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report, Sink
 from penstock.wire.arrivals import Arrivals
 from penstock.wire.codec import ranges, unpack_failure
@@ -61,6 +61,8 @@ _SWEEP_S: Final = 0.1  # how often calls are looked through for those whose time
 # The broker and the workers say why time was up: their word is waited for so long past the deadline.
 _LATE_S: Final = 0.2
 _ACKNOWLEDGE_S: Final = 0.003  # acknowledgments wait so long for requests to travel with
+_ACKNOWLEDGE_LONE_S: Final = 0.1  # that of a small result of a request that was alone
+_NEVER: Final = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class Caller:
         self.name = identity.name  # the one that the broker has given it
         self.shares = False  # workers of this host read this process's arena
         self.models: dict[str, dict[str, ModelState]] | None = None
+        self._fresh = False  # the broker that has welcomed this caller has said them
         self._found: dict[tuple[str, str], ModelSpec] = {}  # what ``find`` has found, until the models change
         self.calls: dict[int, Call] = {}
         self._waiting: list[Call] = []
@@ -117,6 +120,40 @@ class Caller:
         self.calls[call.id] = call
         self._waiting.append(call)
         return call.id
+
+    def begin(self, form: Form, timeout_s: float, sink: Sink, now: float) -> tuple[int, tuple[int, ...]] | None:
+        """As ``submit``, for a shell that sends the request itself, at once and alone. Its id, and the acknowledgments
+        that are to go with it, as ranges. None when there is more to say, too much is under way, or no broker is there:
+        then ``submit`` and ``flush`` do it."""
+        calls, acks = self.calls, self._acks
+        if (
+            self._waiting
+            or self._cancels
+            or not self.membership.epoch
+            or len(calls) >= self.identity.calls_max
+            or len(acks) > MAX_REQUESTS
+        ):
+            return None
+        self._last_id = number = self._last_id + 1
+        calls[number] = Call(number, form, None, timeout_s, now + timeout_s, sink, SENT)
+        if not acks:
+            return number, ()
+        self._acks, self._acknowledge_at = [], _NEVER
+        return number, (acks[0], acks[0]) if len(acks) == 1 else ranges(sorted(set(acks)))
+
+    def finish(self, number: int, now: float) -> Call | None:
+        """A result of few bytes has come for a request: end it, if it waits for that. Its acknowledgment may travel
+        with the next request, which comes soon where requests come one after another."""
+        call = self.calls.get(number)
+        if call is None or call.state != SENT:
+            return None
+        del self.calls[number]
+        call.state = ENDED
+        if self.membership.epoch:
+            self._acks.append(number)
+            if self._acknowledge_at == _NEVER:
+                self._acknowledge_at = now + _ACKNOWLEDGE_LONE_S
+        return call
 
     def cancel(self, number: int) -> None:
         """Nobody wants the result of a request any more; its sink is not called."""
@@ -170,6 +207,7 @@ class Caller:
         """Whether every model of the server can be asked."""
         return (
             self.membership.joined
+            and self._fresh
             and bool(self.models)
             and all(state.state == READY for versions in (self.models or {}).values() for state in versions.values())
         )
@@ -353,7 +391,7 @@ class Caller:
         known: dict[str, dict[str, ModelState]] = {}
         for state in models:
             known.setdefault(state.name, {})[state.version] = state
-        self.models = known
+        self.models, self._fresh = known, True
         self._found = {}
 
     def _set_workers(self, workers: Sequence[WorkerAddress]) -> None:
@@ -396,6 +434,7 @@ class Caller:
         if self.membership.joined:
             self._log("warning", "broker gone; looking for it", reason=reason)
         self.membership.lost()
+        self._fresh = False
         for number in [call.id for call in self.calls.values() if call.state == SENT]:
             self._fail(number, PenstockError(LOST, f"{reason} while it held the request; send it again", 0.5))
         self._sharing = set()

@@ -28,15 +28,23 @@ class Call:
     __slots__ = ("deadline", "form", "id", "payload", "sink", "state", "timeout_s")
 
     def __init__(
-        self, number: int, form: Form, payload: Payload, timeout_s: float, deadline: float, sink: Sink
+        self,
+        number: int,
+        form: Form,
+        payload: Payload,
+        timeout_s: float,
+        deadline: float,
+        sink: Sink,
+        state: str = WAITING,
     ) -> None:
+        """``state``: SENT for one that its shell sends at once."""
         self.id = number
         self.form = form
         self.payload = payload
         self.timeout_s = timeout_s
         self.deadline = deadline
         self.sink = sink
-        self.state = WAITING
+        self.state = state
 
     def move(self, event: str) -> str:
         """Take the transition for ``event`` and return the new state. Raises IllegalTransition."""

@@ -1,4 +1,4 @@
-"""The synchronous client: one thread owns the sockets, everybody else gets futures."""
+"""The synchronous client: what users call, around ``talk.py``, where it happens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,20 +17,22 @@ from typing import Any, Final
 from penstock.client.arrays import Forms, decode_outcome
 from penstock.client.events import Complete
 from penstock.client.link import Link
+from penstock.client.short import Plan, Short
+from penstock.client.talk import Talk, give_back
 from penstock.wire.arena import Arena, ArenaError
-from penstock.wire.endpoints import default_runtime_dir, parse_broker
+from penstock.wire.endpoints import EndpointError, default_runtime_dir, parse_broker
 from penstock.wire.errors import BAD_INPUT, CANCELLED, INTERNAL, UNAVAILABLE, BadMessage, PenstockError
-from penstock.wire.messages import MAX_TIMEOUT_US, Form, Payload
+from penstock.wire.messages import MAX_TIMEOUT_US, Batch, Payload
 from penstock.wire.models import ModelState
 from penstock.wire.process import fields
-from penstock.wire.slots import Slot, Slots
+from penstock.wire.slots import Slot
 from penstock.wire.tensors import Array
 
 log = logging.getLogger("penstock.client")
 
 _TIMEOUT_MAX_S: Final = MAX_TIMEOUT_US / 1_000_000
+_LEAST_S: Final = 1e-6
 DEFAULT_ARENA_BYTES: Final = 64 << 20
-_LATE_S: Final = 5.0  # past a call's deadline, after which something is wrong with this process itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,17 @@ class Result(Mapping[str, Array]):
     that may lie in the worker's memory. As a context it lets go of its outputs at the end; what lies there is the
     worker's again when no array over it is left, or the client has been closed."""
 
-    def __init__(self, model: str, version: str, outputs: dict[str, Array], timing: Timing) -> None:
+    def __init__(self, model: str, version: str, outputs: dict[str, Array], queue_us: int, batch: Batch) -> None:
         self.model = model
         self.version = version
-        self.timing = timing
         self._outputs = outputs
+        self._queue_us = queue_us
+        self._batch = batch
+
+    @property
+    def timing(self) -> Timing:
+        batch = self._batch
+        return Timing(self._queue_us * 1e-6, batch.compute_us * 1e-6, batch.rows, batch.reason)
 
     def __enter__(self) -> Result:
         return self
@@ -84,45 +91,49 @@ class Result(Mapping[str, Array]):
 class _Call(Future[Result]):
     """A future that is also the end of its request."""
 
-    def __init__(self, client: Client, payload: bytes | Slot, copy: bool) -> None:
+    def __init__(self, talk: Talk, payload: Payload, copy: bool) -> None:
         super().__init__()
-        self.number: int | None = None  # set by the client's thread
-        self._client = client
+        self.number: int | None = None  # set by the keeper
+        self._talk = talk
+        self._payload = payload
         self._copy = copy
-        self._slot = payload if isinstance(payload, Slot) else None
 
     def cancel(self) -> bool:
         cancelled = super().cancel()
         if cancelled:
-            self._client._enqueue(self._client._cancel, self)
+            self._talk.cancel(self)
         return cancelled
 
-    def release(self) -> None:
-        """Its inputs are not needed any more."""
-        if self._slot is not None:
-            self._slot.give_back()
-
-    def complete(self, answer: Complete) -> None:
-        self.release()
-        client = self._client
-        let_go = partial(client._enqueue, client._let_go, answer.held) if answer.held else None
-        if not self.set_running_or_notify_cancel():
-            if let_go is not None:
-                let_go()
+    def end(self, answer: Complete | None, error: PenstockError | None, /) -> None:
+        """On the keeper's thread. With neither it has been cancelled, and only its inputs are given back."""
+        give_back(self._payload)
+        if answer is None and error is None:
             return
-        try:
-            outcome, outputs = decode_outcome(answer.body, answer.payload, self._copy, let_go)
-        except (BadMessage, PenstockError) as error:
-            self.set_exception(PenstockError(INTERNAL, f"a worker's answer cannot be read: {error}"))
+        if self.done() or not self.set_running_or_notify_cancel():
+            if answer is not None and answer.held:
+                self._talk.release(self._talk.link, answer.held)
             return
-        batch = answer.batch
-        timing = Timing(answer.queue_us * 1e-6, batch.compute_us * 1e-6, batch.rows, batch.reason)
-        self.set_result(Result(outcome.model, outcome.version, outputs, timing))
-
-    def fail(self, error: PenstockError) -> None:
-        self.release()
-        if self.set_running_or_notify_cancel():
+        if answer is not None:
+            try:
+                self.set_result(_read(self._talk, answer, self._copy))
+            except PenstockError as unreadable:
+                self.set_exception(unreadable)
+        else:
             self.set_exception(error)
+
+
+def _read(talk: Talk, answer: Complete, copy: bool) -> Result:
+    """Raises PenstockError."""
+    let_go = partial(talk.release, talk.link, answer.held) if answer.held else None
+    try:
+        outcome, outputs = decode_outcome(answer.body, answer.payload, copy, let_go)
+    except (BadMessage, PenstockError) as error:
+        raise _unreadable(error) from None
+    return Result(outcome.model, outcome.version, outputs, answer.queue_us, answer.batch)
+
+
+def _unreadable(error: Exception) -> PenstockError:
+    return PenstockError(INTERNAL, f"a worker's answer cannot be read: {error}")
 
 
 class Client:
@@ -144,21 +155,17 @@ class Client:
     ) -> None:
         self._timeout_s = _check_timeout(timeout)
         self._arena_bytes = arena_bytes
-        self._slots: Slots | None = None
         try:
             self._address = parse_broker(address if address is not None else default_runtime_dir())
         except ValueError as error:
             raise PenstockError(BAD_INPUT, str(error)) from None
         self._pid = os.getpid()
-        self._lock = threading.RLock()  # a callback of a call that ends may close the client
-        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
         self._closed = False
         self._forms = Forms()
-        self._todo: deque[tuple[Any, tuple[Any, ...]]] = deque()  # for the thread: a method and its arguments
-        self._wake = -1
-        self._awake = False  # the thread will look at _todo before it sleeps
-        self._link: Link | None = None
-        self._known = threading.Event()  # what the server serves is known
+        self._talk: Talk | None = None
+        self._open: Talk | None = None  # the same while it can be asked without a further look
+        _clients.add(self)
 
     def infer(
         self,
@@ -178,14 +185,34 @@ class Client:
         the worker gets its memory back soon. Raises PenstockError; its ``retryable`` says whether the same call may
         succeed later.
         """
-        limit_s = self._timeout_s if timeout is None else timeout
-        call = self.submit(model, inputs, version=version, outputs=outputs, timeout=limit_s, copy=copy)
+        limit_s = self._timeout_s if timeout is None else _check_timeout(timeout)
+        talk = self._open
+        if talk is None or not talk.ready:
+            start = time.monotonic()
+            talk = self._reach(limit_s)
+            limit_s = max(limit_s - (time.monotonic() - start), _LEAST_S)
+        link = talk.link
+        assert link.short is not None
+        prepared = link.short.prepare(model, version, inputs, outputs, link.slots)
+        plan: Plan | None = None
+        payload: Payload
+        if prepared is not None:
+            plan, payload = prepared
+            form = plan.form
+        else:
+            form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs, link.slots)
         try:
-            return call.result(limit_s + _LATE_S)
-        except TimeoutError:
-            raise PenstockError(
-                INTERNAL, f"the client's own thread did not end the call within {limit_s:g} s"
-            ) from None
+            answer = talk.ask(link, form, payload, limit_s, plan)
+        finally:
+            if type(payload) is Slot:
+                payload.give_back()
+        if answer.held or not copy:
+            return _read(talk, answer, copy)
+        try:
+            outcome, arrays = decode_outcome(answer.body, answer.payload)
+        except (BadMessage, PenstockError) as error:
+            raise _unreadable(error) from None
+        return Result(outcome.model, outcome.version, arrays, answer.queue_us, answer.batch)
 
     def submit(
         self,
@@ -205,32 +232,30 @@ class Client:
         """
         start = time.monotonic()
         limit_s = _check_timeout(self._timeout_s if timeout is None else timeout)
-        link = self._reach(limit_s)
-        form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs, self._slots)
-        call = _Call(self, payload, copy)
-        self._enqueue(self._submit, call, form, payload, limit_s - (time.monotonic() - start))
-        thread = self._thread
-        if self._closed and thread is not None and thread is not threading.current_thread():
-            thread.join()  # closed meanwhile: the thread may have looked for the last time
-            self._end_call(call)
+        talk = self._reach(limit_s)
+        link = talk.link
+        form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs, link.slots)
+        call = _Call(talk, payload, copy)
+        talk.submit(link, call, form, payload, limit_s - (time.monotonic() - start))
+        if self._closed and talk.thread is not threading.current_thread():
+            talk.thread.join()  # closed meanwhile: the thread may have looked for the last time
+            call.end(None, PenstockError(CANCELLED, "the client was closed"))
         return call
 
     def models(self, *, timeout: float | None = None) -> list[ModelState]:
         """What the server serves, and how each model fares. Raises PenstockError when no server is reached in time."""
-        link = self._reach(_check_timeout(self._timeout_s if timeout is None else timeout))
-        return [state for versions in (link.caller.models or {}).values() for state in versions.values()]
+        talk = self._reach(_check_timeout(self._timeout_s if timeout is None else timeout))
+        return [state for versions in (talk.link.caller.models or {}).values() for state in versions.values()]
 
     def close(self) -> None:
         """End what is under way with an error, and the connection. Does nothing the second time."""
         if self._pid != os.getpid():
             return
         with self._lock:
-            self._closed = True
-            thread = self._thread
-        if thread is not None and thread.is_alive():
-            self._enqueue(None)
-            if thread is not threading.current_thread():
-                thread.join()
+            self._closed, self._open = True, None
+            talk = self._talk
+        if talk is not None:
+            talk.close()
 
     def __enter__(self) -> Client:
         return self
@@ -240,116 +265,63 @@ class Client:
     ) -> None:
         self.close()
 
-    # --- on the caller's thread ---
-
-    def _reach(self, limit_s: float) -> Link:
-        """The link, once the server has said what it serves. Raises PenstockError."""
+    def _reach(self, limit_s: float) -> Talk:
+        """The link and its threads, once the server has said what it serves. Raises PenstockError."""
         if self._pid != os.getpid():
             raise PenstockError(
                 BAD_INPUT, "this Client was made before a fork and cannot be used after it; make one in each process"
             )
-        if self._link is None:
-            self._start()
-        assert self._link is not None
-        if not self._known.wait(limit_s):
+        talk = self._talk or self._start()
+        if not talk.known.is_set() and not talk.known.wait(limit_s):
             raise PenstockError(
                 UNAVAILABLE,
                 f"no Penstock broker answered at {self._address} within {limit_s:g} s; "
                 "is 'penstock up' running there, and as the same user?",
             )
-        if self._closed:
-            raise PenstockError(CANCELLED, "this Client is closed")
-        return self._link
-
-    def _start(self) -> None:
         with self._lock:
             if self._closed:
                 raise PenstockError(CANCELLED, "this Client is closed")
-            if self._link is not None:
-                return
-            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            # Not closed by close(): another thread may be about to write, and the number might be another file's by
-            # then.
-            weakref.finalize(self, os.close, self._wake)
-            self._link = Link(self._address, "", lambda metrics: None, self._make_arena())
-            self._link.watch(self._wake, self._woken)
-            self._thread = threading.Thread(target=self._serve, args=(self._link,), name="penstock-client", daemon=True)
-            self._thread.start()
+            self._open = talk
+        return talk
+
+    def _start(self) -> Talk:
+        with self._lock:
+            if self._closed:
+                raise PenstockError(CANCELLED, "this Client is closed")
+            if self._talk is None:
+                try:
+                    talk = Talk(self._connect)
+                except EndpointError as error:
+                    raise PenstockError(BAD_INPUT, str(error)) from None
+                talk.start()
+                self._talk = talk
+            return self._talk
+
+    def _connect(self) -> Link:
+        link = Link(self._address, "", lambda metrics: None, self._make_arena())
+        link.short = Short(link.caller, self._forms)
+        return link
 
     def _make_arena(self) -> Arena | None:
         if not self._arena_bytes or self._address.runtime is None:
             return None
         try:
-            arena = Arena(self._arena_bytes, "penstock-client")
+            return Arena(self._arena_bytes, "penstock-client")
         except ArenaError as error:
             log.warning("no shared memory; inputs are sent", extra=fields(reason=str(error)))
             return None
-        self._slots = Slots(arena)
-        return arena
 
-    def _enqueue(self, method: Any, *arguments: Any) -> None:
-        """Have the thread call ``method``; None has it end."""
-        self._todo.append((method, arguments))
-        if not self._awake:
-            self._awake = True
-            os.eventfd_write(self._wake, 1)
 
-    # --- on the client's thread ---
+_clients: Final[weakref.WeakSet[Client]] = weakref.WeakSet()
 
-    def _serve(self, link: Link) -> None:
-        try:
-            while self._work(link):
-                link.handle(link.wait(max(0.0, link.due() - time.monotonic())))
-                if link.caller.models is not None:
-                    self._known.set()
-        finally:
-            self._end(link)
 
-    def _woken(self, events: int) -> None:
-        os.eventfd_read(self._wake)
+def _forked() -> None:
+    """In a child of a fork no client can be used; to ask for the process's id each time would be a system call."""
+    for client in _clients:
+        client._open = None
 
-    def _work(self, link: Link) -> bool:
-        """Do what other threads have asked for. False: end."""
-        self._awake = False  # before looking, so that what is added afterwards wakes again
-        todo = self._todo
-        while todo:
-            method, arguments = todo.popleft()
-            if method is None:
-                return False
-            method(link, *arguments)
-        return True
 
-    def _submit(self, link: Link, call: _Call, form: Form, payload: Payload, limit_s: float) -> None:
-        try:
-            call.number = link.caller.submit(form, payload, limit_s, call, time.monotonic())
-        except PenstockError as error:
-            call.fail(error)
-
-    def _cancel(self, link: Link, call: _Call) -> None:
-        if call.number is not None:
-            link.caller.cancel(call.number)
-        call.release()
-
-    def _let_go(self, link: Link, held: int) -> None:
-        link.caller.release(held, time.monotonic())
-
-    def _end(self, link: Link) -> None:
-        with self._lock:
-            self._closed = True
-        for each in list(link.caller.calls.values()):
-            assert isinstance(each.sink, _Call)
-            self._end_call(each.sink)
-        while self._todo:
-            method, arguments = self._todo.popleft()
-            if method == self._submit:
-                self._end_call(arguments[0])
-        link.close()
-        self._known.set()
-
-    def _end_call(self, call: _Call) -> None:
-        with self._lock:
-            if not call.done():
-                call.fail(PenstockError(CANCELLED, "the client was closed"))
+os.register_at_fork(after_in_child=_forked)
 
 
 def _check_timeout(timeout: float) -> float:

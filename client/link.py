@@ -20,6 +20,7 @@ from typing import Final
 from penstock.client.caller import Caller, Identity
 from penstock.client.connection import Broken, Connection
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report
+from penstock.client.short import Short
 from penstock.wire import control, zmtp
 from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, unpack
@@ -39,10 +40,12 @@ from penstock.wire.messages import (
     Results,
 )
 from penstock.wire.process import fields, measure
+from penstock.wire.slots import Slots
 
 log = logging.getLogger("penstock.client")
 
-_EVENTS_MAX: Final = 64  # of one look; there may be more at the next
+_READABLE: Final[int] = select.EPOLLIN
+EVENTS_MAX: Final = 64  # of one look; there may be more at the next
 _CONTROL_AGAIN_S: Final = 0.05  # between two looks for a broker's control socket
 _LINGER_S: Final = 0.2  # for what was said last
 _FULL_AGAIN_S: Final = 0.1  # between two looks at what is due while the broker takes nothing
@@ -63,18 +66,23 @@ class Link:
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._address = address
         self._arena = arena
+        self.slots = None if arena is None else Slots(arena)
         self._on_report = on_report
         self.caller = Caller(Identity(number, name, os.getpid(), address.runtime is not None, str(address)))
         self._epoll = select.epoll()
+        self.poll = self._epoll.poll  # as ``wait``, without a call between
         try:
-            self._broker = Connection(self._epoll, address.callers, "DEALER", number)
+            self.broker = Connection(self._epoll, address.callers, "DEALER", number)
         except EndpointError:
             self._epoll.close()
             raise
         self._subscription = zmtp.subscription(number)
         self._workers: dict[str, Connection] = {}  # by endpoint
         self._handlers: dict[int, Callable[[int], None]] = {}  # by descriptor
+        self._filenos: dict[int, Connection] = {}  # those of workers
         self._retry_at = 0.0  # when the next connection is to be made (again)
+        self.short: Short | None = None  # the way of plain answers, for who expects them
+        self._heard = False  # since ``take`` began, the core has been told of something
         self._full = False  # the broker takes nothing; it has been logged
         self._control: sockets.socket | None = None
         self._control_at = 0.0 if address.runtime is not None else float("inf")
@@ -96,14 +104,32 @@ class Link:
 
     def wait(self, timeout_s: float) -> list[tuple[int, int]]:
         """What has happened, to be given to ``handle``; nothing when the time is up."""
-        return self._epoll.poll(timeout_s, _EVENTS_MAX)
+        return self._epoll.poll(timeout_s, EVENTS_MAX)
 
     def handle(self, events: list[tuple[int, int]]) -> None:
         """Take in what ``wait`` has seen, and do whatever is due."""
+        self.take(events)
+        self.tick()
+
+    def take(self, events: list[tuple[int, int]]) -> bool:
+        """Take in what ``wait`` has seen. Whether ``tick`` should follow: something else than plain answers came."""
+        self._heard = False
+        short = self.short
         for fileno, happened in events:
+            worker = self._filenos.get(fileno)
+            if worker is not None and short is not None and happened == _READABLE:
+                head = worker.glance(short.topic_frame)
+                if head is not None:
+                    if not short.take(head):
+                        self._from_worker([short.topic, bytes(head)])
+                    continue
             handler = self._handlers.get(fileno)  # None: closed since
             if handler is not None:
                 handler(happened)
+        return self._heard
+
+    def tick(self) -> None:
+        """Do whatever is due."""
         now = time.monotonic()
         if now >= self._control_at:
             self._find_broker(now)
@@ -121,29 +147,33 @@ class Link:
     def flush(self) -> None:
         """Send what has been submitted and what is to be acknowledged. While the broker reads nothing, and enough waits
         for it, it stays in the core."""
-        if self._broker.full:
+        if self.broker.full:
             if not self._full:
                 self._full = True
                 log.warning("the broker takes no messages; requests wait")
             return
         self._full = False
         for message in self.caller.flush(time.monotonic()):
-            if not self._broker.send((pack(message), *message.frames)):
-                self._hear(BrokerLost("the connection to the broker broke"))
+            if not self.broker.send((pack(message), *message.frames)):
+                self.broke()
                 break
+
+    def broke(self) -> None:
+        """What was sent has not been heard."""
+        self._hear(BrokerLost("the connection to the broker broke"))
 
     def say(self, message: Message) -> None:
         if isinstance(message, Beat) and self.caller.identity.name:
             measure(self.caller.meters)
             message.samples = self.caller.meters.samples()
-        if not self._broker.full:
-            self._broker.send((pack(message), *(message.frames if isinstance(message, Carrier) else ())))
+        if not self.broker.full:
+            self.broker.send((pack(message), *(message.frames if isinstance(message, Carrier) else ())))
 
     def close(self) -> None:
         """Say good-bye and close; what was said last is still delivered."""
         if self.caller.membership.joined:
             self.say(Bye(self.caller.membership.epoch))
-        self._broker.close(_LINGER_S)
+        self.broker.close(_LINGER_S)
         for connection in self._workers.values():
             connection.close()
         if self._control is not None:
@@ -156,9 +186,11 @@ class Link:
 
     def _connect(self, now: float) -> None:
         """Make those that are due (again)."""
-        for connection in (self._broker, *self._workers.values()):
+        for connection in (self.broker, *self._workers.values()):
             if now >= connection.retry_at and connection.connect(now):
                 self._handlers[connection.fileno] = partial(self._happened, connection)
+                if connection is not self.broker:
+                    self._filenos[connection.fileno] = connection
         self._set_retry()
 
     def _reached(self) -> None:
@@ -171,24 +203,25 @@ class Link:
     def _happened(self, connection: Connection, events: int) -> None:
         fileno, was_ready = connection.fileno, connection.ready
         try:
-            messages = connection.handle(events, time.monotonic())
+            messages = connection.handle(events)
         except (Broken, BadMessage) as error:
             del self._handlers[fileno]
+            self._filenos.pop(fileno, None)
             self._set_retry()
             if isinstance(error, BadMessage):
-                self._hear(Garbage("broker" if connection is self._broker else "worker", str(error)))
+                self._hear(Garbage("broker" if connection is self.broker else "worker", str(error)))
             # A process that ends closes this and the control connection, which says so; else nobody does.
-            if connection is self._broker and self._control is None and self.caller.membership.joined:
+            if connection is self.broker and self._control is None and self.caller.membership.joined:
                 self._hear(BrokerLost("the connection to the broker broke"))
             return
-        if connection is self._broker and connection.ready and not was_ready:
+        if connection is self.broker and connection.ready and not was_ready:
             self._reached()
-        hear = self._from_broker if connection is self._broker else self._from_worker
+        hear = self._from_broker if connection is self.broker else self._from_worker
         for frames in messages:
             hear(frames)
 
     def _set_retry(self) -> None:
-        self._retry_at = min([self._broker.retry_at, *[each.retry_at for each in self._workers.values()]])
+        self._retry_at = min([self.broker.retry_at, *[each.retry_at for each in self._workers.values()]])
 
     def _hear_worker(self, endpoint: str, on: bool) -> None:
         if on:
@@ -201,6 +234,7 @@ class Link:
             gone = self._workers.pop(endpoint, None)
             if gone is not None:
                 self._handlers.pop(gone.fileno, None)
+                self._filenos.pop(gone.fileno, None)
                 gone.close()
         self._set_retry()
 
@@ -225,6 +259,7 @@ class Link:
         self._hear(event)
 
     def _hear(self, event: Event) -> None:
+        self._heard = True
         self._obey(self.caller.handle(event, time.monotonic()))
 
     def _obey(self, commands: list[Command]) -> None:
@@ -254,10 +289,10 @@ class Link:
             return
         self._control_at = float("inf")
         self.watch(self._control.fileno(), self._read_control)
-        if self._broker.ready:
+        if self.broker.ready:
             self._hear(BrokerFound())
-        elif self._broker.fileno < 0:
-            self._broker.retry_at = self._retry_at = now  # who listens here listens there too
+        elif self.broker.fileno < 0:
+            self.broker.retry_at = self._retry_at = now  # who listens here listens there too
 
     def _read_control(self, events: int) -> None:
         """Take in the arenas of workers that the broker passes on, and its end."""

@@ -37,6 +37,8 @@ _PEERS: Final = {"DEALER": ("ROUTER",), "SUB": ("XPUB", "PUB")}  # what each kin
 
 def pack(frames: Sequence[Payload]) -> list[Payload]:
     """A message as it travels: small frames in one piece with what stands before them, large ones as they are."""
+    if len(frames) == 1 and len(frames[0]) < _REFERENCE_MIN_BYTES:
+        return [_head(len(frames[0]), 0) + frames[0]]
     pieces: list[Payload] = []
     gathered: list[Payload] = []
     last = len(frames) - 1
@@ -73,10 +75,11 @@ class Zmtp:
         self.opening = _GREETING + _ready(kind, identity)
         self.ready = False  # the peer's READY has come
         self.replies = b""
+        self.idle = False  # ready, and between two messages: what is received next begins one, in ``buffer``
+        self.buffer = self._buffer = bytearray(_BUFFER_BYTES)
+        self.view = self._view = memoryview(self._buffer)
         self._kind = kind
         self._greeted = False
-        self._buffer = bytearray(_BUFFER_BYTES)
-        self._view = memoryview(self._buffer)
         self._have = 0  # bytes at the buffer's beginning
         self._large: memoryview | None = None  # a frame that is received where it will stay
         self._large_have = 0
@@ -100,6 +103,7 @@ class Zmtp:
             if self._large_have == len(self._large):
                 large, self._large = self._large, None
                 self._frame(large, self._large_flags, messages)
+                self.idle = not self._frames
             return messages
         have = self._have + nbytes
         at = self._greet(have) if not self._greeted else 0
@@ -108,6 +112,7 @@ class Zmtp:
         if at and have > at:
             self._view[: have - at] = self._view[at:have]
         self._have = have - at
+        self.idle = self.ready and have == at and self._large is None and not self._frames
         return messages
 
     def _greet(self, have: int) -> int:

@@ -343,7 +343,7 @@ def test_thread_that_waits_for_a_broker_hears_that_the_client_was_closed(tmp_pat
         waiting = pool.submit(client.models, timeout=30.0)
         # Its thread has been started, so that there is something to be closed under it.
         started = threading.Event()
-        while client._thread is None:
+        while client._talk is None:
             started.wait(0.001)
         client.close()
         assert refused(waiting.result, 20).message == CLOSED

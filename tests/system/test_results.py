@@ -48,8 +48,8 @@ def client(server: Server) -> Iterator[Client]:
 
 
 def held_by(client: Client) -> set[int]:
-    assert client._link is not None
-    return set(client._link.caller._held)
+    assert client._talk is not None
+    return set(client._talk.link.caller._held)
 
 
 # --- borrowing ---
