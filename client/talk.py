@@ -118,7 +118,9 @@ class Talk:
         self.link = connect()
         self.known = threading.Event()  # what the server serves is known; or nothing will ever be
         self.ready = False
-        self._lock = threading.Lock()
+        # Of a kind that its owner can take again, so that a signal handler or a finalizer that asks this very client is
+        # told an error (``_inside`` is set then) instead of waiting for itself for ever.
+        self._lock = threading.RLock()
         self._leader: _Waiter | None = None  # None: the keeper, if it likes
         self._followers: dict[_Waiter, None] = {}  # the longest waiting first
         self._under_way: set[_Sink] = set()  # of futures
@@ -126,9 +128,7 @@ class Talk:
         self._asked = 0  # by waiters, ever
         self._todo: deque[Task] = deque()  # for the keeper
         self._awake = False  # the keeper will look at _todo before it sleeps
-        self._inside = (
-            False  # the core is at work; when a thread finds it so that has the lock, another was interrupted
-        )
+        self._inside = False  # the core is at work. Found so by who has the lock: a thread was interrupted there
         self._stopped = False  # nothing can be asked: it is being closed or made anew
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # the keeper's

@@ -214,3 +214,21 @@ def test_what_goes_wrong_in_the_keeper_does_not_end_it(
     assert len(ask(client)) == 1
     assert "a defect of the client" in caplog.text
     assert talk.link is not link
+
+
+def test_who_asks_from_inside_the_core_is_told_so(client: Client, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal handler may, which runs between any two bytecodes of the main thread."""
+    told: list[PenstockError] = []
+
+    def handler(*arguments: Any) -> None:
+        with pytest.raises(PenstockError) as error:
+            ask(client)
+        told.append(error.value)
+
+    short = talk.link.short
+    with monkeypatch.context() as patched:
+        patched.setattr(short, "submit", handler)
+        assert len(ask(client)) == 1, "what it interrupted goes on"
+    assert [error.code for error in told] == [LOST]
+    assert len(ask(client)) == 1
+    until(lambda: at_rest(talk))
