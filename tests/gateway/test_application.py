@@ -850,8 +850,8 @@ Y = np.array([[2, 4]], "<f4").tobytes()
 def sharing(desk: Desk) -> Desk:
     """A desk whose one worker has the answer Y in its memory, behind eight bytes."""
     desk.join(ready())
-    desk.hear(FromBroker(Workers(EPOCH, [WorkerAddress(b"worker 0", "ipc://results", True)])))
-    desk.hear(ArenaCame(b"worker 0", Memory(bytes(8) + Y)))
+    desk.hear(FromBroker(Workers(EPOCH, [WorkerAddress(b"worker 0", "ipc://results", 1)])))
+    desk.hear(ArenaCame(b"worker 0", 1, Memory(bytes(8) + Y)))
     return desk
 
 
