@@ -294,7 +294,8 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if phase != self._phase:
             self._phase = phase
-            self._set_deadline()
+            if not self._writing_paused:  # which has a deadline of its own
+                self._set_deadline()
             if phase == FULL:
                 self._wait_for_room()
 

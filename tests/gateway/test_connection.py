@@ -890,6 +890,24 @@ def test_body_that_waits_behind_the_last_request_of_a_draining_gateway(
     serving.loop.run(serving.http.drained.wait())
 
 
+def test_room_for_a_client_that_does_not_read_gives_it_no_more_time(
+    echo: Echo, serve: Serve, slots: Slots, whole: Slot
+) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    request = large("/1")
+    peer = begin(serving, slots, ask("/large/30000000") + request[:1000])
+    [connection] = serving.http.wheel.items()
+    assert connection._writing_paused
+    deadline = connection.deadline
+    whole.give_back()
+    serving.loop.until(lambda: slots.arena.allocator.used < len(whole))
+    serving.loop.settle()
+    assert connection.deadline == deadline
+    assert peer.response().body == pattern(30_000_000)
+    peer.send(request[1000:])
+    assert peer.response().body == b"POST /1 " + BODY
+
+
 def test_draining_gateway_serves_a_body_that_waits(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
     serving = serve(echo, slots=slots, arena_wait_s=60)
     peer = begin(serving, slots, large("/a"))
