@@ -23,17 +23,27 @@ from penstock.client.events import Complete
 from penstock.client.link import Link
 from penstock.wire.arena import Arena, ArenaError
 from penstock.wire.endpoints import default_runtime_dir, parse_broker
-from penstock.wire.errors import BAD_INPUT, CANCELLED, INTERNAL, UNAVAILABLE, BadMessage, PenstockError
+from penstock.wire.errors import (
+    BAD_INPUT,
+    CANCELLED,
+    INTERNAL,
+    OVERLOADED,
+    TOO_LARGE,
+    UNAVAILABLE,
+    BadMessage,
+    PenstockError,
+)
 from penstock.wire.messages import MAX_TIMEOUT_US, Form, Payload
 from penstock.wire.models import ModelState
 from penstock.wire.process import fields
-from penstock.wire.slots import Slot, Slots
-from penstock.wire.tensors import Array
+from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
+from penstock.wire.tensors import Array, Buffer
 
 log = logging.getLogger("penstock.client")
 
 _TIMEOUT_MAX_S: Final = MAX_TIMEOUT_US / 1_000_000
 DEFAULT_ARENA_BYTES: Final = 64 << 20
+ARENA_WAIT_MAX_S: Final = 10.0  # for room in it; a call's own time may be shorter
 _LATE_S: Final = 5.0  # past a call's deadline, after which something is wrong with this process itself
 
 
@@ -134,8 +144,7 @@ class Client:
     ``address``: the server's runtime directory (default: where ``penstock up`` puts it), ``ipc://`` and that
     directory, or ``tcp://HOST:PORT``. ``timeout``: seconds for each call that does not say otherwise. Connecting is
     part of the first call. ``arena_bytes``: shared memory for large inputs on the way to workers on this host, which is
-    allocated then; without room in it, and with 0, they are sent. Raises PenstockError for an address that cannot be
-    one.
+    allocated then; with 0 they are sent. Raises PenstockError for an address that cannot be one.
     """
 
     def __init__(
@@ -147,7 +156,6 @@ class Client:
     ) -> None:
         self._timeout_s = _check_timeout(timeout)
         self._arena_bytes = arena_bytes
-        self._slots: Slots | None = None
         try:
             self._address = parse_broker(address if address is not None else default_runtime_dir())
         except ValueError as error:
@@ -204,12 +212,16 @@ class Client:
         the future takes the request out of the queue.
 
         The inputs are copied: they may be changed once this returns. Blocks only until the server has been reached the
-        first time. Raises PenstockError when the request does not fit the model, or no server is reached in time.
+        first time, and while the inputs that are under way leave no room in shared memory for more, first come, first
+        served; never in a callback of a future. Raises PenstockError when the request does not fit the model, no server
+        is reached in time, or there is no room: OVERLOADED at the end of the timeout or after 10 seconds, TOO_LARGE
+        when there never will be.
         """
         start = time.monotonic()
         limit_s = _check_timeout(self._timeout_s if timeout is None else timeout)
         link = self._reach(limit_s)
-        form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs, self._slots)
+        form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs)
+        payload = self._gather(link, parts, form.nbytes, start + limit_s)
         call = _Call(self, payload, copy)
         self._enqueue(self._submit, call, form, payload, limit_s - (time.monotonic() - start))
         thread = self._thread
@@ -284,12 +296,49 @@ class Client:
         if not self._arena_bytes or self._address.runtime is None:
             return None
         try:
-            arena = Arena(self._arena_bytes, "penstock-client")
+            return Arena(self._arena_bytes, "penstock-client")
         except ArenaError as error:
             log.warning("no shared memory; inputs are sent", extra=fields(reason=str(error)))
             return None
-        self._slots = Slots(arena)
-        return arena
+
+    def _gather(self, link: Link, parts: Sequence[Buffer], nbytes: int, deadline: float) -> bytes | Slot:
+        """A copy of a payload, which lies in shared memory when it is large. Raises PenstockError when there is no
+        room."""
+        slots = link.slots() if nbytes >= PLACED_MIN_BYTES else None
+        if slots is None:
+            return b"".join(parts)
+        slot = slots.take(nbytes)
+        if slot is None:
+            slot = self._wait_for_room(slots, nbytes, deadline)
+        at = 0
+        for part in parts:
+            slot.view[at : at + len(part)] = part
+            at += len(part)
+        return slot
+
+    def _wait_for_room(self, slots: Slots, nbytes: int, deadline: float) -> Slot:
+        size = slots.arena.size
+        if nbytes > size:
+            raise PenstockError(
+                TOO_LARGE,
+                f"the inputs take {nbytes} bytes, and this client's shared memory has {size}; send fewer rows at a "
+                "time, or give it more with Client(arena_bytes=...)",
+            )
+        # The client's own thread, on which callbacks of futures run, is the one that gives slots back.
+        waits = threading.current_thread() is not self._thread
+        limit_s = max(0.0, min(deadline - time.monotonic(), ARENA_WAIT_MAX_S)) if waits else 0.0
+        slot = _take_within(slots, nbytes, limit_s)
+        if slot is None and self._closed:
+            raise PenstockError(CANCELLED, "this Client is closed")
+        if slot is None:
+            when = f"did not come free within {limit_s:.3g} s" if waits else "are not free, and a callback cannot wait"
+            raise PenstockError(
+                OVERLOADED,
+                f"{nbytes} bytes of this client's {size} bytes of shared memory {when}; have less under way, or give "
+                "it more with Client(arena_bytes=...)",
+                1.0,
+            )
+        return slot
 
     def _enqueue(self, method: Any, *arguments: Any) -> None:
         """Have the thread call ``method``; None has it end."""
@@ -370,6 +419,20 @@ class Client:
         with self._lock:
             if not call.done():
                 call.fail(PenstockError(CANCELLED, "the client was closed"))
+
+
+def _take_within(slots: Slots, nbytes: int, limit_s: float) -> Slot | None:
+    """As ``Slots.take``, but the calling thread waits for room if need be."""
+    woken = threading.Event()
+    wait = slots.wait(nbytes, 0, woken.set)
+    try:
+        woken.wait(limit_s)
+    except BaseException:  # such as KeyboardInterrupt
+        slot = slots.end(wait)
+        if slot is not None:
+            slot.give_back()
+        raise
+    return slots.end(wait)
 
 
 def _check_timeout(timeout: float) -> float:

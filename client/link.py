@@ -26,6 +26,7 @@ from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.messages import ON_PUBLICATION, PEER_ID_BYTES, TO_CALLER, Beat, Bye, Message, Metrics, Results
 from penstock.wire.process import fields, measure
+from penstock.wire.slots import Slots
 from penstock.wire.sockets import Socket
 
 log = logging.getLogger("penstock.client")
@@ -52,7 +53,7 @@ class Link:
         """``arena``: of this process, whose descriptor workers on this host are given. It is closed with the link."""
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._address = address
-        self._arena = arena
+        self._slots = None if arena is None else Slots(arena)
         self._on_report = on_report
         self.caller = Caller(Identity(number, name, os.getpid(), address.runtime is not None, str(address)))
         self._broker = Socket(context, zmq.DEALER, _HIGH_WATER, number)
@@ -61,6 +62,10 @@ class Link:
         self._results.raw.set(zmq.SUBSCRIBE, number)
         self._control: sockets.socket | None = None
         self._control_at = 0.0 if address.runtime is not None else float("inf")
+
+    def slots(self) -> Slots | None:
+        """Where large tensors lie so that workers read them there; None while they would not."""
+        return self._slots if self.caller.shares else None
 
     def filenos(self) -> tuple[int, int]:
         return self._broker.fileno(), self._results.fileno()
@@ -121,8 +126,8 @@ class Link:
         self._results.close(0)
         if self._control is not None:
             self._control.close()
-        if self._arena is not None:
-            self._arena.close()
+        if self._slots is not None:
+            self._slots.close()
 
     def _read_results(self) -> None:
         for heads, frames in self._results.receive(2, _ROUND_MESSAGES):
@@ -174,7 +179,7 @@ class Link:
 
     def _find_broker(self, now: float) -> None:
         assert self._address.runtime is not None
-        arena = control.NO_ARENA if self._arena is None else self._arena.fd
+        arena = control.NO_ARENA if self._slots is None else self._slots.arena.fd
         self._control = control.connect(self._address.runtime.control, self.caller.identity.id, arena)
         if self._control is None:
             self._control_at = now + _CONTROL_AGAIN_S

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from penstock.client.arrays import Forms, decode_outcome
+from penstock.client.arrays import decode_outcome
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Command, FromWorker, Hear
-from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, pack_outcome, unpack
 from penstock.wire.errors import INTERNAL, LOST, BadMessage
 from penstock.wire.events import ArenaCame, BrokerFound, BrokerLost, FromBroker, Log
@@ -30,8 +29,8 @@ from penstock.wire.messages import (
     Workers,
 )
 from penstock.wire.messages import Batch as BatchInfo
-from penstock.wire.models import ModelSpec, Tensor, TensorSpec
-from penstock.wire.slots import Placed, Slot, Slots
+from penstock.wire.models import Tensor
+from penstock.wire.slots import Placed
 
 if TYPE_CHECKING:
     from tests.client.conftest import Conversation
@@ -39,34 +38,6 @@ if TYPE_CHECKING:
 LARGE = INLINE_MAX_BYTES + 1
 WORKER, OTHER = b"a worker", b"another."
 BATCH = BatchInfo(serial=5, rows=3, reason="idle", compute_us=700)
-
-
-@pytest.fixture
-def slots() -> Iterator[Slots]:
-    arena = Arena(1 << 18, "test")
-    slots = Slots(arena)
-    yield slots
-    assert arena.allocator.used == 0, "a slot was not given back"
-    arena.close()
-
-
-def test_large_inputs_are_written_where_they_are_read(slots: Slots) -> None:
-    tensors = (TensorSpec("a", "FP32", (-1, -1)), TensorSpec("b", "INT8", (-1,)))
-    spec = ModelSpec("m", "1", "", tensors, (), True, 1000)
-    a, b = np.arange(10_000, dtype=np.float32).reshape(100, 100), np.arange(100, dtype=np.int8)
-    form, payload = Forms().build(spec, {"a": a[:, ::-1], "b": b}, (), slots)
-    assert isinstance(payload, Slot)
-    assert payload.place % 64 == 0
-    assert len(payload) == form.nbytes == a.nbytes + b.nbytes
-    assert bytes(payload.view) == a[:, ::-1].tobytes() + b.tobytes()
-    _, small = Forms().build(spec, {"a": a[:1], "b": b[:1]}, (), slots)
-    assert type(small) is bytes
-    whole = slots.take(slots.arena.allocator.largest)
-    assert whole is not None
-    _, elsewhere = Forms().build(spec, {"a": a, "b": b}, (), slots)
-    assert elsewhere == a.tobytes() + b.tobytes()
-    payload.give_back()
-    whole.give_back()
 
 
 class Silent:
