@@ -8,9 +8,11 @@ parsed, checked or batched. bench/http.py runs it beside Penstock; it needs the 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # see penstock.worker
 if __name__ == "__main__":  # this folder comes first then, and has a module http of its own
     sys.path[0] = str(Path(__file__).parents[1])
 

@@ -17,9 +17,12 @@ from pathlib import Path
 if __name__ == "__main__":  # this folder comes first then, and this file would pass for the standard library's http
     sys.path[0] = str(Path(__file__).parents[1])
 
+import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # see penstock.worker
+
 import argparse
 import json
-import os
 import platform
 import re
 import shutil

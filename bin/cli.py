@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import click
 
-from penstock.bin import broker, gateway, infer, models, up, worker
+from penstock.bin import broker, check, gateway, infer, models, up, worker
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -15,5 +15,5 @@ def cli() -> None:
     """An inference server for ONNX models on bare metal."""
 
 
-for command in (up.up, broker.broker, worker.worker, gateway.gateway, infer.infer, models.models):
+for command in (up.up, check.check, broker.broker, worker.worker, gateway.gateway, infer.infer, models.models):
     cli.add_command(command)

@@ -66,7 +66,8 @@ def infer(
     each, or a .json file: a v2 request or an object of lists by name. "-" is JSON from standard input.
     """
     try:
-        with Client(server or runtime_dir, timeout=timeout) as client:
+        # One request is sent sooner than shared memory is allocated for it, and may have any size.
+        with Client(server or runtime_dir, timeout=timeout, arena_bytes=0) as client:
             spec = _spec(client, model, version)
             result = client.infer(model, read_inputs(inputs, spec), version=version)
     except (PenstockError, InputError) as error:

@@ -73,6 +73,8 @@ bind = click.option(
     default="",
     help="Also listen on TCP, for workers and clients that do not share this host's runtime directory. Loopback only.",
 )
+workers = click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True)
+gateways = click.option("--gateways", type=click.IntRange(1, 256), default=1, show_default=True)
 device = click.option("--device", default="cpu", show_default=True, help="What models run on.")
 # The launcher's own: end when it does, however it ends.
 parent = click.option("--parent", type=int, default=0, hidden=True)

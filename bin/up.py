@@ -14,8 +14,8 @@ from penstock.bin.bundled import BUNDLED_MODELS
 @click.command()
 @click.argument("models", type=click.Path(path_type=Path), default=BUNDLED_MODELS)
 @options.http
-@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True)
-@click.option("--gateways", type=click.IntRange(1, 256), default=1, show_default=True)
+@options.workers
+@options.gateways
 @options.device
 @options.bind
 @options.config_file

@@ -29,7 +29,7 @@ class ControlServer:
         self._listener = control.listen(path)
         self._poll = poll
         poll.register(self._listener, select.POLLIN)
-        self._outboxes: dict[int, deque[bytes]] = {}  # whose arenas wait for room in a connection
+        self._outboxes: dict[int, deque[tuple[bytes, int]]] = {}  # whose arenas wait for room, and as which serial
         self._connections: dict[int, socket.socket] = {}
         self._peers: dict[int, bytes] = {}
         self._filenos: dict[bytes, int] = {}  # by peer
@@ -65,7 +65,7 @@ class ControlServer:
             if introduced is None:
                 self._close(fileno)
                 return Gone(known, "its process ended", disconnected=True) if known else None
-            return self._introduced(fileno, known, *introduced)
+            return self._introduced(fileno, known, introduced.peer, introduced.arena)
         except BlockingIOError:
             return None
         except BadMessage as error:
@@ -91,7 +91,7 @@ class ControlServer:
         self._filenos[peer] = fileno
         return Came(peer, size)
 
-    def share(self, owner: bytes, reader: bytes) -> None:
+    def share(self, owner: bytes, reader: bytes, serial: int) -> None:
         """Pass an arena on, as soon as the reader's connection takes it: the kernel lets few packets wait
         (net.unix.max_dgram_qlen, 10 where nobody has raised it)."""
         fileno = self._filenos.get(reader)
@@ -100,7 +100,7 @@ class ControlServer:
         outbox = self._outboxes.get(fileno)
         if outbox is None:
             outbox = self._outboxes[fileno] = deque()
-        outbox.append(owner)
+        outbox.append((owner, serial))
         if len(outbox) == 1:
             self.write(fileno)
         elif len(outbox) > _OUTBOX_MAX:
@@ -114,9 +114,10 @@ class ControlServer:
         connection = self._connections[fileno]
         try:
             while outbox:
-                arena = self._arenas.get(outbox[0])
-                # Of an owner that has gone meanwhile at least a word: as many are waited for as have been announced.
-                control.introduce(connection, outbox[0], control.NO_ARENA if arena is None else arena[0])
+                owner, serial = outbox[0]
+                arena = self._arenas.get(owner)
+                if arena is not None:  # else it has gone meanwhile, of which the reader will hear
+                    control.introduce(connection, owner, arena[0], serial)
                 outbox.popleft()
         except BlockingIOError:
             self._poll.modify(fileno, select.POLLIN | select.POLLOUT)

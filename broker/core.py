@@ -41,6 +41,8 @@ from penstock.wire.messages import (
     CallerHello,
     Done,
     Expect,
+    Expected,
+    Forgotten,
     HelloWanted,
     Leaving,
     Message,
@@ -76,6 +78,7 @@ class Core:
         self._assigner = Assigner()
         self.ledger = Ledger(options, self.registry, self._assigner, self.meters, self.workers)
         self._arenas: dict[bytes, int] = {}  # bytes of each one's, by the peers that have a control connection
+        self._serial = 0  # of the last introduction of one peer to another
         self._assign_from = now + options.rejoin_grace_s
         self._open = False  # that time has come
         self._models_changed = False
@@ -160,7 +163,7 @@ class Core:
         # Its requests of before may still run: ids go on growing from there, so that answers cannot be mixed up.
         running = [max(worker.held[peer]) for worker in self.workers.values() if peer in worker.held]
         caller.last_id = max(running, default=-1)
-        self._commands.append(ToCaller(peer, Welcome(self.epoch, name, caller.arena_bytes > 0)))
+        self._commands.append(ToCaller(peer, Welcome(self.epoch, name, caller.arena_bytes > 0, self._serial)))
         self._log("info" if name else "debug", "caller joined", name=name, caller=peer.hex(), pid=hello.pid)
         for worker in self.workers.values():
             self._expect(worker, [caller])
@@ -173,19 +176,23 @@ class Core:
         self.ledger.caller_gone(caller)
         for worker in self.workers.values():
             worker.forget_caller(caller.id)
-            self._commands.append(ToWorker(worker.id, Expect(self.epoch, (), (caller.id,))))
+            gone = Forgotten(caller.id, self._serial)
+            self._commands.append(ToWorker(worker.id, Expect(self.epoch, (), (gone,))))
         self._log("info" if caller.name else "debug", "caller left", name=caller.name, caller=caller.id.hex())
 
     def _expect(self, worker: WorkerPeer, callers: Iterable[CallerPeer]) -> None:
         """Tell a worker of callers, once it has been given their arenas."""
-        known = tuple(caller.id for caller in callers)
-        sharing: tuple[bytes, ...] = ()
-        if worker.id in self._arenas:
-            sharing = tuple(caller.id for caller in callers if caller.arena_bytes)
-        reading = tuple(number for number in known if self._reads(number, worker))
-        worker.readers.update(reading)
-        self._commands += [Share(number, worker.id) for number in sharing]
-        self._commands.append(ToWorker(worker.id, Expect(self.epoch, known, (), sharing, reading)))
+        introduced = []
+        for caller in callers:
+            self._serial += 1
+            worker.expected[caller.id] = self._serial
+            shares, reads = caller.arena_bytes > 0 and worker.id in self._arenas, self._reads(caller.id, worker)
+            if shares:
+                self._commands.append(Share(caller.id, worker.id, self._serial))
+            if reads:
+                worker.readers.add(caller.id)
+            introduced.append(Expected(caller.id, self._serial, shares, reads))
+        self._commands.append(ToWorker(worker.id, Expect(self.epoch, introduced)))
 
     def _reads(self, caller: bytes, worker: WorkerPeer) -> bool:
         """Whether a caller can be given a worker's arena."""
@@ -193,14 +200,20 @@ class Core:
 
     def _tell_workers(self, caller: CallerPeer) -> None:
         """Where a caller hears workers, once it has been given their arenas."""
-        addresses = []
+        addresses, given = [], caller.given
+        caller.given = {}
         for worker in self.workers.values():
             endpoint = worker.endpoint_for(caller)
-            if endpoint:
-                addresses.append(WorkerAddress(worker.id, endpoint, caller.id in worker.readers))
-        sharing = {address.worker for address in addresses if address.shares}
-        self._commands += [Share(number, caller.id) for number in sorted(sharing - caller.given)]
-        caller.given = sharing
+            if not endpoint:
+                continue
+            arena = 0
+            if caller.id in worker.readers:
+                arena = given.get(worker.id, 0)
+                if not arena:
+                    self._serial = arena = self._serial + 1
+                    self._commands.append(Share(worker.id, caller.id, arena))
+                caller.given[worker.id] = arena
+            addresses.append(WorkerAddress(worker.id, endpoint, arena))
         self._commands.append(ToCaller(caller.id, Workers(self.epoch, addresses)))
 
     # --- workers ---
@@ -220,8 +233,10 @@ class Core:
             case Beat():
                 worker.samples = message.samples
                 self._commands.append(ToWorker(peer, Beat(self.epoch)))
-            case Attached(caller=number, attached=attached):
-                if attached and number in self.callers:
+            case Attached(caller=number, serial=serial, attached=attached):
+                if worker.expected.get(number) != serial:
+                    pass  # of a caller that has gone, or has come again: not yet heard of there
+                elif attached:
                     worker.callers.add(number)
                     self._assigner.room_came(worker)
                 else:
@@ -257,8 +272,7 @@ class Core:
         )
         self.workers[peer] = worker
         worker.set_models(hello.models)
-        worker.callers.update(number for number in hello.callers if number in self.callers)
-        self._commands.append(ToWorker(peer, Welcome(self.epoch, name)))
+        self._commands.append(ToWorker(peer, Welcome(self.epoch, name, self._arenas.get(peer, 0) > 0, self._serial)))
         self._expect(worker, self.callers.values())
         self._log("info", "worker joined", worker=name, device=hello.device, pid=hello.pid)
         self._workers_changed = True

@@ -57,10 +57,12 @@ class ToWorker:
 
 @dataclass(slots=True)
 class Share:
-    """Put the descriptor of a peer's arena into the control connection of another."""
+    """Put the descriptor of a peer's arena into the control connection of another, with a number that the message
+    about it has as well."""
 
     owner: bytes
     reader: bytes
+    serial: int
 
 
 @dataclass(slots=True)

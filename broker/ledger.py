@@ -260,14 +260,14 @@ class Ledger:
             self._pass_on(caller, ranges)
 
     def _pass_on(self, caller: CallerPeer, ranges: Sequence[int]) -> None:
-        """Acknowledgments of what another worker may keep as well, where the caller has read it: one that had the
-        requests from the broker before this one, or that was thought lost."""
+        """Acknowledgments of what any worker may keep: one that had the requests from the broker before this one, or
+        that was thought lost, or whose caller was."""
         for worker in self._workers.values():
-            if caller.id in worker.readers:
-                worker.free(caller.id, ranges)
-                self.news[worker] = None
+            worker.free(caller.id, ranges)
+            self.news[worker] = None
 
     def caller_gone(self, caller: CallerPeer) -> None:
+        caller.gone = True
         for lot in dict.fromkeys(caller.requests.values()):
             self._drop(lot)
         self.refusals.pop(caller, None)

@@ -24,7 +24,8 @@ class CallerPeer:
         self.heard = now
         self.requests: dict[int, Lot] = {}  # those that have not ended for it
         self.last_id = -1  # of its requests: ids only grow
-        self.given: set[bytes] = set()  # workers whose arena it has been given
+        self.gone = False  # as far as the broker knows
+        self.given: dict[bytes, int] = {}  # workers whose arena it has been given, and as which introduction
         self.samples: Sequence[Sample] = ()
 
 
@@ -54,6 +55,7 @@ class WorkerPeer:
         self.heard = now
         self.leaving = False
         self.models: dict[ModelKey, ModelState] = {}
+        self.expected: dict[bytes, int] = {}  # callers that it has been told of, and as which introduction
         self.callers: set[bytes] = set()  # those that hear it
         self.readers: set[bytes] = set()  # those that read its arena
         self.batches = 0  # at least so many are needed for the rows that it has not finished
@@ -108,18 +110,21 @@ class WorkerPeer:
         held.update(dict.fromkeys(lot.ids, lot))
 
     def release(self, lot: Lot) -> None:
-        """Forget requests, and have the worker forget their results."""
+        """Forget requests, and have the worker forget their results; but not those of a caller that has gone without
+        having said that it has them: it may have been stopped, and read them when it is continued. Of these the worker
+        knows itself."""
         caller = lot.caller.id
         held = self.held[caller]
         for number in lot.ids:
             del held[number]
         if not held:
             del self.held[caller]
-        freed = self._freed.get(caller)
-        if freed is None:
-            self._freed[caller] = list(lot.ids)
-        else:
-            freed += lot.ids
+        if not lot.caller.gone:
+            freed = self._freed.get(caller)
+            if freed is None:
+                self._freed[caller] = list(lot.ids)
+            else:
+                freed += lot.ids
         if lot.kept_bytes:
             left = self.kept_bytes[caller] = self.kept_bytes[caller] - lot.kept_bytes * len(lot.ids)
             if not left:
@@ -159,6 +164,7 @@ class WorkerPeer:
         return _as_ranges(cancelled)
 
     def forget_caller(self, caller: bytes) -> None:
+        self.expected.pop(caller, None)
         self.callers.discard(caller)
         self.readers.discard(caller)
         self._freed.pop(caller, None)

@@ -195,8 +195,8 @@ class BrokerProcess:
                     self._send(self._workers, peer, message)
                 case Log(level, event, about):
                     log.log(logging.getLevelNamesMapping()[level.upper()], event, extra=fields(**about))
-                case Share(owner, reader):
-                    self._control.share(owner, reader)
+                case Share(owner, reader, serial):
+                    self._control.share(owner, reader, serial)
                 case Sweep():
                     self._settings.runtime.sweep()
                 case _:

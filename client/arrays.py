@@ -13,8 +13,16 @@ from penstock.wire.codec import pack_layout, unpack_outcome
 from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.messages import Form, Outcome, Payload
 from penstock.wire.models import Layout, ModelSpec, Tensor, check, check_declaration
-from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
-from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array, datatype_of, decode, element_count, encode
+from penstock.wire.tensors import (
+    DTYPES,
+    ITEM_SIZES,
+    Array,
+    Buffer,
+    datatype_of,
+    decode,
+    element_count,
+    encode,
+)
 
 _FORMS_MAX: Final = 1024
 _PLAIN_MAX_BYTES: Final = 4096  # of outputs that share the memory that they are copied into
@@ -32,17 +40,19 @@ class Forms:
         self._known: dict[tuple[Layout, int], tuple[ModelSpec, Form]] = {}
 
     def build(
-        self, spec: ModelSpec, inputs: Mapping[str, Any], outputs: Sequence[str], slots: Slots | None = None
-    ) -> tuple[Form, bytes | Slot]:
-        """The form and payload of a request: a copy, which lies in a slot when it is large and there is one. Raises
-        PenstockError naming the input that does not fit."""
+        self, spec: ModelSpec, inputs: Mapping[str, Any], outputs: Sequence[str]
+    ) -> tuple[Form, Sequence[Buffer]]:
+        """The form and the payload of a request, in parts, which may be the inputs' own memory. Raises PenstockError
+        naming the input that does not fit."""
         if not hasattr(inputs, "items"):
             names = [each.name for each in spec.inputs]
             raise PenstockError(
                 BAD_INPUT, f"the inputs of '{spec.name}' are arrays by name, {names}; {type(inputs).__name__} has none"
             )
         expected = {each.name: each.datatype for each in spec.inputs}
-        tensors, parts, at = [], [], 0
+        tensors: list[Tensor] = []
+        parts: list[Buffer] = []
+        at = 0
         for name, value in inputs.items():
             array, datatype = _as_array(name, value, expected.get(name))
             try:
@@ -52,13 +62,7 @@ class Forms:
             tensors.append(Tensor(name, datatype, array.shape, at, len(part)))
             parts.append(part)
             at += len(part)
-        form = self.find(spec, Layout(tuple(tensors), tuple(outputs)), at)
-        slot = slots.take(at) if slots is not None and at >= PLACED_MIN_BYTES else None
-        if slot is None:
-            return form, b"".join(parts)
-        for tensor, part in zip(tensors, parts, strict=True):
-            slot.view[tensor.offset : tensor.offset + tensor.nbytes] = part
-        return form, slot
+        return self.find(spec, Layout(tuple(tensors), tuple(outputs)), at), parts
 
     def find(self, spec: ModelSpec, layout: Layout, nbytes: int, priority: int = 0) -> Form:
         """The form of requests with this layout and payload bytes. Raises PenstockError when they do not fit the

@@ -104,8 +104,8 @@ class Caller:
         self._left: dict[bytes, WorkerAddress] = {}  # those that it names no more, and that are still heard
         self._endpoints: set[str] = set()  # of those that are heard
         self._arenas: dict[bytes, Arena] = {}  # by worker
-        self._arrivals: Arrivals[Arena | None] = Arrivals()
-        self._sharing: set[bytes] = set()  # workers that this broker has said to share their arena
+        self._arrivals: Arrivals[Arena] = Arrivals()
+        self._sharing: dict[bytes, int] = {}  # workers whose arena this broker gives, and as which introduction
         self._held: dict[int, bytes] = {}  # results that are still read in their worker's memory, and whose that is
         self._commands: list[Command] = []
 
@@ -244,10 +244,11 @@ class Caller:
                 self._results(message, now)
             case FromBroker(message):
                 self._from_broker(message, now)
-            case ArenaCame(worker, arena, reason):
-                if reason:
+            case ArenaCame(worker, serial, arena, reason):
+                if arena is None:
                     self._log("error", "a worker's memory cannot be read; it is not heard", reason=reason)
-                self._arena_came(worker, self._arrivals.came(worker, arena))
+                else:
+                    self._arena_came(worker, self._arrivals.came(worker, serial, arena))
             case BrokerFound():
                 self.membership.found()
             case BrokerLost(reason):
@@ -278,8 +279,8 @@ class Caller:
         assert joined or not (self._acks or self._cancels), "nobody is there to be told"
         assert calls.keys().isdisjoint(self._held), "a result is read, and still waited for"
         assert self._left.keys().isdisjoint(self._workers), "a worker has left, and is there"
-        assert self._sharing <= self._workers.keys(), "a worker shares, and is not known"
-        heard = {self._workers[worker].endpoint for worker in self._sharing & self._arenas.keys()}
+        assert self._sharing.keys() <= self._workers.keys(), "a worker shares, and is not known"
+        heard = {self._workers[worker].endpoint for worker in self._sharing.keys() & self._arenas.keys()}
         assert heard <= self._endpoints, "a worker is not heard whose results can be read"
         assert bool(self._acks) == (self._acknowledge_at < float("inf"))
         for (name, version), spec in self._found.items():
@@ -358,6 +359,7 @@ class Caller:
                 if membership.epoch not in (0, epoch):
                     self._lost("the broker restarted")
                 membership.welcomed(epoch, now)
+                self._arrivals.forget_all(message.serial)
                 self.name, self.shares = message.name, message.shares
                 self._log("debug", "joined the broker", name=message.name)
                 return
@@ -398,12 +400,15 @@ class Caller:
         """Whoever shares its arena is heard once that has come: so its results can always be read."""
         self._left |= self._workers
         self._workers = {address.worker: address for address in workers}
-        sharing = {address.worker for address in workers if address.shares}
-        for worker in sharing - self._sharing:
-            arena = self._arrivals.announced(worker)
-            if arena is not None:
-                self._arenas[worker] = arena
-        self._sharing = sharing
+        before, self._sharing = self._sharing, {each.worker: each.arena for each in workers if each.arena}
+        for worker, serial in before.items():
+            if worker not in self._sharing:
+                self._arrivals.forget(worker, serial)
+        for worker, serial in self._sharing.items():
+            if before.get(worker) != serial:
+                arena = self._arrivals.announced(worker, serial)
+                if arena is not None:
+                    self._arenas[worker] = arena
         self._hear_workers()
 
     def _arena_came(self, worker: bytes, arena: Arena | None) -> None:
@@ -417,12 +422,12 @@ class Caller:
         read = set(self._held.values())
         left = read - self._workers.keys()
         self._left = {worker: address for worker, address in self._left.items() if worker in left}
-        for worker in self._arenas.keys() - self._sharing - read:
+        for worker in self._arenas.keys() - self._sharing.keys() - read:
             del self._arenas[worker]
         heard = [
             address
             for worker, address in self._workers.items()
-            if worker in read or worker in self._arenas or not address.shares
+            if worker in read or worker in self._arenas or not address.arena
         ]
         endpoints = {address.endpoint for address in (*heard, *self._left.values())}
         self._commands += [Hear(endpoint, True) for endpoint in sorted(endpoints - self._endpoints)]
@@ -437,7 +442,7 @@ class Caller:
         self._fresh = False
         for number in [call.id for call in self.calls.values() if call.state == SENT]:
             self._fail(number, PenstockError(LOST, f"{reason} while it held the request; send it again", 0.5))
-        self._sharing = set()
+        self._sharing = {}
         self._acks.clear()
         self._cancels.clear()
         self._acknowledge_at = float("inf")

@@ -21,18 +21,28 @@ from penstock.client.short import Plan, Short
 from penstock.client.talk import Talk, give_back
 from penstock.wire.arena import Arena, ArenaError
 from penstock.wire.endpoints import EndpointError, default_runtime_dir, parse_broker
-from penstock.wire.errors import BAD_INPUT, CANCELLED, INTERNAL, UNAVAILABLE, BadMessage, PenstockError
+from penstock.wire.errors import (
+    BAD_INPUT,
+    CANCELLED,
+    INTERNAL,
+    OVERLOADED,
+    TOO_LARGE,
+    UNAVAILABLE,
+    BadMessage,
+    PenstockError,
+)
 from penstock.wire.messages import MAX_TIMEOUT_US, Batch, Payload
 from penstock.wire.models import ModelState
 from penstock.wire.process import fields
-from penstock.wire.slots import Slot
-from penstock.wire.tensors import Array
+from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
+from penstock.wire.tensors import Array, Buffer
 
 log = logging.getLogger("penstock.client")
 
 _TIMEOUT_MAX_S: Final = MAX_TIMEOUT_US / 1_000_000
 _LEAST_S: Final = 1e-6
 DEFAULT_ARENA_BYTES: Final = 64 << 20
+ARENA_WAIT_MAX_S: Final = 10.0  # for room in it; a call's own time may be shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +152,7 @@ class Client:
     ``address``: the server's runtime directory (default: where ``penstock up`` puts it), ``ipc://`` and that
     directory, or ``tcp://HOST:PORT``. ``timeout``: seconds for each call that does not say otherwise. Connecting is
     part of the first call. ``arena_bytes``: shared memory for large inputs on the way to workers on this host, which is
-    allocated then; without room in it, and with 0, they are sent. Raises PenstockError for an address that cannot be
-    one.
+    allocated then; with 0 they are sent. Raises PenstockError for an address that cannot be one.
     """
 
     def __init__(
@@ -193,14 +202,17 @@ class Client:
             limit_s = max(limit_s - (time.monotonic() - start), _LEAST_S)
         link = talk.link
         assert link.short is not None
-        prepared = link.short.prepare(model, version, inputs, outputs, link.slots)
+        prepared = link.short.prepare(model, version, inputs, outputs, link.slots())
         plan: Plan | None = None
         payload: Payload
         if prepared is not None:
             plan, payload = prepared
             form = plan.form
         else:
-            form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs, link.slots)
+            start = time.monotonic()
+            form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs)
+            payload = self._gather(talk, link, parts, form.nbytes, start + limit_s)
+            limit_s = max(limit_s - (time.monotonic() - start), _LEAST_S)
         try:
             answer = talk.ask(link, form, payload, limit_s, plan)
         finally:
@@ -228,13 +240,17 @@ class Client:
         the future takes the request out of the queue.
 
         The inputs are copied: they may be changed once this returns. Blocks only until the server has been reached the
-        first time. Raises PenstockError when the request does not fit the model, or no server is reached in time.
+        first time, and while the inputs that are under way leave no room in shared memory for more, first come, first
+        served; never in a callback of a future. Raises PenstockError when the request does not fit the model, no server
+        is reached in time, or there is no room: OVERLOADED at the end of the timeout or after 10 seconds, TOO_LARGE
+        when there never will be.
         """
         start = time.monotonic()
         limit_s = _check_timeout(self._timeout_s if timeout is None else timeout)
         talk = self._reach(limit_s)
         link = talk.link
-        form, payload = self._forms.build(link.caller.find(model, version), inputs, outputs, link.slots)
+        form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs)
+        payload = self._gather(talk, link, parts, form.nbytes, start + limit_s)
         call = _Call(talk, payload, copy)
         talk.submit(link, call, form, payload, limit_s - (time.monotonic() - start))
         if self._closed and talk.thread is not threading.current_thread():
@@ -311,6 +327,45 @@ class Client:
             log.warning("no shared memory; inputs are sent", extra=fields(reason=str(error)))
             return None
 
+    def _gather(self, talk: Talk, link: Link, parts: Sequence[Buffer], nbytes: int, deadline: float) -> bytes | Slot:
+        """A copy of a payload, which lies in shared memory when it is large. Raises PenstockError when there is no
+        room."""
+        slots = link.slots() if nbytes >= PLACED_MIN_BYTES else None
+        if slots is None:
+            return b"".join(parts)
+        slot = slots.take(nbytes)
+        if slot is None:
+            slot = self._wait_for_room(talk, slots, nbytes, deadline)
+        at = 0
+        for part in parts:
+            slot.view[at : at + len(part)] = part
+            at += len(part)
+        return slot
+
+    def _wait_for_room(self, talk: Talk, slots: Slots, nbytes: int, deadline: float) -> Slot:
+        size = slots.arena.size
+        if nbytes > size:
+            raise PenstockError(
+                TOO_LARGE,
+                f"the inputs take {nbytes} bytes, and this client's shared memory has {size}; send fewer rows at a "
+                "time, or give it more with Client(arena_bytes=...)",
+            )
+        # The keeper, on which callbacks of futures run, is the one that gives their slots back.
+        waits = threading.current_thread() is not talk.thread
+        limit_s = max(0.0, min(deadline - time.monotonic(), ARENA_WAIT_MAX_S)) if waits else 0.0
+        slot = _take_within(slots, nbytes, limit_s)
+        if slot is None and self._closed:
+            raise PenstockError(CANCELLED, "this Client is closed")
+        if slot is None:
+            when = f"did not come free within {limit_s:.3g} s" if waits else "are not free, and a callback cannot wait"
+            raise PenstockError(
+                OVERLOADED,
+                f"{nbytes} bytes of this client's {size} bytes of shared memory {when}; have less under way, or give "
+                "it more with Client(arena_bytes=...)",
+                1.0,
+            )
+        return slot
+
 
 _clients: Final[weakref.WeakSet[Client]] = weakref.WeakSet()
 
@@ -322,6 +377,20 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+
+
+def _take_within(slots: Slots, nbytes: int, limit_s: float) -> Slot | None:
+    """As ``Slots.take``, but the calling thread waits for room if need be."""
+    woken = threading.Event()
+    wait = slots.wait(nbytes, 0, woken.set)
+    try:
+        woken.wait(limit_s)
+    except BaseException:  # such as KeyboardInterrupt
+        slot = slots.end(wait)
+        if slot is not None:
+            slot.give_back()
+        raise
+    return slots.end(wait)
 
 
 def _check_timeout(timeout: float) -> float:

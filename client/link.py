@@ -65,8 +65,7 @@ class Link:
         Raises EndpointError for an address whose sockets can be none."""
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._address = address
-        self._arena = arena
-        self.slots = None if arena is None else Slots(arena)
+        self._slots = None if arena is None else Slots(arena)
         self._on_report = on_report
         self.caller = Caller(Identity(number, name, os.getpid(), address.runtime is not None, str(address)))
         self._epoll = select.epoll()
@@ -86,6 +85,10 @@ class Link:
         self._full = False  # the broker takes nothing; it has been logged
         self._control: sockets.socket | None = None
         self._control_at = 0.0 if address.runtime is not None else float("inf")
+
+    def slots(self) -> Slots | None:
+        """Where large tensors lie so that workers read them there; None while they would not."""
+        return self._slots if self.caller.shares else None
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -178,8 +181,8 @@ class Link:
             connection.close()
         if self._control is not None:
             self._control.close()
-        if self._arena is not None:
-            self._arena.close()
+        if self._slots is not None:
+            self._slots.close()
         self._epoll.close()
 
     # --- connections ---
@@ -282,7 +285,7 @@ class Link:
 
     def _find_broker(self, now: float) -> None:
         assert self._address.runtime is not None
-        arena = control.NO_ARENA if self._arena is None else self._arena.fd
+        arena = control.NO_ARENA if self._slots is None else self._slots.arena.fd
         self._control = control.connect(self._address.runtime.control, self.caller.identity.id, arena)
         if self._control is None:
             self._control_at = now + _CONTROL_AGAIN_S

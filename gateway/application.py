@@ -31,7 +31,7 @@ from penstock.wire.messages import Payload
 from penstock.wire.metrics import Value
 from penstock.wire.models import READY, ModelSpec
 from penstock.wire.process import fields
-from penstock.wire.slots import PLACED_MIN_BYTES
+from penstock.wire.slots import PLACED_MIN_BYTES, Slot
 from penstock.wire.tensors import Buffer
 
 log = logging.getLogger("penstock.gateway")
@@ -229,13 +229,35 @@ class Application:
     def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:
             query, payload = self._parser.parse(self._find(target), body, target.header_length)
+            inference = _Inference(self, exchange, query)
             if query.form.nbytes >= PLACED_MIN_BYTES:
-                payload = exchange.place(payload)
-            _Inference(self, exchange, query).start(payload)
+                placed = exchange.place(payload)
+                if placed is None:
+                    self._wait_for_room(exchange, target, inference, payload)
+                    return
+                payload = placed
+            inference.start(payload)
         except PenstockError as error:
             self._count_failure(target, error.code)
             raise
         self.flush()
+
+    def _wait_for_room(self, exchange: Exchange, target: Target, inference: _Inference, payload: Buffer) -> None:
+        """Start an inference once its tensors lie where workers read them."""
+
+        def start(slot: Slot) -> None:
+            try:
+                inference.start(exchange.put(payload, slot))
+            except PenstockError as error:
+                self._count_failure(target, error.code)
+                raise
+            self.flush()
+
+        def fail(sentence: str) -> None:
+            self._count_failure(target, OVERLOADED)
+            raise PenstockError(OVERLOADED, sentence, 1.0)
+
+        exchange.wait(len(payload), partial(self._later, exchange, start), partial(self._later, exchange, fail))
 
     def finish(self, exchange: Exchange, query: Query, answer: Complete, seconds: float) -> None:
         """Answer an inference request with its result."""
@@ -292,16 +314,20 @@ class Application:
         def done(future: asyncio.Future[T]) -> None:
             if exchange.abandoned:
                 future.exception()
-                return
-            try:
-                then(future.result())
-            except PenstockError as error:
-                self.fail(exchange, error)
-            except Exception:
-                log.exception("request handler failed", extra=fields(url=repr(exchange.request.head.url)))
-                self._crashed(exchange)
+            else:
+                self._later(exchange, lambda done: then(done.result()), future)
 
         self._loop.run_in_executor(None, work).add_done_callback(done)
+
+    def _later(self, exchange: Exchange, handler: Callable[[T], None], argument: T) -> None:
+        """Go on with a request: errors answer it, as in ``handle``."""
+        try:
+            handler(argument)
+        except PenstockError as error:
+            self.fail(exchange, error)
+        except Exception:
+            log.exception("request handler failed", extra=fields(url=repr(exchange.request.head.url)))
+            self._crashed(exchange)
 
     def _count_failure(self, target: Target, code: str) -> None:
         """Count a request that went no further than this gateway. Only names that the server has become labels."""
@@ -348,7 +374,7 @@ def _header_length(value: bytes | None) -> int | None:
 
 
 class _Inference:
-    """An inference request under way: where its answer goes."""
+    """An inference request under way: where its answer goes. Its time runs from now on."""
 
     __slots__ = ("_application", "_exchange", "_number", "_query", "_start")
 
@@ -356,13 +382,13 @@ class _Inference:
         self._application = application
         self._exchange = exchange
         self._query = query
+        self._start = time.monotonic()
 
     def start(self, payload: Payload) -> None:
         """Raises PenstockError when too much is under way."""
-        application, query, now = self._application, self._query, time.monotonic()
-        self._start = now
+        application, query = self._application, self._query
         timeout_s = query.timeout_s or application.options.request_timeout_s
-        self._number = application.caller.submit(query.form, payload, timeout_s, self, now)
+        self._number = application.caller.submit(query.form, payload, timeout_s, self, self._start)
         self._exchange.gone = self
 
     def complete(self, answer: Complete) -> None:

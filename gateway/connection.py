@@ -15,11 +15,14 @@ from typing import Final, Protocol, cast
 
 import orjson
 
+from penstock.gateway.hangups import Hangups
 from penstock.gateway.options import GatewayOptions
-from penstock.gateway.reader import BODY, HEAD, IDLE, Budget, Head, HttpError, Reader, Request
+from penstock.gateway.reader import BODY, FULL, HEAD, IDLE, Budget, Head, HttpError, Reader, Request
+from penstock.gateway.waits import BoundedWait, too_large
 from penstock.gateway.wheel import Wheel
+from penstock.wire.errors import TOO_LARGE, PenstockError
 from penstock.wire.messages import Payload
-from penstock.wire.slots import Slots
+from penstock.wire.slots import Slot, Slots
 from penstock.wire.tensors import Buffer
 
 _SHARED: Final = memoryview(bytearray(256 * 1024))
@@ -107,21 +110,36 @@ class Exchange:
     def abandoned(self) -> bool:
         return self._connection is None
 
-    def place(self, payload: Buffer) -> Payload:
-        """A large payload of this request where workers can read it, if there is room: already there when it is the end
-        of a body that was received there, or copied."""
+    def place(self, payload: Buffer) -> Payload | None:
+        """A large payload of this request where workers can read it: already there when it is the end of a body that
+        was received there, or copied; as it is while they read nothing of this gateway's. None while there is no room:
+        then ``wait``. Raises PenstockError when there never will be."""
         request = self.request
-        if request.slot is not None and isinstance(payload, memoryview):
-            return request.slot.tail(len(payload))
-        slots = None if self._connection is None else self._connection.slots
-        slot = None if slots is None else slots.take(len(payload))
-        if slot is None:
-            return payload
-        slot.view[:] = payload
         if request.slot is not None:
-            request.slot.give_back()
-        request.slot, request.body = slot, b""
+            if isinstance(payload, memoryview):
+                return request.slot.tail(len(payload))
+            request.slot.give_back()  # some of its tensors were JSON, and now they lie together elsewhere
+            request.slot = None
+        request.body = b""
+        slots = None if self._connection is None else self._connection.slots()
+        if slots is None:
+            return payload
+        if len(payload) > slots.arena.size:
+            raise PenstockError(TOO_LARGE, too_large(len(payload), slots.arena.size))
+        slot = slots.take(len(payload))
+        return None if slot is None else self.put(payload, slot)
+
+    def put(self, payload: Buffer, slot: Slot) -> Slot:
+        """Copy a payload of this request into a slot, which is given back with the request."""
+        slot.view[:] = payload
+        self.request.slot = slot
         return slot
+
+    def wait(self, nbytes: int, then: Callable[[Slot], None], late: Callable[[str], None]) -> None:
+        """Have one of them called when there is a slot, or was none in time (see BoundedWait), unless the client has
+        left by then."""
+        assert self._connection is not None
+        self.gone = self._connection.wait(nbytes, 0, then, late).leave
 
     def expanded(self, body: bytes) -> bool:
         """The body was compressed, and is this. False when there is no room for it."""
@@ -132,9 +150,6 @@ class Exchange:
             return False
         request.charged += len(body)
         request.body = body
-        if request.slot is not None:
-            request.slot.give_back()
-            request.slot = None
         return True
 
 
@@ -154,6 +169,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, http: Http) -> None:
         self.deadline = float("inf")
         self._http = http
+        self.slots = http.slots
         self._reader = Reader(http.options, http.budget, http.heads, http.slots)
         self._exchanges: deque[Exchange] = deque()  # in the order of their requests; the first is answered first
         self._unsent: list[Callable[[], None]] = []  # to be called when all that was written has left
@@ -164,10 +180,12 @@ class Connection(asyncio.BufferedProtocol):
         self._reading_paused = False
         self._writing_paused = False
         self._phase = IDLE  # the one that the deadline is for
+        self._wait: BoundedWait | None = None  # for room for the body that has begun
 
-    @property
-    def slots(self) -> Slots | None:
-        return self._http.slots
+    def wait(self, nbytes: int, lead: int, then: Callable[[Slot], None], late: Callable[[str], None]) -> BoundedWait:
+        http, slots = self._http, self.slots()
+        assert slots is not None, "there is nothing to wait for"
+        return BoundedWait(http.loop, slots, nbytes, lead, http.options.arena_wait_s, then, late)
 
     @property
     def budget(self) -> Budget:
@@ -190,6 +208,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._http.forget(self)
+        self._wait_no_longer()
         self._reader.close()
         for exchange in self._exchanges:
             self._drop(exchange)
@@ -266,14 +285,43 @@ class Connection(asyncio.BufferedProtocol):
 
     def _enter(self, phase: str) -> None:
         """The reader has come to another part of a request."""
+        if phase == FULL:
+            self._pause_reading()
         if self._last:
             return  # it will not be answered
-        if self._reader.wants_continue and not self._exchanges and self._transport is not None:
+        if self._reader.wants_continue and phase != FULL and not self._exchanges and self._transport is not None:
             self._reader.wants_continue = False
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if phase != self._phase:
             self._phase = phase
-            self._set_deadline()
+            if not self._writing_paused:  # which has a deadline of its own
+                self._set_deadline()
+            if phase == FULL:
+                self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        """For the body that has begun. It stays with its client meanwhile, who cannot be late."""
+        assert self._transport is not None
+        self._fileno = self._transport.get_extra_info("socket").fileno()
+        self._http.hangups.watch(self._fileno, self.abort)
+        nbytes, lead = self._reader.wanted
+        self._wait = self.wait(nbytes, lead, self._has_room, self._has_none)
+
+    def _has_room(self, slot: Slot) -> None:
+        self._wait_no_longer()
+        self._reader.place(slot)
+        self._enter(self._reader.phase)
+        self._resume_reading()
+
+    def _has_none(self, sentence: str) -> None:
+        self._wait_no_longer()
+        self._refuse(HttpError(503, sentence))
+
+    def _wait_no_longer(self) -> None:
+        if self._wait is not None:
+            self._wait.leave()
+            self._wait = None
+            self._http.hangups.forget(self._fileno, self.abort)
 
     def _set_deadline(self) -> None:
         options, now = self._http.options, self._http.loop.time()
@@ -281,7 +329,7 @@ class Connection(asyncio.BufferedProtocol):
             self.deadline = now + options.head_timeout_s
         elif self._phase == BODY:
             self.deadline = now + options.body_timeout_s + self._reader.body_left / options.body_bytes_per_s_min
-        elif self._exchanges:
+        elif self._exchanges or self._phase == FULL:
             self.deadline = float("inf")
         else:
             self.deadline = now + options.keep_alive_s
@@ -363,6 +411,7 @@ class Connection(asyncio.BufferedProtocol):
         """Everything is said. Closing at once would reset the connection under a client that is still sending, and
         with it the answer that says why (RFC 9112, 9.6)."""
         assert self._transport is not None
+        self._wait_no_longer()
         if self._reader.phase == IDLE or not self._transport.can_write_eof():
             self._close()
             return
@@ -386,7 +435,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _resume_reading(self) -> None:
         ready = self._lingering or (
-            not self._writing_paused and len(self._exchanges) < self._http.options.pipelined_max
+            not self._writing_paused
+            and len(self._exchanges) < self._http.options.pipelined_max
+            and self._reader.phase != FULL
         )
         if ready and self._reading_paused and self._transport is not None and not self._transport.is_closing():
             self._reading_paused = False
@@ -416,8 +467,9 @@ class Http:
         loop: asyncio.AbstractEventLoop,
         options: GatewayOptions,
         application: Application,
-        slots: Slots | None = None,
+        slots: Callable[[], Slots | None] = lambda: None,
     ) -> None:
+        """``slots``: where workers read tensors at present, if anywhere."""
         self.slots = slots
         self.loop = loop
         self.options = options
@@ -425,6 +477,7 @@ class Http:
         self.budget = Budget(options.bodies_bytes_max)
         self.heads: dict[bytes, Head] = {}
         self.wheel: Wheel[Connection] = Wheel()
+        self.hangups = Hangups(loop)
         self.draining = False
         self.drained = asyncio.Event()  # draining, and no connection is left
         self._turning: asyncio.TimerHandle | None = None
@@ -460,3 +513,4 @@ class Http:
             self._turning.cancel()
         for connection in self.wheel.items():
             connection.abort()
+        self.hangups.close()

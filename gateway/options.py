@@ -13,6 +13,7 @@ class GatewayOptions:
     bodies_bytes_max: int = 1 << 30  # of all requests under way: 503
     # Shared memory for large tensors, of each gateway. -1: an eighth of what is free, at most 256 MiB; 0: none.
     arena_bytes: int = -1
+    arena_wait_s: float = 1.0  # for room in it: 503
     connections_max: int = 10_000  # 503
     pipelined_max: int = 16  # requests of one connection that wait for an answer; more are not read
 

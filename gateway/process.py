@@ -23,7 +23,6 @@ from penstock.wire.arena import Arena, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
 from penstock.wire.process import fields, measure, notify
-from penstock.wire.slots import Slots
 
 log = logging.getLogger("penstock.gateway")
 
@@ -154,7 +153,7 @@ class Coupling:
         self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
         application = Application(loop, self._link.caller, settings.options, reports, self._flush_soon)
-        self.http = Http(loop, settings.options, application, None if arena is None else Slots(arena))
+        self.http = Http(loop, settings.options, application, self._link.slots)
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
@@ -202,10 +201,11 @@ class Coupling:
         caller = self._link.caller
         caller.meters.value("penstock_http_connections").value = len(self.http.wheel)
         caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
-        if self.http.slots is not None:
-            arena = self.http.slots.arena
-            caller.meters.value("penstock_arena_bytes").value = arena.size
-            caller.meters.value("penstock_arena_used_bytes").value = arena.allocator.used
+        slots = self._link.slots()
+        if slots is not None:
+            caller.meters.value("penstock_arena_bytes").value = slots.arena.size
+            caller.meters.value("penstock_arena_used_bytes").value = slots.arena.allocator.used
+            caller.meters.value("penstock_arena_waiting").value = slots.waiting
         measure(caller.meters)
         return Snapshot(caller.name, caller.meters.samples())
 

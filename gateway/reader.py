@@ -7,18 +7,20 @@ two different ones (request smuggling).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import httptools
 
 from penstock.gateway.options import GatewayOptions
-from penstock.wire.slots import Slot, Slots
+from penstock.gateway.waits import too_large
+from penstock.wire.slots import Slot, Slots, padded
 from penstock.wire.tensors import Buffer
 
 IDLE: Final = "idle"  # between requests
 HEAD: Final = "head"
 BODY: Final = "body"
+FULL: Final = "full"  # in a body for which there is no room in shared memory: nothing more may be read before ``place``
 BROKEN: Final = "broken"  # an error has been found; nothing more is read
 
 # A body of at least this many bytes, of which part is still to come, is received straight into a buffer of its own.
@@ -122,13 +124,20 @@ class Reader:
 
     ``direct``: where the rest of a large body goes, instead of through ``feed``. ``wants_continue``: the client waits
     for "100 Continue" before it sends its body.
+
+    A large body that holds its tensors as they are is received where workers read them. While there is no room, the
+    phase is FULL, and ``wanted`` the slot that ``place`` needs: its bytes, and how many of them lie before the tensors.
     """
 
     def __init__(
-        self, options: GatewayOptions, budget: Budget, heads: dict[bytes, Head], slots: Slots | None = None
+        self,
+        options: GatewayOptions,
+        budget: Budget,
+        heads: dict[bytes, Head],
+        slots: Callable[[], Slots | None] = lambda: None,
     ) -> None:
-        """``heads``: what is remembered, shared by all readers with the same options. ``slots``: where large bodies go
-        while there is room."""
+        """``heads``: what is remembered, shared by all readers with the same options. ``slots``: where workers read
+        tensors at present, if anywhere."""
         self._options = options
         self._budget = budget
         self._heads = heads
@@ -139,6 +148,7 @@ class Reader:
         self.phase = IDLE
         self.body_left = 0  # bytes of the body that are still to come, as far as known
         self.direct: memoryview | None = None
+        self.wanted = 0, 0
         self.wants_continue = False
         self._charged = 0
         self._fresh()
@@ -233,17 +243,32 @@ class Reader:
         self.close()
 
     def _receive_directly(self) -> None:
-        have = sum(map(len, self._body))
-        size = have + self.body_left
-        if self._slots is not None:
-            self._slot = self._slots.take(size, _lead(self._headers))
-        self._whole = memoryview(bytearray(size)) if self._slot is None else self._slot.view
+        size, lead, slots = sum(map(len, self._body)) + self.body_left, _lead(self._headers), self._slots()
+        if not lead or slots is None:
+            self._receive_into(memoryview(bytearray(size)))
+            return
+        slot = slots.take(size, lead)
+        if slot is None:
+            self.phase = FULL
+            self.wanted = size, lead
+        else:
+            self.place(slot)
+
+    def place(self, slot: Slot) -> None:
+        """Receive the body there."""
+        self.phase = BODY
+        self._slot = slot
+        self._receive_into(slot.view)
+
+    def _receive_into(self, whole: memoryview) -> None:
+        """What has come of the body, and what is still to come."""
+        self._whole = whole
         at = 0
         for part in self._body:
-            self._whole[at : at + len(part)] = part
+            whole[at : at + len(part)] = part
             at += len(part)
         self._body = []
-        self.direct = self._whole[have:]
+        self.direct = whole[at:]
 
     def _too_long(self) -> str:
         return f"the request line and headers take more than {self._options.head_bytes_max} bytes"
@@ -316,7 +341,15 @@ class Reader:
             raise HttpError(
                 413, f"a body of {length} bytes is over the limit of {self._options.body_bytes_max} (body_bytes_max)"
             )
+        if length >= _DIRECT_MIN_BYTES:
+            self._check_fits(length, _lead(headers))
         return length
+
+    def _check_fits(self, length: int, lead: int) -> None:
+        """Whether an arena in which nothing is taken has room for the body, if it is to be received there."""
+        slots = self._slots()
+        if lead and slots is not None and padded(length, lead) > slots.arena.size:
+            raise HttpError(413, too_large(padded(length, lead), slots.arena.size))
 
     def _charge(self, count: int) -> None:
         if not self._budget.take(count):
@@ -350,6 +383,8 @@ class Reader:
 
 
 def _lead(headers: Mapping[str, bytes]) -> int:
-    """How many bytes of a body lie before its first tensor, as far as the headers say."""
-    length = headers.get("inference-header-content-length", b"")
-    return int(length) if length.isdigit() and len(length) <= _LENGTH_DIGITS_MAX else 0
+    """How many bytes of a body lie before its first tensor; 0 when it does not hold its tensors as they are, or the
+    headers do not say where."""
+    length = headers.get("inference-header-content-length", b"").strip()
+    plain = headers.get("content-encoding", b"identity").strip().lower() == b"identity"
+    return int(length) if plain and length.isdigit() and len(length) <= _LENGTH_DIGITS_MAX else 0

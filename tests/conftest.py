@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import it themselves; see penstock.worker
+
 
 @pytest.fixture(scope="session")
 def require_command() -> Callable[[str, str], str]:

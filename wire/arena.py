@@ -61,7 +61,7 @@ class Arena:
         self.fd = -1
         if type(size) is not int or size < 1:
             raise ArenaError(f"an arena has 1 byte or more, not {size!r}")
-        self.size: Final = size + mmap.PAGESIZE - 1 & -mmap.PAGESIZE
+        self.size: Final = _whole_pages(size)
         try:
             _check_memory(self.size)
             self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -142,19 +142,25 @@ class Mapping:
 
 
 def make_arena(asked: int, name: str, key: str) -> Arena | None:
-    """The arena that a configuration asks for. ``asked``: bytes; 0 for none, -1 for an eighth of the memory that is
-    available, at most 256 MiB. Raises ArenaError, which names ``key``."""
-    if not asked:
+    """The arena that a configuration asks for (see planned_bytes). Raises ArenaError, which names ``key``."""
+    size = planned_bytes(asked, available_bytes())
+    if not size:
         return None
     try:
-        return Arena(default_bytes() if asked < 0 else asked, name)
+        return Arena(size, name)
     except ArenaError as error:
         raise ArenaError(f"{error} ({key} in the configuration)") from None
 
 
-def default_bytes() -> int:
-    """How large an arena is made when nobody says."""
-    return max(1, min(_DEFAULT_MAX_BYTES, available_bytes() // 8))
+def planned_bytes(asked: int, available: int) -> int:
+    """How large an arena is made, in whole pages; 0: none is. ``asked``: bytes, 0 for none, -1 for an eighth of the
+    ``available`` bytes of memory, at most 256 MiB."""
+    size = max(1, min(_DEFAULT_MAX_BYTES, available // 8)) if asked < 0 else asked
+    return _whole_pages(size)
+
+
+def _whole_pages(size: int) -> int:
+    return size + mmap.PAGESIZE - 1 & -mmap.PAGESIZE
 
 
 def _allocate(fd: int, size: int) -> mmap.mmap:

@@ -1,48 +1,60 @@
 """Whose arenas have come: descriptors come over the control connection, and the message that speaks of them over
-another, so either may be the first. Pure."""
+another, so either may be the first. Pure.
+
+The broker numbers each time that it introduces a peer to another; both the packet with the descriptor and the message
+have the number, and a larger one is always newer.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from typing import Final, Generic, TypeVar
 
 A = TypeVar("A")
 
 
 class Arrivals(Generic[A]):
-    """Pairs each arena that comes with the one message that announces it, in their order. Of one owner it is the same
-    arena every time, however often the broker passes it on; what is paired wrongly is only whether it is still wanted.
-    """
+    """Pairs arenas with the messages that announce them. Holds the newest of each owner at most."""
 
     def __init__(self) -> None:
-        self._came: Final[dict[bytes, deque[A]]] = {}
-        self._due: Final[Counter[bytes]] = Counter()
+        self._came: Final[dict[bytes, tuple[int, A]]] = {}
+        self._wanted: Final[dict[bytes, int]] = {}
 
-    def came(self, owner: bytes, arena: A) -> A | None:
-        """An arena has come. It is returned when it is the last that was announced so far."""
-        due = self._due[owner]
-        if due:
-            self._due[owner] = due - 1
-            if due == 1:
-                del self._due[owner]
-                return arena
-        else:
-            self._came.setdefault(owner, deque()).append(arena)
+    def came(self, owner: bytes, serial: int, arena: A) -> A | None:
+        """An arena has come; returned when it has been announced."""
+        wanted = self._wanted.get(owner, 0)
+        if serial == wanted:
+            del self._wanted[owner]
+            return arena
+        if serial > wanted:
+            self._came[owner] = serial, arena
         return None
 
-    def announced(self, owner: bytes) -> A | None:
+    def announced(self, owner: bytes, serial: int) -> A | None:
         """A message speaks of an arena; returned when it is there already."""
         came = self._came.get(owner)
-        if came is None:
-            self._due[owner] += 1
-            return None
-        arena = came.popleft()
-        if not came:
+        if came is not None:
+            number, arena = came
+            if number <= serial:
+                del self._came[owner]
+            if number >= serial:  # of one owner it is the same arena, whenever it comes
+                self._wanted.pop(owner, None)
+                return arena
+        self._wanted[owner] = serial
+        return None
+
+    def forget(self, owner: bytes, serial: int) -> None:
+        """What has been introduced up to this number is of no interest any more: its owner has gone."""
+        if self._came.get(owner, (serial + 1,))[0] <= serial:
             del self._came[owner]
-        return arena
+        if self._wanted.get(owner, serial + 1) <= serial:
+            del self._wanted[owner]
+
+    def forget_all(self, serial: int) -> None:
+        """As ``forget``, for all owners: whoever is there is introduced anew."""
+        for owner in self._came.keys() | self._wanted.keys():
+            self.forget(owner, serial)
 
     def clear(self) -> None:
-        """The control connection has ended, and with it what was under way. (A welcome does not clear: what follows it
-        may overtake it.)"""
+        """The control connection has ended, and with it what was under way."""
         self._came.clear()
-        self._due.clear()
+        self._wanted.clear()

@@ -2,8 +2,8 @@
 
 It says what ZeroMQ cannot: that a peer has died, at once, because the kernel closes the connection; since both ends are
 the same user's, whose it is; and where its arena is, as a descriptor. Packets (SOCK_SEQPACKET) keep their borders. Each
-introduces a peer: the protocol's version, its id and, beside them, its arena's descriptor if it has one. A peer sends
-one, about itself; the broker passes on those of others.
+introduces a peer: the protocol's version, its id, the introduction's number and, beside them, its arena's descriptor if
+it has one. A peer sends one, about itself, with the number 0; the broker passes on those of others.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import os
 import socket
 import struct
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from penstock.wire.arena import ArenaError, Mapping
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import ArenaCame
 from penstock.wire.messages import PEER_ID_BYTES, VERSION
 
-_HELLO: Final = struct.Struct(f"<4sH{PEER_ID_BYTES}s")
+_HELLO: Final = struct.Struct(f"<4sH{PEER_ID_BYTES}sQ")
 _MAGIC: Final = b"PNST"
 _DESCRIPTOR: Final = struct.Struct("i")
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -51,13 +51,21 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def introduce(connection: socket.socket, peer: bytes, arena: int = NO_ARENA) -> None:
+class Introduction(NamedTuple):
+    """``arena``: a descriptor, or NO_ARENA."""
+
+    peer: bytes
+    serial: int
+    arena: int
+
+
+def introduce(connection: socket.socket, peer: bytes, arena: int = NO_ARENA, serial: int = 0) -> None:
     """Raises OSError, BlockingIOError when the other end does not read."""
-    socket.send_fds(connection, [_HELLO.pack(_MAGIC, VERSION, peer)], [] if arena == NO_ARENA else [arena])
+    socket.send_fds(connection, [_HELLO.pack(_MAGIC, VERSION, peer, serial)], [] if arena == NO_ARENA else [arena])
 
 
-def receive(connection: socket.socket) -> tuple[bytes, int] | None:
-    """The next peer that is introduced, and its arena's descriptor, which is the receiver's to close, or NO_ARENA.
+def receive(connection: socket.socket) -> Introduction | None:
+    """The next peer that is introduced; its arena's descriptor is the receiver's to close.
 
     None when the other end has gone. Raises BlockingIOError when nothing has come, and BadMessage.
     """
@@ -74,7 +82,7 @@ def receive(connection: socket.socket) -> tuple[bytes, int] | None:
         return None
     arena = _DESCRIPTOR.unpack(ancillary[0][2])[0] if ancillary else NO_ARENA
     try:
-        return _peer_id(packet), arena
+        return Introduction(*_unpack(packet), arena)
     except BadMessage:
         if arena != NO_ARENA:
             os.close(arena)
@@ -86,24 +94,22 @@ def receive_arena(connection: socket.socket) -> ArenaCame | None:
     introduced = receive(connection)
     if introduced is None:
         return None
-    peer, arena = introduced
-    if arena == NO_ARENA:
-        return ArenaCame(peer, None)
+    peer, serial, arena = introduced
     try:
-        return ArenaCame(peer, Mapping(arena))
+        return ArenaCame(peer, serial, Mapping(arena))
     except ArenaError as error:
-        return ArenaCame(peer, None, str(error))
+        return ArenaCame(peer, serial, None, str(error))
 
 
-def _peer_id(packet: bytes) -> bytes:
+def _unpack(packet: bytes) -> tuple[bytes, int]:
     if len(packet) != HELLO_BYTES:
         raise BadMessage(f"a control hello has {HELLO_BYTES} bytes, and {len(packet)} came")
-    magic, version, peer = _HELLO.unpack(packet)
+    magic, version, peer, serial = _HELLO.unpack(packet)
     if magic != _MAGIC:
         raise BadMessage("a control connection whose first packet is no hello of Penstock's")
     if version != VERSION:
         raise BadMessage(f"the peer speaks version {version} of the protocol, and this broker version {VERSION}")
-    return bytes(peer)
+    return bytes(peer), serial
 
 
 def same_user(connection: socket.socket) -> bool:

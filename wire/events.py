@@ -22,10 +22,11 @@ class Arena(Protocol):
 
 @dataclass(slots=True)
 class ArenaCame:
-    """The broker has passed on a peer's arena, as a message of its says. None when the peer has gone meanwhile, or with
-    the ``reason`` why it cannot be mapped here."""
+    """The broker has passed on a peer's arena, as a message with the same serial says. None, with the ``reason``, when
+    it cannot be mapped here."""
 
     peer: bytes
+    serial: int
     arena: Arena | None
     reason: str = ""
 

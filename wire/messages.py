@@ -175,11 +175,30 @@ class Freed(NamedTuple):
 
 
 class WorkerAddress(NamedTuple):
-    """``shares``: the descriptor of its arena has been put into the caller's control connection."""
+    """``arena``: the number with which the descriptor of its arena has been put into the caller's control connection; 0
+    when the caller is not given it."""
 
     worker: bytes
     endpoint: str
+    arena: int = 0
+
+
+class Expected(NamedTuple):
+    """A caller whose subscription a worker should accept. ``serial`` numbers this introduction. ``shares``: under that
+    number, the descriptor of its arena has been put into the worker's control connection. ``reads``: it is given the
+    worker's arena, and maps it before it subscribes."""
+
+    caller: bytes
+    serial: int
     shares: bool = False
+    reads: bool = False
+
+
+class Forgotten(NamedTuple):
+    """A caller that has gone, and all that was introduced of it up to this number."""
+
+    caller: bytes
+    serial: int
 
 
 class Snapshot(NamedTuple):
@@ -342,7 +361,6 @@ _attempt: Final = integer(1, 1 << 16)
 _status: Final = integer(COMPLETE, FAILED)
 _body: Final = binary(MAX_BODY_BYTES)
 _all_freed: Final = sequence(_freed, MAX_PEERS)
-_peers: Final = sequence(_peer, MAX_PEERS)
 
 
 @dataclass(slots=True)
@@ -438,7 +456,7 @@ class Leaving(Message):
 @dataclass(slots=True)
 class WorkerHello(Message):
     """A worker's first words to an epoch. ``endpoints``: where it publishes results. ``instances``: how many batches it
-    runs at once. ``callers``: who has subscribed already."""
+    runs at once."""
 
     TAG = 7
     CHECKS = (
@@ -448,7 +466,6 @@ class WorkerHello(Message):
         sequence(text(MAX_ENDPOINT), 8),
         integer(1, 1 << 16),
         _models,
-        _peers,
     )
 
     name: str
@@ -457,7 +474,6 @@ class WorkerHello(Message):
     endpoints: Sequence[str]
     instances: int
     models: Sequence[ModelState]
-    callers: Sequence[bytes] = ()
 
 
 @dataclass(slots=True)
@@ -472,12 +488,13 @@ class WorkerModels(Message):
 
 @dataclass(slots=True)
 class Attached(Message):
-    """A caller hears this worker's results from now on, or no longer does."""
+    """A caller hears this worker's results from now on, or no longer does. ``serial``: of the caller's introduction."""
 
     TAG = 9
-    CHECKS = (_peer, flag)
+    CHECKS = (_peer, _u64, flag)
 
     caller: bytes
+    serial: int
     attached: bool
 
 
@@ -497,13 +514,14 @@ class Done(Message):
 @dataclass(slots=True)
 class Welcome(Message):
     """The broker knows the peer now, by this name. ``shares``: it has the descriptor of the peer's arena, and passes it
-    on."""
+    on. ``serial``: the last introduction before; who is there is introduced anew."""
 
     TAG = 16
-    CHECKS = (_name, flag)
+    CHECKS = (_name, flag, _u64)
 
     name: str
     shares: bool = False
+    serial: int = 0
 
 
 @dataclass(slots=True)
@@ -529,7 +547,7 @@ class Workers(Message):
     again when they change."""
 
     TAG = 19
-    CHECKS = (sequence(record(WorkerAddress, _peer, text(MAX_ENDPOINT), flag), MAX_PEERS),)
+    CHECKS = (sequence(record(WorkerAddress, _peer, text(MAX_ENDPOINT), _u64), MAX_PEERS),)
 
     workers: Sequence[WorkerAddress]
 
@@ -555,17 +573,16 @@ class Metrics(Message):
 
 @dataclass(slots=True)
 class Expect(Message):
-    """Callers whose subscription a worker should accept, and callers that have gone. Of the former, ``sharing``: those
-    whose arena's descriptor has been put into the worker's control connection; ``reading``: those that are given the
-    worker's, and map it before they subscribe."""
+    """Callers whose subscription a worker should accept, and callers that have gone."""
 
     TAG = 22
-    CHECKS = (_peers, _peers, _peers, _peers)
+    CHECKS = (
+        sequence(record(Expected, _peer, _u64, flag, flag), MAX_PEERS),
+        sequence(record(Forgotten, _peer, _u64), MAX_PEERS),
+    )
 
-    callers: Sequence[bytes] = ()
-    gone: Sequence[bytes] = ()
-    sharing: Sequence[bytes] = ()
-    reading: Sequence[bytes] = ()
+    callers: Sequence[Expected] = ()
+    gone: Sequence[Forgotten] = ()
 
 
 @dataclass(slots=True)

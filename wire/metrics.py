@@ -69,6 +69,7 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "penstock_http_connections": Family(GAUGE, "Open HTTP connections", (), "gateway"),
     "penstock_http_body_bytes": Family(GAUGE, "Bytes of request bodies in memory", (), "gateway"),
+    "penstock_arena_waiting": Family(GAUGE, "Requests that wait for room in shared memory", (), "gateway"),
     # Everybody's.
     "penstock_request_failures": Family(
         COUNTER,

@@ -107,10 +107,10 @@ class Core:
         self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
         self._kept: dict[bytes, dict[int, Kept]] = {}  # by caller
         self._callers: set[bytes] = set()  # those that the broker knows, and whose arena is here if they share one
-        self._awaited: set[bytes] = set()  # the broker knows them, and their arena has not come yet
+        self._expected: dict[bytes, int] = {}  # those and others that the broker knows, and as which introduction
         self._readers: set[bytes] = set()  # those that read this worker's arena
         self._arenas: dict[bytes, Arena] = {}
-        self._arrivals: Arrivals[Arena | None] = Arrivals()
+        self._arrivals: Arrivals[Arena] = Arrivals()
         self._subscriptions: dict[bytes, int] = {}  # connections that hear a caller's topic
         self._plans: dict[Form, Plan] = {}
         self._series: dict[ModelKey, _Series] = {}
@@ -134,10 +134,11 @@ class Core:
                 self._executed(event, now)
             case Tick():
                 pass
-            case ArenaCame(caller, arena, reason):
-                if reason:
+            case ArenaCame(caller, serial, arena, reason):
+                if arena is None:
                     self._log("error", "a caller's memory cannot be read; it is not served", reason=reason)
-                self._arena_came(caller, self._arrivals.came(caller, arena))
+                else:
+                    self._arena_came(caller, self._arrivals.came(caller, serial, arena))
             case Loaded(state, model):
                 self._loaded(state, model)
             case Subscribed(caller):
@@ -197,12 +198,12 @@ class Core:
         nbytes = 0
         for caller, held in self._kept.items():
             assert held, f"{caller!r} has an empty index of results"
-            lives = caller in self._callers or caller in self._awaited or caller in self._subscriptions
+            lives = caller in self._expected or caller in self._subscriptions
             assert lives, f"results are kept for {caller!r}, which has gone"
             for kept, left in Counter(held.values()).items():
                 assert kept.left == left, f"{left} answers of a message are kept, and {kept.left} are counted"
                 nbytes += kept.nbytes
-        assert not self._callers & self._awaited, "a caller is served whose arena has not come"
+        assert self._callers <= self._expected.keys(), "a caller is served that the broker does not know"
         assert self._arenas.keys() <= self._callers, "an arena is held of a caller that has gone"
         assert self.kept_bytes == nbytes, f"{nbytes} bytes are kept, and {self.kept_bytes} are counted"
         assert all(count > 0 for count in self._subscriptions.values()), f"subscriptions are {self._subscriptions}"
@@ -243,9 +244,10 @@ class Core:
                     self._batcher.remove(lot, True)
                 lot.move("drop")
         self._lots.clear()
-        known = self._callers | self._awaited
-        for each in (self._callers, self._awaited, self._readers, self._arenas):
+        known = list(self._expected)
+        for each in (self._callers, self._expected, self._readers, self._arenas):
             each.clear()
+        self._arrivals.forget_all(message.serial)
         for caller in known:
             self._forget_if_gone(caller)
         self.membership.welcomed(message.epoch, now)
@@ -254,25 +256,26 @@ class Core:
             self._tell_models()
 
     def _expect(self, message: Expect) -> None:
-        sharing = set(message.sharing)
-        self._readers.update(message.reading)
-        for caller in message.callers:
-            if caller in sharing:
-                self._awaited.add(caller)
-                self._arena_came(caller, self._arrivals.announced(caller))
+        for caller, serial, shares, reads in message.callers:
+            self._expected[caller] = serial
+            if reads:
+                self._readers.add(caller)
+            if shares:
+                self._arena_came(caller, self._arrivals.announced(caller, serial))
             else:
                 self._serve(caller)
-        for caller in message.gone:
+        for caller, serial in message.gone:
+            self._arrivals.forget(caller, serial)
+            self._expected.pop(caller, None)
             self._callers.discard(caller)
-            self._awaited.discard(caller)
             self._readers.discard(caller)
             self._arenas.pop(caller, None)
             self._cancel(caller, list(self._lots.get(caller, ())))
             self._forget_if_gone(caller)
 
     def _arena_came(self, caller: bytes, arena: Arena | None) -> None:
-        if arena is not None and caller in self._awaited:
-            self._awaited.remove(caller)
+        """None: it is not here yet."""
+        if arena is not None and caller in self._expected:
             self._arenas[caller] = arena
             self._serve(caller)
 
@@ -280,13 +283,16 @@ class Core:
         """The broker knows a caller, and nothing is missing here to run what it asks."""
         self._callers.add(caller)
         if caller in self._subscriptions:
-            self._say(Attached(self.membership.epoch, caller, True))
+            self._attach(caller, True)
             self._publish_again(caller)
+
+    def _attach(self, caller: bytes, attached: bool) -> None:
+        self._say(Attached(self.membership.epoch, caller, self._expected[caller], attached))
 
     def _subscribed(self, caller: bytes) -> None:
         self._subscriptions[caller] = self._subscriptions.get(caller, 0) + 1
         if caller in self._callers:
-            self._say(Attached(self.membership.epoch, caller, True))
+            self._attach(caller, True)
         self._publish_again(caller)
 
     def _publish_again(self, caller: bytes) -> None:
@@ -300,14 +306,13 @@ class Core:
             self._subscriptions[caller] = left
         elif self._subscriptions.pop(caller, None) is not None:
             if caller in self._callers:
-                self._say(Attached(self.membership.epoch, caller, False))
+                self._attach(caller, False)
             self._forget_if_gone(caller)
 
     def _forget_if_gone(self, caller: bytes) -> None:
         """Free a caller's results once nobody vouches for it: neither the broker nor its own connection. One without
         the other may be a process that was stopped, and reads on where it was when it is continued."""
-        known = caller in self._callers or caller in self._awaited
-        if not known and caller not in self._subscriptions:
+        if caller not in self._expected and caller not in self._subscriptions:
             self._free(caller, list(self._kept.get(caller, ())))
 
     # --- requests ---
@@ -415,7 +420,7 @@ class Core:
             self._publish(caller, publication, event.info)
 
     def _publish(self, caller: bytes, publication: Publication, info: BatchInfo) -> None:
-        if caller not in self._callers:
+        if caller not in self._expected and caller not in self._subscriptions:
             publication.give_back()
             return
         message = Results(
@@ -551,7 +556,6 @@ class Core:
                         identity.endpoints,
                         identity.instances,
                         self._told,
-                        tuple(self._subscriptions),
                     )
                 )
             case "beat":

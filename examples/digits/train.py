@@ -22,6 +22,10 @@ of two runs compare. The same seed on the same machine gives the same file, byte
 
 from __future__ import annotations
 
+import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # see penstock.worker
+
 import argparse
 import sys
 from collections.abc import Sequence

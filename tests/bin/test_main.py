@@ -63,7 +63,15 @@ def test_help_names_every_command(option: str) -> None:
     assert shown.exit_code == 0
     assert shown.output.startswith("Usage: penstock [OPTIONS] COMMAND")
     commands = shown.output.partition("Commands:\n")[2].splitlines()
-    assert {line.split()[0] for line in commands} == {"up", "broker", "worker", "gateway", "infer", "models"}
+    assert {line.split()[0] for line in commands} == {
+        "up",
+        "check",
+        "broker",
+        "worker",
+        "gateway",
+        "infer",
+        "models",
+    }
     assert all(len(line.split()) > 1 for line in commands), "each says what it is for"
 
 

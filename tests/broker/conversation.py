@@ -68,6 +68,7 @@ class Conversation:
         self.logs: list[Log] = []
         self.sweeps = 0
         self.shared: list[tuple[bytes, bytes]] = []  # whose arena was passed on to whom
+        self.serials: dict[tuple[bytes, bytes], int] = {}  # as which introduction, the last time
         if not grace:
             self.tick(self.core.options.rejoin_grace_s)
 
@@ -80,8 +81,9 @@ class Conversation:
                     self.inbox[peer].append(through_the_wire(message, TO_WORKER))
                 case Log():
                     self.logs.append(command)
-                case Share(owner, reader):
+                case Share(owner, reader, serial):
                     self.shared.append((owner, reader))
+                    self.serials[owner, reader] = serial
                 case Sweep():
                     self.sweeps += 1
         self.core.validate()
@@ -121,8 +123,9 @@ class Conversation:
         worker = WorkerTalk(self, b"worker%02d" % len(self.inbox))
         if connected:
             self.handle(Came(worker.id, arena_bytes))
-        callers = [caller.id for caller in hears]
-        worker.say(WorkerHello(0, name, "cpu", 1, endpoints, instances, models or (model(),), callers))
+        worker.say(WorkerHello(0, name, "cpu", 1, endpoints, instances, models or (model(),)))
+        for caller in hears:
+            worker.hear(caller)
         return worker
 
     def live(self, seconds: float) -> None:
@@ -262,7 +265,9 @@ class WorkerTalk(PeerTalk):
         self.say(Done(EPOCH, [Finished(each.caller, each.attempt, size, each.ids) for each in groups]))
 
     def hear(self, caller: CallerTalk, attached: bool = True) -> None:
-        self.say(Attached(EPOCH, caller.id, attached))
+        worker = self.talk.core.workers.get(self.id)
+        serial = 0 if worker is None else worker.expected.get(caller.id, 0)
+        self.say(Attached(EPOCH, caller.id, serial, attached))
 
     def declare(self, *models: ModelState) -> None:
         self.say(WorkerModels(EPOCH, models))

@@ -67,7 +67,7 @@ def join(path: Path, server: ControlServer) -> Iterator[Callable[[bytes], tuple[
 
 
 def hello(peer: bytes = PEER) -> bytes:
-    return control._HELLO.pack(b"PNST", 1, peer)
+    return control._HELLO.pack(b"PNST", 1, peer, 0)
 
 
 def wait(fileno: int) -> None:
@@ -185,15 +185,14 @@ def test_arenas_are_passed_on(server: ControlServer, path: Path, arena: Arena) -
     assert reader is not None
     for fileno in list(server.accept()):
         server.read(fileno)
-    server.share(PEER, b"a reader")
+    server.share(PEER, b"a reader", 7)
     introduced = control.receive(reader)
     assert introduced is not None
-    assert introduced[0] == PEER
+    assert (introduced.peer, introduced.serial) == (PEER, 7)
     arena.view(0, 1)[:] = b"!"
-    assert bytes(Mapping(introduced[1]).view(0, 1)) == b"!"
-    server.share(PEER, b"nobody..")
-    server.share(b"gone now", b"a reader")
-    assert control.receive(reader) == (b"gone now", control.NO_ARENA)
+    assert bytes(Mapping(introduced.arena).view(0, 1)) == b"!"
+    server.share(PEER, b"nobody..", 8)
+    server.share(b"gone now", b"a reader", 9)
     with pytest.raises(BlockingIOError):
         control.receive(reader)
     owner.close()
@@ -209,8 +208,8 @@ def test_more_arenas_than_the_kernel_takes_wait(
     assert reader is not None
     for fileno in server.accept():
         server.read(fileno)
-    for _ in range(2000):
-        server.share(PEER, b"a reader")
+    for serial in range(2000):
+        server.share(PEER, b"a reader", serial)
     taken = 0
     while taken < 2000:
         for fileno, happened in poll.poll(0):
@@ -218,8 +217,8 @@ def test_more_arenas_than_the_kernel_takes_wait(
             server.write(fileno)
         introduced = control.receive(reader)
         assert introduced is not None
-        assert introduced[0] == PEER
-        os.close(introduced[1])
+        assert (introduced.peer, introduced.serial) == (PEER, taken)
+        os.close(introduced.arena)
         taken += 1
     assert poll.poll(0) == [], "there is nothing to write any more"
     owner.close()
@@ -234,7 +233,7 @@ def test_a_peer_that_does_not_read_is_gone(server: ControlServer, path: Path, ar
     for fileno in filenos:
         server.read(fileno)
     for _ in range(40_000):
-        server.share(PEER, b"deaf one")
+        server.share(PEER, b"deaf one", 1)
     assert server.read(filenos[1]) == Gone(b"deaf one", "its process ended", disconnected=True)
     assert not server.shares(b"deaf one")
     assert server.shares(PEER)

@@ -18,6 +18,8 @@ from penstock.wire.messages import (
     Bye,
     CallerHello,
     Expect,
+    Expected,
+    Forgotten,
     Form,
     Leaving,
     Metrics,
@@ -55,11 +57,11 @@ def test_a_worker_is_welcomed_and_told_whom_to_expect() -> None:
     caller = talk.caller()
     worker = talk.worker()
     assert worker.take(Welcome) == [Welcome(EPOCH, "w")]
-    assert worker.take(Expect) == [Expect(EPOCH, (caller.id,))]
+    assert worker.take(Expect) == [Expect(EPOCH, (Expected(caller.id, 1),))]
     other = talk.caller()
-    assert worker.take(Expect) == [Expect(EPOCH, (other.id,))]
+    assert worker.take(Expect) == [Expect(EPOCH, (Expected(other.id, 2),))]
     other.bye()
-    assert worker.take(Expect) == [Expect(EPOCH, (), (other.id,))]
+    assert worker.take(Expect) == [Expect(EPOCH, (), (Forgotten(other.id, 2),))]
 
 
 def test_callers_hear_of_workers_that_come_and_go() -> None:
@@ -97,7 +99,7 @@ def test_a_peer_that_says_hello_again_starts_over() -> None:
     caller.heard()
     caller.say(CallerHello(0, "gateway", 1, True))
     talk.tick()
-    assert caller.take(Welcome) == [Welcome(EPOCH, "gateway")]
+    assert caller.take(Welcome) == [Welcome(EPOCH, "gateway", False, 1)]
     assert talk.held == (3, 0)  # the worker still has them
     assert caller.submit() == (4,)
     talk.tick()
@@ -133,7 +135,8 @@ def test_a_worker_that_says_hello_again_has_lost_what_it_held() -> None:
     caller.submit(2)
     talk.tick()
     assert [group.attempt for group in worker.work()] == [1]
-    worker.say(WorkerHello(0, "w", "cpu", 1, (), 1, (model(),), (caller.id,)))
+    worker.say(WorkerHello(0, "w", "cpu", 1, (), 1, (model(),)))
+    worker.hear(caller)
     talk.tick()
     assert worker.take(Welcome)[-1].name == "w"
     assert [(group.attempt, group.ids) for group in worker.work()] == [(2, (1, 2))]
@@ -146,7 +149,7 @@ def test_words_of_another_epoch_are_answered_with_a_wish_for_hello(epoch: int) -
     talk.forget()
     caller.submit(epoch=epoch)
     caller.say(Beat(epoch))
-    worker.say(Attached(epoch, caller.id, True))
+    worker.say(Attached(epoch, caller.id, 1, True))
     assert caller.heard() == ["HelloWanted", "HelloWanted"]
     assert worker.heard() == ["HelloWanted"]
     assert talk.held == (0, 0)

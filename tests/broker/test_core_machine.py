@@ -126,9 +126,10 @@ class CoreMachine(RuleBasedStateMachine):
         for worker in self.workers.values():
             for message in worker.talk.inbox:
                 if isinstance(message, Expect):
-                    worker.hears -= set(message.gone)
+                    gone = {each.caller for each in message.gone}
+                    worker.hears -= gone
                     if not worker.shares:
-                        worker.keeps = {key for key in worker.keeps if key[0] not in message.gone}
+                        worker.keeps = {key for key in worker.keeps if key[0] not in gone}
                 elif isinstance(message, Assign):
                     self.assigned(worker, message)
             worker.talk.inbox.clear()
@@ -149,7 +150,7 @@ class CoreMachine(RuleBasedStateMachine):
         for freed in message.freed:
             for number in spread(freed.ranges):
                 known = (freed.caller, number) in worker.keeps
-                stray = worker.shares and number in self.callers[freed.caller].acknowledged
+                stray = number in self.callers[freed.caller].acknowledged
                 assert known or stray, f"request {number} was freed and is not kept"
                 worker.keeps.discard((freed.caller, number))
         for cancelled in message.cancelled:
@@ -354,7 +355,9 @@ class CoreMachine(RuleBasedStateMachine):
             worker.vanish()
         else:
             models = tuple(MODELS.values())
-            worker.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, models, tuple(self.callers)))
+            worker.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, models))
+            for caller in self.callers.values():
+                worker.hear(caller.talk)
             kept = before.keeps if before.shares else set()
             self.workers[worker.id] = WorkerLife(worker, keeps=kept, hears=set(self.callers), shares=before.shares)
 

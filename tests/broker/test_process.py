@@ -92,7 +92,19 @@ class Peer:
         self.hear(Models)
 
     def join_as_worker(self, *callers: bytes) -> None:
-        self.join(WorkerHello(0, "w", "cpu", 1, (), 1, (model(),), callers))
+        """``callers``: those that are there and hear it."""
+        self.join(WorkerHello(0, "w", "cpu", 1, (), 1, (model(),)))
+        if callers:
+            self.attach(*callers)
+
+    def attach(self, *callers: bytes) -> None:
+        """Say that these hear it, once they are all expected."""
+        waited = set(callers)
+        while waited:
+            for expected in self.hear(Expect).callers:
+                if expected.caller in waited:
+                    waited.remove(expected.caller)
+                    self.say(Attached(0, expected.caller, expected.serial, True))
 
 
 def ask(number: int, size: int = 0, timeout_us: int = 60 * SECOND) -> Submit:
@@ -161,9 +173,7 @@ def test_a_request_goes_from_its_caller_to_a_worker_and_ends(serve: Callable[...
         caller, worker = make("caller", b"caller00"), make("worker", b"worker00")
         worker.join_as_worker()
         caller.join_as_caller()
-        assert worker.hear(Expect).callers == ()
-        assert worker.hear(Expect).callers == (caller.id,)
-        worker.say(Attached(0, caller.id, True))
+        worker.attach(caller.id)
         caller.say(ask(7, size))
         work = worker.hear(Assign)
         assert [(group.caller, group.ids) for group in work.groups] == [(caller.id, (7,))]
@@ -182,7 +192,7 @@ def test_who_ends_its_control_connection_is_gone_at_once(serve: Callable[..., No
         assert held is not None
         first.join_as_worker()
         caller.join_as_caller()
-        first.say(Attached(0, caller.id, True))
+        first.attach(caller.id)
         caller.say(ask(1))
         assert first.hear(Assign).groups[0].attempt == 1
         second.join_as_worker(caller.id)
@@ -272,7 +282,7 @@ def test_a_signal_drains_and_then_everybody_is_told(serve: Callable[..., None], 
         caller, worker = make("caller", b"caller00"), make("worker", b"worker00")
         worker.join_as_worker()
         caller.join_as_caller()
-        worker.say(Attached(0, caller.id, True))
+        worker.attach(caller.id)
         caller.say(ask(1))
         worker.hear(Assign)
         os.kill(os.getpid(), signal.SIGTERM)

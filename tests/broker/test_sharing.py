@@ -10,6 +10,7 @@ from penstock.wire.events import Garbage
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
     Assign,
+    Attached,
     CallerHello,
     Expect,
     Form,
@@ -18,7 +19,7 @@ from penstock.wire.messages import (
     WorkerHello,
     Workers,
 )
-from tests.broker.conversation import EPOCH, CallerTalk, Conversation, model
+from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTalk, model
 
 LARGE = INLINE_MAX_BYTES + 1
 ARENA = 1 << 20
@@ -30,10 +31,10 @@ def test_an_arena_is_passed_on_before_its_owner_is_expected() -> None:
     caller = talk.caller(arena_bytes=ARENA)
     assert caller.take(Welcome) == [Welcome(EPOCH, "", True)]
     assert talk.shared == [(caller.id, first.id)]
-    assert first.take(Expect) == [Expect(EPOCH, (), (), ()), Expect(EPOCH, (caller.id,), (), (caller.id,))]
+    assert expected(first) == [[], [(caller.id, True, False)]]
     second = talk.worker(connected=True)
     assert talk.shared == [(caller.id, first.id), (caller.id, second.id)]
-    assert second.take(Expect) == [Expect(EPOCH, (caller.id,), (), (caller.id,))]
+    assert expected(second) == [[(caller.id, True, False)]]
 
 
 def test_without_an_arena_or_a_connection_nothing_is_shared() -> None:
@@ -42,8 +43,8 @@ def test_without_an_arena_or_a_connection_nothing_is_shared() -> None:
     plain, owner = talk.caller(), talk.caller(arena_bytes=ARENA)
     assert plain.take(Welcome) == [Welcome(EPOCH, "", False)]
     assert talk.shared == [(owner.id, connected.id)]
-    assert [message.sharing for message in connected.take(Expect)] == [(), (), (owner.id,)]
-    assert [message.sharing for message in far.take(Expect)] == [(), (), ()]
+    assert expected(connected) == [[], [(plain.id, False, False)], [(owner.id, True, False)]]
+    assert expected(far) == [[], [(plain.id, False, False)], [(owner.id, False, False)]]
 
 
 def test_places_reach_the_worker_and_are_not_held() -> None:
@@ -163,7 +164,11 @@ def test_who_says_hello_again_is_passed_on_again() -> None:
     worker.take(Expect)
     talk.shared.clear()
     caller.say(CallerHello(0, "", 1, True))
-    assert worker.take(Expect) == [Expect(EPOCH, (), (caller.id,)), Expect(EPOCH, (caller.id,), (), (caller.id,))]
+    gone, come = worker.take(Expect)
+    [(number, serial)] = gone.gone
+    [again] = come.callers
+    assert (number, again.caller, again.shares) == (caller.id, caller.id, True)
+    assert again.serial > serial, "what had been introduced before is another introduction"
     assert talk.shared == [(caller.id, worker.id)]
 
 
@@ -188,14 +193,25 @@ def test_who_talks_nonsense_on_its_control_connection_is_gone_and_so_is_its_aren
 
 def addresses(caller: CallerTalk) -> list[list[tuple[bytes, bool]]]:
     """The workers that a caller is told of, and whether they share, message by message."""
-    return [[(each.worker, each.shares) for each in message.workers] for message in caller.take(Workers)]
+    told = [message.workers for message in caller.take(Workers)]
+    for each in told[-1]:
+        assert each.arena == (caller.talk.serials[each.worker, caller.id] if each.arena else 0)
+    return [[(each.worker, each.arena > 0) for each in workers] for workers in told]
+
+
+def expected(worker: WorkerTalk) -> list[list[tuple[bytes, bool, bool]]]:
+    """The callers that a worker is told of, and whether they share and read, message by message."""
+    told = [message.callers for message in worker.take(Expect) if not message.gone]
+    for each in (each for callers in told for each in callers if each.shares):
+        assert each.serial <= worker.talk.serials[each.caller, worker.id]
+    return [[(each.caller, each.shares, each.reads) for each in callers] for callers in told]
 
 
 def test_a_workers_arena_is_passed_on_before_its_callers_hear_of_it() -> None:
     talk = Conversation()
     plain, far = talk.caller(connected=True), talk.caller()
     owner = talk.worker(connected=True, arena_bytes=ARENA)
-    assert [(message.callers, message.reading) for message in owner.take(Expect)] == [((plain.id, far.id), (plain.id,))]
+    assert expected(owner) == [[(plain.id, False, True), (far.id, False, False)]]
     assert talk.shared == []
     addresses(plain), addresses(far)
     talk.tick()
@@ -205,7 +221,7 @@ def test_a_workers_arena_is_passed_on_before_its_callers_hear_of_it() -> None:
     late = talk.caller(connected=True)
     assert talk.shared == [(owner.id, plain.id), (owner.id, late.id)]
     assert addresses(late) == [[(owner.id, True)]]
-    assert [message.reading for message in owner.take(Expect)] == [(late.id,)]
+    assert expected(owner) == [[(late.id, False, True)]]
 
 
 def test_a_workers_arena_is_passed_on_once_while_it_stays() -> None:
@@ -219,7 +235,7 @@ def test_a_workers_arena_is_passed_on_once_while_it_stays() -> None:
     first.vanish()
     talk.tick()
     assert addresses(caller)[-1] == [(second.id, True)]
-    first.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, (model(),), ()))
+    first.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, (model(),)))
     talk.tick()
     assert talk.shared[2:] == [(first.id, caller.id)]
 
@@ -231,23 +247,18 @@ def test_a_worker_without_a_connection_or_an_arena_shares_nothing() -> None:
     talk.tick()
     assert talk.shared == []
     assert addresses(caller)[-1] == [(worker.id, False) for worker in workers]
-    assert all(message.reading == () for worker in workers for message in worker.take(Expect))
+    assert [expected(worker) for worker in workers] == [[[(caller.id, False, False)]]] * 2
 
 
-def test_what_this_broker_does_not_know_is_passed_on_to_workers_whose_arena_the_caller_reads() -> None:
+def test_what_this_broker_does_not_know_is_passed_on_to_all_workers() -> None:
     """A worker had it from the broker before this one, and keeps it where its caller has read it."""
     talk = Conversation()
-    caller, other = talk.caller(connected=True), talk.caller()
-    owner = talk.worker(connected=True, arena_bytes=ARENA)
-    plain = talk.worker(connected=True)
+    caller = talk.caller(connected=True)
+    owner, plain = talk.worker(connected=True, arena_bytes=ARENA), talk.worker()
     talk.tick()
-    other.ack(5)
-    talk.tick()
-    assert owner.news() == ([], [])
     caller.ack(3, 4, 9)
     talk.tick()  # at once: nothing may follow
-    assert owner.news() == ([3, 4, 9], [])
-    assert plain.news() == ([], [])
+    assert owner.news() == plain.news() == ([3, 4, 9], [])
 
 
 def test_what_was_done_by_a_worker_that_was_thought_lost_is_freed_there_when_it_is_back() -> None:
@@ -264,7 +275,8 @@ def test_what_was_done_by_a_worker_that_was_thought_lost_is_freed_there_when_it_
     talk.tick()
     assert other.got() == [1]
     caller.ack(1)  # of the first one's result
-    lost.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, (model(),), (caller.id,)))
+    lost.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, (model(),)))
+    lost.hear(caller)
     caller.ack(1)  # it is published again, and so acknowledged
     talk.tick()
     assert lost.news() == ([1], [])
@@ -289,3 +301,46 @@ def test_a_caller_that_never_acknowledges_gets_nothing_more_from_a_worker_whose_
     greedy.ack(1)
     talk.tick()
     assert [(group.caller, group.ids) for group in worker.work()] == [(greedy.id, (3,))]
+
+
+def test_a_worker_that_speaks_of_a_caller_of_before_is_not_believed() -> None:
+    """It has not read yet that this one had gone, and does not have what it needs of the one that came."""
+    talk = Conversation()
+    caller = talk.caller(arena_bytes=ARENA)
+    worker = talk.worker(connected=True)
+    [told] = worker.take(Expect)
+    [before] = told.callers
+    talk.tick()
+    caller.say(CallerHello(0, "", 1, True))
+    worker.say(Attached(EPOCH, caller.id, before.serial, True))
+    caller.submit(size=LARGE, places=[0])
+    talk.tick()
+    assert worker.got() == []
+    worker.hear(caller)
+    talk.tick()
+    assert worker.got() == [1]
+    worker.say(Attached(EPOCH, caller.id, before.serial, False))
+    caller.submit(size=LARGE, places=[0])
+    talk.tick()
+    assert worker.got() == [2]
+
+
+def test_what_a_caller_that_has_gone_did_not_acknowledge_is_not_freed() -> None:
+    """It may have been stopped, and have the result: whoever keeps that knows whether it still can be read."""
+    talk = Conversation()
+    caller = talk.caller(connected=True)
+    worker = talk.worker(hears=[caller], connected=True, arena_bytes=ARENA)
+    talk.tick()
+    caller.submit(2)
+    talk.tick()
+    assert worker.got() == [1, 2]
+    worker.done(caller, 1, size=5000)
+    caller.vanish("silent for 5.0 s")
+    caller.say(CallerHello(0, "", 1, True))
+    worker.done(caller, 2, size=5000)
+    talk.tick(1.0)
+    assert worker.news() == ([], [])
+    assert talk.held == (0, 0)
+    caller.ack(2)
+    talk.tick()
+    assert worker.news() == ([2], [])

@@ -149,8 +149,8 @@ def test_requests_of_one_flush_come_back_each_to_its_own_sink(link: Link, servin
     spec, forms, ends = link.caller.find("digits"), Forms(), [end() for _ in range(5)]
     images = np.random.default_rng(1).random((5, 1, 1, 8, 8), np.float32)
     for image, each in zip(images, ends, strict=True):
-        form, payload = forms.build(spec, {"image": image}, ())
-        link.caller.submit(form, payload, 20.0, each, time.monotonic())
+        form, parts = forms.build(spec, {"image": image}, ())
+        link.caller.submit(form, b"".join(parts), 20.0, each, time.monotonic())
     link.flush()
     serving.drive(link, lambda: all(each.calls for each in ends))
     scores = [decode_outcome(each.answers[0].body, each.answers[0].payload)[1]["scores"] for each in ends]

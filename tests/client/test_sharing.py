@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from penstock.client.arrays import Forms, decode_outcome
+from penstock.client.arrays import decode_outcome
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Command, FromWorker, Hear
-from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, pack_outcome, unpack
 from penstock.wire.errors import INTERNAL, LOST, BadMessage
 from penstock.wire.events import ArenaCame, BrokerFound, BrokerLost, FromBroker, Log
@@ -29,8 +29,8 @@ from penstock.wire.messages import (
     Workers,
 )
 from penstock.wire.messages import Batch as BatchInfo
-from penstock.wire.models import ModelSpec, Tensor, TensorSpec
-from penstock.wire.slots import Placed, Slot, Slots
+from penstock.wire.models import Tensor
+from penstock.wire.slots import Placed
 
 if TYPE_CHECKING:
     from tests.client.conftest import Conversation
@@ -38,34 +38,6 @@ if TYPE_CHECKING:
 LARGE = INLINE_MAX_BYTES + 1
 WORKER, OTHER = b"a worker", b"another."
 BATCH = BatchInfo(serial=5, rows=3, reason="idle", compute_us=700)
-
-
-@pytest.fixture
-def slots() -> Iterator[Slots]:
-    arena = Arena(1 << 18, "test")
-    slots = Slots(arena)
-    yield slots
-    assert arena.allocator.used == 0, "a slot was not given back"
-    arena.close()
-
-
-def test_large_inputs_are_written_where_they_are_read(slots: Slots) -> None:
-    tensors = (TensorSpec("a", "FP32", (-1, -1)), TensorSpec("b", "INT8", (-1,)))
-    spec = ModelSpec("m", "1", "", tensors, (), True, 1000)
-    a, b = np.arange(10_000, dtype=np.float32).reshape(100, 100), np.arange(100, dtype=np.int8)
-    form, payload = Forms().build(spec, {"a": a[:, ::-1], "b": b}, (), slots)
-    assert isinstance(payload, Slot)
-    assert payload.place % 64 == 0
-    assert len(payload) == form.nbytes == a.nbytes + b.nbytes
-    assert bytes(payload.view) == a[:, ::-1].tobytes() + b.tobytes()
-    _, small = Forms().build(spec, {"a": a[:1], "b": b[:1]}, (), slots)
-    assert type(small) is bytes
-    whole = slots.take(slots.arena.allocator.largest)
-    assert whole is not None
-    _, elsewhere = Forms().build(spec, {"a": a, "b": b}, (), slots)
-    assert elsewhere == a.tobytes() + b.tobytes()
-    payload.give_back()
-    whole.give_back()
 
 
 class Silent:
@@ -125,8 +97,29 @@ def hears(commands: Sequence[Command]) -> list[tuple[str, bool]]:
 
 def name_workers(talk: Conversation, *workers: bytes, sharing: Sequence[bytes] = ()) -> list[tuple[str, bool]]:
     """The broker tells of workers; what the caller begins and ends to hear."""
-    addresses = [WorkerAddress(worker, f"ipc://{worker.decode()}", worker in sharing) for worker in workers]
+    addresses = []
+    for worker in workers:
+        known = talk.caller._sharing.get(worker, 0)
+        serial = (known or introduce(worker)) if worker in sharing else 0
+        addresses.append(WorkerAddress(worker, f"ipc://{worker.decode()}", serial))
     return hears(talk.broker(Workers(talk.caller.membership.epoch, addresses)))
+
+
+_serials = itertools.count(1)
+_begun: dict[bytes, int] = {}
+
+
+def introduce(worker: bytes) -> int:
+    """The number of a worker's next introduction to the caller, or of one of which only the arena has come."""
+    return _begun.pop(worker, 0) or next(_serials)
+
+
+def give(talk: Conversation, worker: bytes, reason: str = "") -> list[Command]:
+    """The broker passes a worker's arena on: as the last Workers said, or the next one will say."""
+    serial = talk.caller._arrivals._wanted.get(worker, 0)
+    if not serial:
+        serial = _begun[worker] = next(_serials)
+    return talk.hear(ArenaCame(worker, serial, None if reason else MEMORY, reason))
 
 
 def publish(
@@ -143,30 +136,30 @@ def publish(
 def sharing(joined: Conversation) -> Conversation:
     """A conversation with a caller that reads WORKER's arena."""
     name_workers(joined, WORKER, sharing=[WORKER])
-    joined.hear(ArenaCame(WORKER, MEMORY))
+    give(joined, WORKER)
     return joined
 
 
 def test_a_worker_that_shares_is_heard_once_its_arena_is_here(joined: Conversation) -> None:
     assert name_workers(joined, WORKER, OTHER, sharing=[WORKER]) == [("ipc://another.", True)]
-    assert hears(joined.hear(ArenaCame(WORKER, MEMORY))) == [("ipc://a worker", True)]
+    assert hears(give(joined, WORKER)) == [("ipc://a worker", True)]
 
 
 def test_an_arena_may_come_before_its_worker_is_named(joined: Conversation) -> None:
-    assert hears(joined.hear(ArenaCame(WORKER, MEMORY))) == []
+    assert hears(give(joined, WORKER)) == []
     assert name_workers(joined, WORKER, sharing=[WORKER]) == [("ipc://a worker", True)]
 
 
 def test_a_worker_whose_arena_cannot_be_mapped_is_not_heard(joined: Conversation) -> None:
     name_workers(joined, WORKER, sharing=[WORKER])
-    commands = joined.hear(ArenaCame(WORKER, None, "too many are mapped"))
+    commands = give(joined, WORKER, "too many are mapped")
     assert hears(commands) == []
     [logged] = [command for command in commands if isinstance(command, Log)]
     assert (logged.level, logged.fields) == ("error", {"reason": "too many are mapped"})
 
 
 def test_an_arena_goes_with_its_worker_and_comes_with_it_again(sharing: Conversation) -> None:
-    sharing.hear(ArenaCame(WORKER, MEMORY))  # passed on anew before this caller reads that it had gone
+    give(sharing, WORKER)  # passed on anew before this caller reads that it had gone
     assert name_workers(sharing) == [("ipc://a worker", False)]
     assert sharing.caller._arenas == {}
     assert name_workers(sharing, WORKER, sharing=[WORKER]) == [("ipc://a worker", True)]
@@ -226,7 +219,7 @@ def test_a_result_of_a_worker_whose_arena_is_not_here_is_waited_for(
     assert end.calls == 0
     assert sharing.acknowledged() == []
     name_workers(sharing, OTHER, sharing=[OTHER])
-    sharing.hear(ArenaCame(OTHER, MEMORY))
+    give(sharing, OTHER)
     publish(sharing, 1, worker=OTHER)
     assert end.payload == b"   1"
 
@@ -260,17 +253,17 @@ def test_what_was_read_while_there_was_no_broker_is_acknowledged_when_it_comes_a
 
 
 def test_arenas_that_a_lost_broker_passed_on_are_not_taken_for_those_of_the_next(joined: Conversation) -> None:
-    joined.hear(ArenaCame(WORKER, MEMORY))
+    give(joined, WORKER)
     joined.hear(BrokerLost("its process ended"))
     joined.join(10)
     assert name_workers(joined, WORKER, sharing=[WORKER]) == []
-    assert hears(joined.hear(ArenaCame(WORKER, MEMORY))) == [("ipc://a worker", True)]
+    assert hears(give(joined, WORKER)) == [("ipc://a worker", True)]
 
 
 def test_an_arena_may_overtake_the_welcome(joined: Conversation) -> None:
     """They travel over different connections."""
     joined.hear(BrokerLost("its process ended"))
-    joined.hear(ArenaCame(WORKER, MEMORY))
+    give(joined, WORKER)
     joined.join(10)
     assert name_workers(joined, WORKER, sharing=[WORKER]) == [("ipc://a worker", True)]
 
@@ -335,6 +328,6 @@ def test_a_worker_that_is_named_again_while_it_is_read_is_heard_on(
     publish(sharing, 1)
     assert name_workers(sharing) == []
     assert name_workers(sharing, WORKER, sharing=[WORKER]) == []
-    sharing.hear(ArenaCame(WORKER, MEMORY))
+    give(sharing, WORKER)
     sharing.caller.release(end.answers[0].held, sharing.now)
     assert hears(sharing.pass_time(0.2)) == []

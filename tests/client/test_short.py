@@ -30,7 +30,7 @@ from penstock.wire.messages import (
     Welcome,
 )
 from penstock.wire.models import READY, ModelSpec, ModelState, Tensor, TensorSpec
-from penstock.wire.slots import Slot, Slots
+from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
 
 EPOCH = 1 << 40
 DTYPES = {"FP32": np.float32, "INT8": np.int8, "BOOL": np.bool_, "FP64": np.float64}
@@ -75,7 +75,10 @@ def say(caller: Caller, forms: Forms, short: Short, inputs: Any, slots: Slots | 
 
 
 def say_generally(caller: Caller, forms: Forms, inputs: Any, slots: Slots | None, limit_s: float) -> Submit:
-    form, payload = forms.build(caller.find("m"), inputs, (), slots)
+    form, parts = forms.build(caller.find("m"), inputs, ())
+    payload: Any = b"".join(parts)
+    if slots is not None and len(payload) >= PLACED_MIN_BYTES:
+        payload = slots.take(len(payload))
     caller.submit(form, payload, limit_s, Sink(), 0.0)
     [message] = caller.flush(0.0)
     if isinstance(payload, Slot):
@@ -155,8 +158,8 @@ def test_outputs_in_a_list_go_the_general_way() -> None:
 def test_what_waits_to_be_said_goes_first() -> None:
     caller, forms, short = make()
     inputs = {"a": np.ones((1, 2), np.float32), "b": np.ones((1, 3), np.int8)}
-    form, payload = forms.build(SPEC, inputs, ())
-    caller.submit(form, payload, 1.0, Sink(), 0.0)
+    form, parts = forms.build(SPEC, inputs, ())
+    caller.submit(form, b"".join(parts), 1.0, Sink(), 0.0)
     prepared = short.prepare("m", "", inputs, (), None)
     assert prepared is not None
     assert short.submit(*prepared, 1.0, Sink(), 0.0) is None
@@ -193,9 +196,9 @@ def sent() -> tuple[Caller, Short, Sink]:
     caller, forms, short = make()
     sink = Sink()
     inputs = {"a": np.ones((1, 2), np.float32), "b": np.ones((1, 3), np.int8)}
-    form, payload = forms.build(SPEC, inputs, ())
+    form, parts = forms.build(SPEC, inputs, ())
     for _ in range(3):
-        caller.submit(form, payload, 1.0, sink, 0.0)
+        caller.submit(form, b"".join(parts), 1.0, sink, 0.0)
     caller.flush(0.0)
     caller.cancel(3)
     caller.flush(0.0)

@@ -90,8 +90,8 @@ class BrokerLife(Process):
                     self._tell(peer, message, TO_CALLER)
                 case ToWorker(peer, message):
                     self._tell(peer, message, TO_WORKER)
-                case Share(owner, reader):
-                    self._share(owner, reader)
+                case Share(owner, reader, serial):
+                    self._share(owner, reader, serial)
         self.core.validate()
 
     def _tell(self, peer: bytes, message: Message, kinds: Any) -> None:
@@ -101,10 +101,10 @@ class BrokerLife(Process):
             head, frames = pack(message), list(map(bytes, message.frames)) if isinstance(message, Carrier) else []
             to.send("broker", lambda: to.hear(FromBroker(unpack(head, frames, kinds))))
 
-    def _share(self, owner: bytes, reader: bytes) -> None:
+    def _share(self, owner: bytes, reader: bytes, serial: int) -> None:
         to, of = self.world.peers.get(reader), self.world.peers.get(owner)
-        if to is not None:
-            came = ArenaCame(owner, None if of is None else Mapping(os.dup(of.slots.arena.fd)))
+        if to is not None and of is not None:
+            came = ArenaCame(owner, serial, Mapping(os.dup(of.slots.arena.fd)))
             to.send("control", lambda: to.hear(came))
 
     def tick(self) -> None:

@@ -15,6 +15,7 @@ import uvloop
 
 from penstock.gateway.connection import Application, Exchange, Http
 from penstock.gateway.options import GatewayOptions
+from penstock.wire.slots import Slots
 
 DEADLINE_S = 20.0
 T = TypeVar("T")
@@ -162,10 +163,15 @@ class Serving:
     """Connections of an application behind a listening socket, and their clients."""
 
     def __init__(
-        self, loop: Loop, application: Application, options: GatewayOptions, tls: ssl.SSLContext | None = None
+        self,
+        loop: Loop,
+        application: Application,
+        options: GatewayOptions,
+        tls: ssl.SSLContext | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.loop = loop
-        self.http = Http(loop.loop, options, application)
+        self.http = Http(loop.loop, options, application, lambda: slots)
         listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = listener.getsockname()
         self._server = loop.run(loop.loop.create_server(self.http.connection, sock=listener, ssl=tls))

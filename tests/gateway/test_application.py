@@ -21,6 +21,7 @@ from penstock.gateway.connection import Connection, Exchange
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reader import Budget, Head, Reader, Request
 from penstock.gateway.reports import Reports
+from penstock.gateway.waits import BoundedWait
 from penstock.wire import errors
 from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, pack_failure, pack_outcome, unpack, unpack_layout
@@ -47,7 +48,7 @@ from penstock.wire.messages import (
 )
 from penstock.wire.metrics import Sample
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelSpec, ModelState, Tensor, TensorSpec
-from penstock.wire.slots import Slots
+from penstock.wire.slots import Slot, Slots
 from tests.gateway.serving import Loop
 
 EPOCH = 5
@@ -86,9 +87,15 @@ class Said(NamedTuple):
 class Line:
     """Where answers go: the part of a connection that an exchange knows."""
 
-    def __init__(self, budget: Budget, slots: Slots | None = None) -> None:
-        self.budget = budget
-        self.slots = slots
+    def __init__(self, desk: Desk) -> None:
+        self.budget = desk.budget
+        self.slots = desk.slots_now
+        self._desk = desk
+
+    def wait(self, nbytes: int, lead: int, then: Callable[[Slot], None], late: Callable[[str], None]) -> BoundedWait:
+        desk = self._desk
+        assert desk.slots is not None
+        return BoundedWait(desk.loop.loop, desk.slots, nbytes, lead, desk.options.arena_wait_s, then, late)
 
     def answered(self, exchange: Exchange) -> None:
         assert exchange._response is not None
@@ -100,13 +107,17 @@ class Desk:
     def __init__(self, loop: Loop, slots: Slots | None = None, **limits: Any) -> None:
         self.loop = loop
         self.slots = slots
+        self.options = GatewayOptions(**limits)
         self.caller = Caller(Identity(b"a caller", "gateway", 1, True, "/run/here", calls_max=4))
         self.reports = Reports(loop.loop, self._ask_broker, lambda: Snapshot("gateway", ()), 10)
         self.serials: list[int] = []
         self.flushes = 0
-        self.application = Application(loop.loop, self.caller, GatewayOptions(**limits), self.reports, self._flush)
-        self.budget = Budget(GatewayOptions(**limits).bodies_bytes_max)
-        self._reader = Reader(GatewayOptions(**limits), self.budget, {}, slots)
+        self.application = Application(loop.loop, self.caller, self.options, self.reports, self._flush)
+        self.budget = Budget(self.options.bodies_bytes_max)
+        self._reader = Reader(self.options, self.budget, {}, self.slots_now)
+
+    def slots_now(self) -> Slots | None:
+        return self.slots if self.caller.shares else None
 
     def _flush(self) -> None:
         self.flushes += 1
@@ -167,7 +178,7 @@ class Desk:
             reader.feed(memoryview(data[100_000:]))
         [request] = self._reader.requests
         self._reader.requests = []
-        exchange = Exchange(cast(Connection, Line(self.budget, self.slots)), request)
+        exchange = Exchange(cast(Connection, Line(self)), request)
         self.application.handle(exchange)
         return exchange
 
@@ -728,7 +739,7 @@ def test_defect_in_a_handler_is_500_and_in_the_log(joined: Desk, caplog: pytest.
         raise ZeroDivisionError("a defect")
 
     head = Head(b"GET", b"/v2", {}, 0, True, False)
-    exchange = Exchange(cast(Connection, Line(Budget(0))), Request(head, b"", 0))
+    exchange = Exchange(cast(Connection, Line(joined)), Request(head, b"", 0))
     head.target = type("Target", (), {"handler": staticmethod(broken)})()
     with caplog.at_level(logging.ERROR, "penstock.gateway"):
         joined.application.handle(exchange)
@@ -769,16 +780,26 @@ def test_failure_is_logged_with_its_request(joined: Desk, caplog: pytest.LogCapt
 
 @pytest.fixture
 def slots() -> Iterator[Slots]:
-    arena = Arena(4 << 20, "test")
-    yield Slots(arena)
-    arena.close()
+    slots = Slots(Arena(4 << 20, "test"))
+    yield slots
+    slots.close()
+
+
+def binary(desk: Desk, rows: int) -> Exchange:
+    text, x = large_request(rows)
+    return desk.begin("POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text)))
+
+
+def as_json(desk: Desk, rows: int) -> Exchange:
+    values = np.frombuffer(large_request(rows)[1], "<f4").tolist()
+    return desk.infer({"inputs": [{"name": "x", "shape": [rows, 2], "datatype": "FP32", "data": values}]})
 
 
 @pytest.mark.parametrize("rows", [3000, 40_000])
 def test_large_binary_tensor_stays_where_it_was_received(loop: Loop, slots: Slots, rows: int) -> None:
     desk = Desk(loop, slots).join(ready())
-    text, x = large_request(rows)
-    desk.begin("POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text)))
+    binary(desk, rows)
+    x = large_request(rows)[1]
     sent = desk.sent()
     [group] = sent.groups
     [place] = group.places
@@ -787,48 +808,168 @@ def test_large_binary_tensor_stays_where_it_was_received(loop: Loop, slots: Slot
     assert slots.arena.allocator.slots == 1
 
 
-def test_large_json_tensor_is_put_where_workers_read(loop: Loop, slots: Slots) -> None:
+@pytest.mark.parametrize("send", [as_json, squeezed])
+def test_large_tensor_that_must_be_unpacked_is_put_where_workers_read(
+    loop: Loop, slots: Slots, send: Callable[[Desk, int], Exchange]
+) -> None:
     desk = Desk(loop, slots).join(ready())
-    values = list(range(60_000))
-    exchange = desk.infer({"inputs": [{"name": "x", "shape": [30_000, 2], "datatype": "FP32", "data": values}]})
-    [group] = desk.sent().groups
-    [place] = group.places
-    assert bytes(slots.arena.view(place, 240_000)) == np.array(values, "<f4").tobytes()
-    assert slots.arena.allocator.slots == 1, "its text has gone"
-    desk.budget.release(exchange.request)
-    assert slots.arena.allocator.used == 0
-
-
-def test_compressed_tensor_is_put_where_workers_read(loop: Loop, slots: Slots) -> None:
-    desk = Desk(loop, slots).join(ready())
-    exchange = squeezed(desk, 40_000)
+    exchange = send(desk, 40_000)
     loop.until(lambda: desk.caller.calls)
     x = large_request(40_000)[1]
     [group] = desk.sent().groups
     [place] = group.places
     assert bytes(slots.arena.view(place, len(x))) == x
     assert slots.arena.allocator.slots == 1
+    assert bytes(exchange.request.body) == b"", "the body has gone"
     desk.budget.release(exchange.request)
     assert slots.arena.allocator.used == 0
 
 
-def test_without_room_a_tensor_travels(loop: Loop, slots: Slots) -> None:
-    desk = Desk(loop, slots).join(ready())
-    whole = slots.take(slots.arena.size)
+def test_tensors_of_which_some_are_json_are_put_together(loop: Loop, slots: Slots) -> None:
+    two = spec()._replace(inputs=(TensorSpec("x", "FP32", (-1, 2)), TensorSpec("z", "FP32", (-1, 2))))
+    desk = Desk(loop, slots).join(ModelState("double", "1", READY, "", two))
     text, x = large_request(40_000)
-    desk.begin("POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text)))
-    sent = desk.sent()
-    assert (sent.groups[0].places, bytes(sent.frames[0])) == ((), x)
-    assert whole is not None
+    inputs = json.loads(text)["inputs"]
+    text = json.dumps(
+        {"inputs": [*inputs, {**inputs[0], "name": "z", "parameters": {}, "data": [1] * 80_000}]}
+    ).encode()
+    exchange = desk.begin("POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text)))
+    [group] = desk.sent().groups
+    [place] = group.places
+    assert bytes(slots.arena.view(place, 2 * len(x))) == x + np.ones(80_000, "<f4").tobytes()
+    assert slots.arena.allocator.slots == 1, "where the body was received is free again"
+    desk.budget.release(exchange.request)
+    assert slots.arena.allocator.used == 0
 
 
 def test_without_a_broker_that_shares_a_tensor_travels(loop: Loop, slots: Slots) -> None:
     desk = Desk(loop, slots).join(ready())
     desk.hear(FromBroker(Welcome(EPOCH, "gateway", False)))
-    text, x = large_request(40_000)
-    desk.begin("POST", "/v2/models/double/infer", text + x, Inference_Header_Content_Length=str(len(text)))
+    whole = slots.take(slots.arena.size)
+    for send in (binary, as_json, squeezed):
+        send(desk, 40_000)
+        loop.until(lambda: desk.caller.wants_flush(0))
+        sent = desk.sent()
+        assert (sent.groups[0].places, bytes(sent.frames[0])) == ((), large_request(40_000)[1])
+    assert whole is not None
+
+
+def test_broker_that_no_longer_shares_is_sent_what_lies_there(loop: Loop, slots: Slots) -> None:
+    desk = Desk(loop, slots).join(ready())
+    binary(desk, 40_000)
+    desk.hear(FromBroker(Welcome(EPOCH, "gateway", False)))
     sent = desk.sent()
-    assert (sent.groups[0].places, bytes(sent.frames[0])) == ((), x)
+    assert (sent.groups[0].places, bytes(sent.frames[0])) == ((), large_request(40_000)[1])
+
+
+@pytest.mark.parametrize("send", [as_json, squeezed])
+def test_without_room_a_tensor_waits(loop: Loop, slots: Slots, send: Callable[[Desk, int], Exchange]) -> None:
+    desk = Desk(loop, slots, arena_wait_s=60).join(ready())
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    exchange = send(desk, 40_000)
+    loop.until(lambda: slots.waiting)
+    assert (desk.caller.calls, waits(exchange)) == ({}, True)
+    small = desk.infer()
+    assert len(desk.caller.calls) == 1, "what is small waits for nobody"
+    assert waits(small)
+    desk.sent()
+    flushes = desk.flushes
+    whole.give_back()
+    assert len(desk.caller.calls) == 1, "not inside whatever gives room back"
+    loop.until(lambda: len(desk.caller.calls) == 2)
+    assert desk.flushes == flushes + 1
+    x = large_request(40_000)[1]
+    [group] = desk.sent().groups
+    assert bytes(slots.arena.view(group.places[0], len(x))) == x
+    desk.double(2, x)
+    assert said(exchange).status == 200
+    desk.budget.release(exchange.request)
+    assert slots.arena.allocator.used == 0
+
+
+@pytest.mark.parametrize("send", [as_json, squeezed])
+def test_tensor_that_has_waited_in_vain_is_503(loop: Loop, slots: Slots, send: Callable[[Desk, int], Exchange]) -> None:
+    desk = Desk(loop, slots, arena_wait_s=0.02).join(ready())
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    exchange = send(desk, 40_000)
+    loop.until(lambda: not waits(exchange))
+    answer = said(exchange)
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+    assert answer.error == (
+        "320000 bytes of this gateway's 4194304 bytes of shared memory did not come free within 0.02 s (arena_wait_s); "
+        "try again shortly, or raise arena_bytes ([gateway] in the configuration)"
+    )
+    assert desk.meter("penstock_request_failures", "double", "", "overloaded") == 1
+    whole.give_back()
+    assert (slots.waiting, slots.arena.allocator.used, desk.caller.calls) == (0, 0, {})
+
+
+def test_client_that_leaves_does_not_wait_for_room(loop: Loop, slots: Slots) -> None:
+    desk = Desk(loop, slots, arena_wait_s=60).join(ready())
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    first, second = as_json(desk, 40_000), as_json(desk, 40_000)
+    for exchange in (first, second):
+        desk.budget.release(exchange.request)  # as a connection does when it ends
+        exchange._connection = None
+        assert exchange.gone is not None
+        if exchange is second:
+            whole.give_back()  # it has its slot, and has not been told
+            assert slots.arena.allocator.slots == 1
+        exchange.gone()
+    assert (slots.waiting, slots.arena.allocator.used) == (0, 0)
+    loop.settle()
+    assert desk.caller.calls == {}
+
+
+def test_tensor_that_waited_and_cannot_be_submitted_is_an_error(loop: Loop, slots: Slots) -> None:
+    desk = Desk(loop, slots, arena_wait_s=60).join(ready())
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    exchange = as_json(desk, 40_000)
+    for _ in range(4):
+        desk.infer()
+    whole.give_back()
+    loop.until(lambda: not waits(exchange))
+    assert (said(exchange).status, said(exchange).error) == (503, "4 requests of this process are under way")
+    assert desk.meter("penstock_request_failures", "double", "", "overloaded") == 1
+    desk.budget.release(exchange.request)
+    assert slots.arena.allocator.used == 0
+
+
+def test_time_that_a_tensor_waits_is_the_requests_own(loop: Loop, slots: Slots) -> None:
+    desk = Desk(loop, slots, arena_wait_s=60, request_timeout_s=0.005).join(ready())
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    as_json(desk, 40_000)
+    late = time.monotonic() + 0.005
+    loop.until(lambda: time.monotonic() > late)
+    whole.give_back()
+    loop.until(lambda: desk.caller.calls)
+    [group] = desk.sent().groups
+    assert group.timeouts_us == (1,), "the broker says that it is late"
+
+
+@pytest.mark.parametrize("send", [as_json, squeezed])
+@pytest.mark.parametrize("rows", [32_768, 32_769])
+def test_tensor_that_is_larger_than_the_arena_is_413(
+    loop: Loop, send: Callable[[Desk, int], Exchange], rows: int
+) -> None:
+    slots = Slots(Arena(1 << 18, "test"))
+    desk = Desk(loop, slots).join(ready())
+    exchange = send(desk, rows)
+    loop.until(lambda: desk.caller.calls or not waits(exchange))
+    assert len(desk.caller.calls) == (rows == 32_768)
+    if rows > 32_768:
+        assert (said(exchange).status, said(exchange).error) == (
+            413,
+            "the request takes 262152 bytes of shared memory, and this gateway has 262144; send fewer rows at a time, "
+            "or raise arena_bytes ([gateway] in the configuration)",
+        )
+        assert desk.meter("penstock_request_failures", "double", "", "too_large") == 1
+    slots.close()
 
 
 # --- results in a worker's memory ---
@@ -850,8 +991,8 @@ Y = np.array([[2, 4]], "<f4").tobytes()
 def sharing(desk: Desk) -> Desk:
     """A desk whose one worker has the answer Y in its memory, behind eight bytes."""
     desk.join(ready())
-    desk.hear(FromBroker(Workers(EPOCH, [WorkerAddress(b"worker 0", "ipc://results", True)])))
-    desk.hear(ArenaCame(b"worker 0", Memory(bytes(8) + Y)))
+    desk.hear(FromBroker(Workers(EPOCH, [WorkerAddress(b"worker 0", "ipc://results", 1)])))
+    desk.hear(ArenaCame(b"worker 0", 1, Memory(bytes(8) + Y)))
     return desk
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import socket
 import ssl
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from penstock.gateway.connection import Exchange
-from tests.gateway.serving import Echo, Peer, Serving, pattern
+from penstock.wire.arena import Arena
+from penstock.wire.slots import Slot, Slots
+from tests.gateway.serving import Echo, Loop, Peer, Serving, pattern
 
 Serve = Callable[..., Serving]
 
@@ -662,6 +664,271 @@ def test_stop_ends_every_connection(echo: Echo, serve: Serve) -> None:
     idle.rest()
 
 
+# --- room in shared memory ---
+
+
+@pytest.fixture
+def whole(slots: Slots) -> Iterator[Slot]:
+    """Somebody has taken all there is."""
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    yield whole
+    whole.give_back()
+
+
+BODY = pattern(300_000)
+
+
+def large(url: str, *lines: str, body: bytes = BODY) -> bytes:
+    return ask(url, "Inference-Header-Content-Length: 100", *lines, method="POST", body=body)
+
+
+def begin(serving: Serving, slots: Slots, request: bytes) -> Peer:
+    """A client whose request waits for room."""
+    before = slots.waiting
+    peer = serving.connect()
+    peer.send(request)
+    serving.loop.until(lambda: slots.waiting > before)
+    return peer
+
+
+def test_large_body_is_received_in_a_slot(echo: Echo, serve: Serve, slots: Slots) -> None:
+    echo.hold = True
+    serving = serve(echo, slots=slots)
+    peer = serving.connect()
+    peer.send(large("/a"))
+    serving.loop.until(lambda: echo.exchanges)
+    slot = echo.exchanges[0].request.slot
+    assert slot is not None
+    assert bytes(slot.view) == BODY
+    echo.tell(echo.exchanges[0])
+    assert peer.response().body == b"POST /a " + BODY
+
+
+def test_large_body_waits_until_there_is_room(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    peer = begin(serving, slots, large("/a") + ask("/b"))
+    assert echo.exchanges == []
+    whole.give_back()
+    assert peer.response().body == b"POST /a " + BODY
+    assert peer.response().body == b"GET /b "
+    peer.send(large("/c"))
+    assert peer.response().body == b"POST /c " + BODY
+
+
+def test_body_that_waits_stays_with_its_client(echo: Echo, serve: Serve, loop: Loop) -> None:
+    slots = Slots(Arena(64 << 20, "test"))
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    peer = serving.connect()
+    body = pattern(60 << 20)
+    sending = loop.loop.create_task(loop.loop.sock_sendall(peer._channel, large("/a", body=body)))
+    loop.until(lambda: slots.waiting)
+    [connection] = serving.http.wheel.items()
+    loop.settle()
+    held = sum(map(len, connection._reader._body))
+    assert held <= 256 * 1024, "what came with the head"
+    assert not sending.done()
+    whole.give_back()
+    loop.run(sending)
+    assert peer.response().body == b"POST /a " + body
+    slots.close()
+
+
+def test_body_that_has_waited_in_vain_is_refused(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=0.02)
+    peer = serving.connect()
+    peer.send(large("/a"))
+    response = peer.response()
+    assert (response.status, response.headers["retry-after"], response.headers["connection"]) == (503, "1", "close")
+    sentence = (
+        "300028 bytes of this gateway's 1048576 bytes of shared memory did not come free within 0.02 s (arena_wait_s); "
+        "try again shortly, or raise arena_bytes ([gateway] in the configuration)"
+    )
+    assert echo.refusals == [(503, sentence)]
+    assert slots.waiting == 0
+    assert (echo.exchanges, serving.http.budget.used) == ([], 0)
+
+
+def test_bodies_have_their_turn_in_the_order_of_their_coming(
+    echo: Echo, serve: Serve, slots: Slots, whole: Slot
+) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    bodies = [pattern(size) for size in (600_000, 300_000, 900_000, 70_000)]
+    requests = [large(f"/{number}", body=body) for number, body in enumerate(bodies)]
+    heads = [request[: -len(body)] for request, body in zip(requests, bodies, strict=True)]
+    peers = [begin(serving, slots, head) for head in heads]
+
+    def serve_body(number: int) -> None:
+        peers[number].send(bodies[number])
+        assert peers[number].response().body == b"POST /%d " % number + bodies[number]
+
+    whole.give_back()
+    assert slots.waiting == 2, "there is room for the last, which waits behind a larger one all the same"
+    serve_body(1)
+    assert slots.waiting == 2
+    serve_body(0)
+    assert slots.waiting == 0
+    serve_body(3)
+    serve_body(2)
+
+
+def test_others_are_served_while_a_body_waits(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    peer, other = begin(serving, slots, large("/a")), serving.connect()
+    other.send(ask("/b", method="POST", body=b"x" * 70_000))
+    assert other.response().body == b"POST /b " + b"x" * 70_000
+    whole.give_back()
+    assert peer.response().status == 200
+
+
+@pytest.mark.parametrize("how", ["leave", "reset", "end"])
+def test_client_that_leaves_does_not_wait_for_room(
+    echo: Echo, serve: Serve, slots: Slots, whole: Slot, how: str
+) -> None:
+    """Though nothing is read from it: not even that it has nothing more to say."""
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    first = begin(serving, slots, large("/a")[:1000])
+    second = begin(serving, slots, large("/b"))
+    getattr(first, how)()
+    serving.loop.until(lambda: slots.waiting == 1)
+    serving.loop.until(lambda: len(serving.http.wheel) == 1)
+    assert serving.http.budget.used == len(BODY)
+    whole.give_back()
+    assert second.response().body == b"POST /b " + BODY
+    assert echo.refusals == []
+
+
+def test_client_is_not_late_while_its_body_waits(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    limits = {"head_timeout_s": 0.05, "body_timeout_s": 0.05, "keep_alive_s": 0.05}
+    serving = serve(echo, slots=slots, arena_wait_s=60, **limits)
+    peer = begin(serving, slots, large("/a"))
+    wait_for_timeout(serving)
+    serving.still()
+    whole.give_back()
+    assert peer.response().body == b"POST /a " + BODY
+
+
+def test_client_is_late_once_its_body_need_not_wait(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=60, body_timeout_s=0.05, body_bytes_per_s_min=1 << 30)
+    peer = begin(serving, slots, large("/a")[:-1])
+    serving.turn()
+    whole.give_back()
+    assert (peer.response().status, echo.refusals) == (408, [(408, "the body came too slowly")])
+
+
+def test_client_is_told_to_continue_once_there_is_room(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    head, _, body = large("/a", "Expect: 100-continue").partition(b"\r\n\r\n")
+    peer = begin(serving, slots, head + b"\r\n\r\n")
+    serving.loop.settle()
+    with pytest.raises(BlockingIOError):
+        peer._channel.recv(1)
+    whole.give_back()
+    assert peer.raw(len(CONTINUE)) == CONTINUE
+    peer.send(body)
+    assert peer.response().body == b"POST /a " + BODY
+
+
+def test_refusal_for_want_of_room_stands_for_continue(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=0.02)
+    peer = serving.connect()
+    peer.send(large("/a", "Expect: 100-continue").partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
+    assert peer.response().status == 503
+
+
+def test_body_that_fits_no_arena_is_refused_before_it_comes(echo: Echo, serve: Serve, slots: Slots) -> None:
+    peer = serve(echo, slots=slots).connect()
+    peer.send(ask("/a", "Inference-Header-Content-Length: 64", "Content-Length: 1048577", method="POST"))
+    response = peer.response()
+    assert (response.status, response.headers["connection"]) == (413, "close")
+    assert b"takes 1048577 bytes of shared memory, and this gateway has 1048576;" in response.body
+
+
+def test_answers_before_a_body_that_waits_are_sent(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    echo.hold = True
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    peer = begin(serving, slots, ask("/0") + large("/1", "Expect: 100-continue"))
+    echo.tell(echo.exchanges[0])
+    assert peer.response().body == b"GET /0 "
+    assert slots.waiting == 1
+    echo.hold = False
+    whole.give_back()
+    assert peer.raw(len(CONTINUE)) == CONTINUE
+    assert peer.response().body == b"POST /1 " + BODY
+
+
+def test_body_behind_the_last_request_does_not_wait(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    echo.hold = True
+    serving = serve(echo, slots=slots, arena_wait_s=60, linger_s=0.05)
+    peer = serving.connect()
+    peer.send(ask("/0", "Connection: close") + large("/1"))
+    serving.loop.until(lambda: echo.exchanges)
+    serving.loop.settle()
+    assert slots.waiting == 0
+    echo.tell(echo.exchanges[0])
+    assert peer.response().body == b"GET /0 "
+    serving.turn()
+    assert peer.rest() in (b"", b"(reset)")
+    serving.ended()
+    assert echo.refusals == []
+
+
+def test_body_that_waits_behind_the_last_request_of_a_draining_gateway(
+    echo: Echo, serve: Serve, slots: Slots, whole: Slot
+) -> None:
+    echo.hold = True
+    serving = serve(echo, slots=slots, arena_wait_s=60, linger_s=0.05)
+    peer = begin(serving, slots, ask("/0") + large("/1"))
+    serving.http.drain()
+    echo.tell(echo.exchanges[0])
+    assert peer.response().headers["connection"] == "close"
+    assert slots.waiting == 0
+    serving.turn()
+    assert peer.rest() in (b"", b"(reset)")
+    serving.loop.run(serving.http.drained.wait())
+
+
+def test_room_for_a_client_that_does_not_read_gives_it_no_more_time(
+    echo: Echo, serve: Serve, slots: Slots, whole: Slot
+) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    request = large("/1")
+    peer = begin(serving, slots, ask("/large/30000000") + request[:1000])
+    [connection] = serving.http.wheel.items()
+    assert connection._writing_paused
+    deadline = connection.deadline
+    whole.give_back()
+    serving.loop.until(lambda: slots.arena.allocator.used < len(whole))
+    serving.loop.settle()
+    assert connection.deadline == deadline
+    assert peer.response().body == pattern(30_000_000)
+    peer.send(request[1000:])
+    assert peer.response().body == b"POST /1 " + BODY
+
+
+def test_draining_gateway_serves_a_body_that_waits(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    peer = begin(serving, slots, large("/a"))
+    serving.http.drain()
+    whole.give_back()
+    response = peer.response()
+    assert (response.body, response.headers["connection"]) == (b"POST /a " + BODY, "close")
+    assert peer.rest() == b""
+    serving.loop.run(serving.http.drained.wait())
+
+
+def test_gateway_that_stops_leaves_nobody_waiting(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
+    serving = serve(echo, slots=slots, arena_wait_s=60)
+    begin(serving, slots, large("/a"))
+    begin(serving, slots, large("/b"))
+    serving.turn()
+    serving.http.stop()
+    serving.ended()
+    assert slots.waiting == 0
+
+
 # --- TLS ---
 
 
@@ -735,3 +1002,21 @@ def test_connections_work_the_same_through_tls(echo: Echo, serve: Serve, certifi
     peer.send(b"nonsense\r\n\r\n")
     assert peer.response().status == 400
     assert peer.rest() == b""
+
+
+def test_body_waits_for_room_through_tls(
+    echo: Echo, serve: Serve, certificate: Path, slots: Slots, whole: Slot
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    serving = serve(echo, tls=context, slots=slots, arena_wait_s=60)
+    peers = []
+    for number in range(3):
+        peers.append(SecurePeer(serving.connect(wait=False)))
+        peers[-1].send(large(f"/{number}"))
+        serving.loop.until(lambda number=number: slots.waiting == number + 1)  # type: ignore[misc]
+    peers[0].reset()
+    serving.loop.until(lambda: slots.waiting == 2)
+    whole.give_back()
+    for number in (1, 2):
+        assert peers[number].response().body == b"POST /%d " % number + BODY

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.gateway.options import GatewayOptions
-from penstock.gateway.reader import BODY, BROKEN, HEAD, IDLE, Budget, Head, Reader, Request
-from penstock.wire.arena import Arena
+from penstock.gateway.reader import BODY, BROKEN, FULL, HEAD, IDLE, Budget, Head, Reader, Request
 from penstock.wire.slots import Slots
 
 GET = b"GET /v2 HTTP/1.1\r\nHost: here\r\n\r\n"
@@ -33,7 +32,7 @@ class Conversation:
     ) -> None:
         self.budget = budget or Budget(1 << 30)
         self.heads = {} if heads is None else heads
-        self.reader = Reader(options or GatewayOptions(), self.budget, self.heads, slots)
+        self.reader = Reader(options or GatewayOptions(), self.budget, self.heads, lambda: slots)
         self.requests: list[Request] = []
         self.found: list[Head] = []
         self.bodies: list[bytes] = []
@@ -634,20 +633,13 @@ def test_any_bytes_are_requests_or_an_error_and_never_take_more_than_they_are(ra
 LARGE = 200_000
 
 
-def large(lead: int = 0, length: int = LARGE) -> bytes:
-    about = [b"Inference-Header-Content-Length: %d" % lead] if lead else []
-    return head(b"POST / HTTP/1.1", b"Host: here", b"Content-Length: %d" % length, *about)
+def large(lead: int = 64, length: int = LARGE, *more: bytes) -> bytes:
+    """The head of a request whose tensors begin after ``lead`` bytes of its body."""
+    about = b"Inference-Header-Content-Length: %d" % lead
+    return head(b"POST / HTTP/1.1", b"Host: here", b"Content-Length: %d" % length, about, *more)
 
 
-@pytest.fixture
-def slots() -> Iterator[Slots]:
-    arena = Arena(1 << 20, "test")
-    yield Slots(arena)
-    assert arena.allocator.used == 0, "a slot was not given back"
-    arena.close()
-
-
-@pytest.mark.parametrize("lead", [0, 1, 64, 100, LARGE])
+@pytest.mark.parametrize("lead", [1, 64, 100, LARGE])
 @pytest.mark.parametrize("first", [0, 1, 70_000])
 def test_large_body_is_received_where_its_tensors_are_read(slots: Slots, lead: int, first: int) -> None:
     body = bytes(range(250)) * (LARGE // 250)
@@ -661,23 +653,94 @@ def test_large_body_is_received_where_its_tensors_are_read(slots: Slots, lead: i
     assert (bytes(request.body), said.budget.used) == (b"", 0)
 
 
-@pytest.mark.parametrize("lead", [b"x", b"-1", b"9" * 13, b""])
-def test_lead_that_says_nothing_is_left_to_the_application(slots: Slots, lead: bytes) -> None:
-    lines = b"Host: here", b"Content-Length: %d" % LARGE, b"Inference-Header-Content-Length: " + lead
-    request = head(b"POST / HTTP/1.1", *lines)
+def test_white_space_behind_the_lead_is_no_part_of_it(slots: Slots) -> None:
+    said = Conversation(slots=slots).hear(large(100).replace(b": 100\r", b": 100 \t\r"), b"x" * LARGE)
+    [request] = said.requests
+    assert request.slot is not None
+    said.budget.release(request)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        b"X: y",
+        b"Inference-Header-Content-Length: x",
+        b"Inference-Header-Content-Length: -1",
+        b"Inference-Header-Content-Length: 0",
+        b"Inference-Header-Content-Length: " + b"9" * 13,
+        b"Inference-Header-Content-Length: ",
+        b"Inference-Header-Content-Length: 64\r\nContent-Encoding: gzip",
+        b"Inference-Header-Content-Length: 64\r\nContent-Encoding: br",
+    ],
+)
+def test_body_that_does_not_hold_its_tensors_as_they_are_is_received_elsewhere(slots: Slots, about: bytes) -> None:
+    request = head(b"POST / HTTP/1.1", b"Host: here", b"Content-Length: %d" % LARGE, about)
     said = Conversation(slots=slots).hear(request, b"x" * LARGE)
-    assert len(said.requests) == 1
-    said.budget.release(said.requests[0])
+    assert [request.slot for request in said.requests] == [None]
+    assert said.bodies == [b"x" * LARGE]
 
 
-def test_without_room_a_body_is_received_elsewhere(slots: Slots) -> None:
+def test_identity_is_no_encoding(slots: Slots) -> None:
+    said = Conversation(slots=slots).hear(large(64, LARGE, b"Content-Encoding: Identity"), b"x" * LARGE)
+    [request] = said.requests
+    assert request.slot is not None
+    said.budget.release(request)
+
+
+def test_while_workers_read_nothing_here_a_body_is_received_elsewhere() -> None:
+    said = Conversation(slots=None).hear(large(), b"x" * LARGE)
+    assert [request.slot for request in said.requests] == [None]
+
+
+@pytest.mark.parametrize("first", [0, 1, 70_000])
+def test_without_room_nothing_more_is_read_until_there_is(slots: Slots, first: int) -> None:
     whole = slots.take(slots.arena.size)
     assert whole is not None
-    said = Conversation(slots=slots).hear(large(), b"x" * LARGE)
-    [request] = said.requests
-    assert request.slot is None
-    assert bytes(request.body) == b"x" * LARGE
+    said = Conversation(slots=slots).hear(large(100) + b"a" * first)
+    reader = said.reader
+    assert (reader.phase, reader.direct, reader.wanted) == (FULL, None, (LARGE, 100))
     whole.give_back()
+    slot = slots.take(*reader.wanted)
+    assert slot is not None
+    reader.place(slot)
+    assert reader.phase == BODY
+    said.hear(b"b" * (LARGE - first) + GET)
+    assert said.bodies == [b"a" * first + b"b" * (LARGE - first), b""]
+    request = said.requests[0]
+    assert request.slot is slot
+    said.budget.release(request)
+
+
+def test_body_without_room_that_is_given_up_takes_nothing(slots: Slots) -> None:
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    said = Conversation(slots=slots).hear(large())
+    assert (said.reader.phase, said.budget.used) == (FULL, LARGE)
+    said.reader.close()
+    assert (said.reader.phase, said.budget.used) == (BROKEN, 0)
+    whole.give_back()
+
+
+@pytest.mark.parametrize("lead", [1, 64, 100])
+def test_body_that_fits_no_arena_is_refused_before_it_comes(slots: Slots, lead: int) -> None:
+    size = slots.arena.size
+    fits = size - -lead % 64
+    said = Conversation(slots=slots).hear(large(lead, fits))
+    assert (said.status, said.reader.phase) == (0, BODY)
+    said.reader.close()
+    said = Conversation(slots=slots).hear(large(lead, fits + 1, b"Expect: 100-continue"))
+    assert (said.status, said.reader.wants_continue) == (413, False)
+    assert said.sentence == (
+        f"the request takes {size + 1} bytes of shared memory, and this gateway has {size}; send fewer rows at a time, "
+        "or raise arena_bytes ([gateway] in the configuration)"
+    )
+    assert said.budget.used == 0
+
+
+def test_body_that_does_not_go_there_may_be_larger_than_the_arena(slots: Slots) -> None:
+    length = slots.arena.size * 2
+    assert Conversation(slots=slots).hear(large(64, length, b"Content-Encoding: gzip")).status == 0
+    assert Conversation(slots=None).hear(large(64, length)).status == 0
 
 
 def test_slot_of_a_connection_that_ends_is_given_back(slots: Slots) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,12 +21,12 @@ import numpy as np
 import pytest
 import zmq
 
-from penstock.client import Client
+from penstock.client import Client, PenstockError
 from penstock.client.arrays import make_form
 from penstock.wire import control
 from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, unpack
-from penstock.wire.errors import BAD_INPUT
+from penstock.wire.errors import BAD_INPUT, TOO_LARGE
 from penstock.wire.messages import TO_CALLER, CallerHello, Message, Refusals, Requests, Submit, Welcome
 from penstock.wire.models import Layout, Tensor
 from penstock.wire.tensors import Array
@@ -36,20 +38,27 @@ USED = "penstock_arena_used_bytes"
 M = TypeVar("M", bound=Message)
 
 
-def wide_request(binary: bool) -> tuple[bytes, dict[str, str]]:
-    tensor: dict[str, object] = {"name": "x", "shape": list(WIDE.shape), "datatype": "FP32"}
-    if not binary:
-        return json.dumps({"inputs": [{**tensor, "data": WIDE.ravel().tolist()}]}).encode(), {}
-    tensor["parameters"] = {"binary_data_size": WIDE.nbytes}
-    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    return head + WIDE.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+def wide_request(binary: bool, compress: bool = False, x: Array = WIDE) -> tuple[bytes, dict[str, str]]:
+    tensor: dict[str, object] = {"name": "x", "shape": list(x.shape), "datatype": "FP32"}
+    if binary:
+        tensor["parameters"] = {"binary_data_size": x.nbytes}
+        head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+        body, headers = head + x.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+    else:
+        body, headers = json.dumps({"inputs": [{**tensor, "data": x.ravel().tolist()}]}).encode(), {}
+    return (gzip.compress(body, 1), headers | {"Content-Encoding": "gzip"}) if compress else (body, headers)
+
+
+def raw_request() -> tuple[bytes, bytes]:
+    """The head and body of a binary request for WIDE."""
+    body, headers = wide_request(True)
+    lines = [f"{name}: {value}" for name, value in {**headers, "Content-Length": str(len(body))}.items()]
+    return "\r\n".join(["POST /v2/models/wide/infer HTTP/1.1", "Host: h", *lines, "", ""]).encode(), body
 
 
 def ask(server: Server, binary: bool = True, compress: bool = False) -> Array:
     """What the model makes of WIDE, over HTTP."""
-    body, headers = wide_request(binary)
-    if compress:
-        body, headers = gzip.compress(body, 1), headers | {"Content-Encoding": "gzip"}
+    body, headers = wide_request(binary, compress)
     status, answered, content = server.request("POST", "/v2/models/wide/infer", body, headers)
     assert status == 200, content[:1000]
     if binary:
@@ -110,7 +119,7 @@ def test_large_tensors_of_a_client(server: Server, arena_bytes: int) -> None:
 
 
 def test_many_connections_at_once(server: Server) -> None:
-    """More at once than the arena has room for: the rest travels."""
+    """More at once than the arena has room for: the rest waits."""
     wrong: list[object] = []
 
     def work() -> None:
@@ -153,9 +162,7 @@ def test_a_client_that_hangs_up_frees_its_slot(start_server: StartServer, reposi
     [worker] = server.children("worker")
     os.kill(worker, signal.SIGSTOP)
     try:
-        body, headers = wide_request(True)
-        lines = [f"{name}: {value}" for name, value in {**headers, "Content-Length": str(len(body))}.items()]
-        head = "\r\n".join(["POST /v2/models/wide/infer HTTP/1.1", "Host: h", *lines, "", ""]).encode()
+        head, body = raw_request()
         with socket.create_connection((server.host, server.port), 10) as connection:
             connection.sendall(head + body)
             wait_for(lambda: gauge(server, USED) >= WIDE.nbytes, "the request to be received")
@@ -166,6 +173,137 @@ def test_a_client_that_hangs_up_frees_its_slot(start_server: StartServer, reposi
         wait_for(lambda: gauge(server, USED) == 0, "the slot of half a request to be given back")
     finally:
         os.kill(worker, signal.SIGCONT)
+
+
+# --- more than there is room for ---
+
+
+SMALL = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+KINDS = [(binary, compress) for binary in (True, False) for compress in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def crowded(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with room for two large requests."""
+    directory = tmp_path_factory.mktemp("crowded")
+    (directory / "penstock.toml").write_text("[gateway]\narena_bytes = 1048576\narena_wait_s = 0.1\n")
+    server = Server(directory / "run", str(repository), f"--config={directory / 'penstock.toml'}")
+    yield server
+    server.check_clean_end()
+
+
+def check_no_room(status: int, headers: dict[str, str], content: bytes) -> None:
+    assert (status, headers["retry-after"]) == (503, "1")
+    sentence = json.loads(content)["error"]
+    assert "of this gateway's 1048576 bytes of shared memory did not come free within 0.1 s" in sentence
+
+
+@pytest.mark.parametrize(("binary", "compress"), KINDS)
+def test_without_room_a_large_request_is_refused_and_small_ones_are_served(
+    crowded: Server, binary: bool, compress: bool
+) -> None:
+    head, body = raw_request()
+    with contextlib.ExitStack() as opened:
+        slow = [opened.enter_context(socket.create_connection((crowded.host, crowded.port), 30)) for _ in range(2)]
+        for connection in slow:  # which take all the room, and need it no sooner than they have sent the rest
+            connection.sendall(head + body[:-1])
+        wait_for(lambda: gauge(crowded, USED) >= 2 * WIDE.nbytes, "both to be received")
+        check_no_room(*crowded.request("POST", "/v2/models/wide/infer", *wide_request(binary, compress)))
+        assert crowded.infer("dense", SMALL)[0] == 200
+        for connection in slow:
+            connection.sendall(body[-1:])
+            assert connection.recv(12) == b"HTTP/1.1 200"
+    np.testing.assert_array_equal(ask(crowded, binary, compress), WIDE)
+    wait_for(lambda: gauge(crowded, USED) == 0, "slots to be given back")
+
+
+def test_whoever_waits_has_the_room_that_comes_free(
+    start_server: StartServer, repository: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "penstock.toml").write_text("[gateway]\narena_bytes = 1048576\narena_wait_s = 60\n")
+    server = start_server(str(repository), f"--config={tmp_path / 'penstock.toml'}")
+    [worker] = server.children("worker")
+    np.testing.assert_array_equal(ask(server), WIDE)
+    answers: list[Array] = []
+    threads = [threading.Thread(target=lambda kind=kind: answers.append(ask(server, *kind))) for kind in KINDS * 3]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: gauge(server, "penstock_arena_waiting") == len(threads) - 2, "all but two to wait")
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    for thread in threads:
+        thread.join(60)
+    assert len(answers) == len(threads)
+    for answer in answers:
+        np.testing.assert_array_equal(answer, WIDE)
+    wait_for(lambda: gauge(server, USED) == 0, "slots to be given back")
+    assert gauge(server, "penstock_arena_waiting") == 0
+
+
+def test_a_crowd_is_served_or_told_when_to_come_again(crowded: Server) -> None:
+    """While a worker is stopped, nothing comes free."""
+    [worker] = crowded.children("worker")
+    requests = [wide_request(*kind) for kind in KINDS]
+    statuses: list[int] = []
+    wrong: list[BaseException] = []
+    refused = threading.Event()
+
+    def send(turn: int) -> None:
+        try:
+            for at in range(6):
+                status, headers, content = crowded.request(
+                    "POST", "/v2/models/wide/infer", *requests[(turn + at) % len(requests)]
+                )
+                statuses.append(status)
+                if status != 200:
+                    check_no_room(status, headers, content)
+                    refused.set()
+        except BaseException as error:  # told on the main thread
+            wrong.append(error)
+            raise
+
+    threads = [threading.Thread(target=send, args=(turn,)) for turn in range(16)]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        for thread in threads:
+            thread.start()
+        assert refused.wait(30)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    while any(thread.is_alive() for thread in threads):
+        assert crowded.infer("dense", SMALL)[0] == 200
+    assert not wrong
+    assert len(statuses) == 16 * 6
+    assert set(statuses) == {200, 503}
+    wait_for(lambda: gauge(crowded, USED) == 0, "slots to be given back")
+    np.testing.assert_array_equal(ask(crowded), WIDE)
+
+
+@pytest.mark.parametrize(("binary", "compress"), KINDS)
+def test_a_request_that_is_larger_than_the_arena_is_told_both_sizes(
+    crowded: Server, binary: bool, compress: bool
+) -> None:
+    x = np.resize(WIDE, (6, 50_000))
+    body, headers = wide_request(binary, compress, x)
+    status, _, content = crowded.request("POST", "/v2/models/wide/infer", body, headers)
+    takes = int(re.findall(rb"takes (\d+) bytes of shared memory, and this gateway has 1048576;", content)[0])
+    assert status == 413
+    assert x.nbytes <= takes <= x.nbytes + 1000, "with the JSON in front of it at most"
+
+
+def test_a_client_with_little_room_waits_for_it(crowded: Server) -> None:
+    with Client(crowded.runtime, arena_bytes=1 << 20) as client:
+        calls = [client.submit("wide", {"x": WIDE + number}) for number in range(20)]
+        for number, call in enumerate(calls):
+            np.testing.assert_array_equal(call.result(30)["y"], WIDE + number)
+        with pytest.raises(PenstockError) as raised:
+            client.infer("wide", {"x": np.resize(WIDE, (6, 50_000))})
+        assert raised.value.code == TOO_LARGE
+
+
+# --- who is killed, or lies ---
 
 
 def test_what_a_killed_worker_had_is_read_by_another(
@@ -188,7 +326,7 @@ def test_what_a_killed_worker_had_is_read_by_another(
 
 SENDS_AND_WAITS = """
 import sys, numpy as np
-from penstock.client import Client
+from penstock.client import Client, PenstockError
 client = Client(sys.argv[1])
 calls = [client.submit("wide", {"x": np.ones((2, 50_000), np.float32)}) for _ in range(50)]
 calls[0].result(30)

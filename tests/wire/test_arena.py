@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.wire import arena as module
-from penstock.wire.arena import Arena, ArenaError, Mapping
+from penstock.wire.arena import Arena, ArenaError, Mapping, make_arena, planned_bytes
 from penstock.wire.errors import BadMessage
 
 PAGE = mmap.PAGESIZE
@@ -570,3 +570,33 @@ def test_a_view_is_no_copy(patterned: Mapping) -> None:
     assert [address - addresses[0] for address in addresses] == [0, 64, PAGE]
     assert addresses[0] % PAGE == 0
     assert ctypes.string_at(addresses[0], SIZE) == PATTERN
+
+
+# --- how large ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "available", "planned"),
+    [
+        (0, 1 << 40, 0),
+        (1, 0, mmap.PAGESIZE),
+        (mmap.PAGESIZE + 1, 0, 2 * mmap.PAGESIZE),
+        (1 << 60, 0, 1 << 60),
+        (-1, 0, mmap.PAGESIZE),
+        (-1, 8 << 20, 1 << 20),
+        (-1, (8 << 20) + 8, (1 << 20) + mmap.PAGESIZE),
+        (-1, 1 << 40, 256 << 20),
+    ],
+)
+def test_an_arena_is_as_large_as_was_asked_or_as_memory_allows(asked: int, available: int, planned: int) -> None:
+    assert planned_bytes(asked, available) == planned
+
+
+def test_an_arena_that_is_made_is_as_large_as_was_planned() -> None:
+    assert make_arena(0, "test", "key") is None
+    arena = make_arena(100_000, "test", "key")
+    assert arena is not None
+    assert arena.size == planned_bytes(100_000, 0)
+    arena.close()
+    with pytest.raises(ArenaError, match=r"does not fit into .* \(\[x\] arena_bytes in the configuration\)$"):
+        make_arena(1 << 60, "test", "[x] arena_bytes")

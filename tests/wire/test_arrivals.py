@@ -12,42 +12,68 @@ A, B = b"owner a", b"owner b"
 
 def test_whichever_comes_second_gives_the_arena() -> None:
     arrivals: Arrivals[str] = Arrivals()
-    assert arrivals.came(A, "a") is None
-    assert arrivals.announced(B) is None
-    assert arrivals.announced(A) == "a"
-    assert arrivals.came(B, "b") == "b"
+    assert arrivals.came(A, 1, "a") is None
+    assert arrivals.announced(B, 2) is None
+    assert arrivals.announced(A, 1) == "a"
+    assert arrivals.came(B, 2, "b") == "b"
 
 
-def test_what_was_announced_again_is_waited_for() -> None:
+def test_only_the_newest_is_waited_for_and_held() -> None:
     arrivals: Arrivals[str] = Arrivals()
-    assert arrivals.announced(A) is None
-    assert arrivals.announced(A) is None
-    assert arrivals.came(A, "first") is None
-    assert arrivals.came(A, "second") == "second"
-    assert arrivals.came(A, "third") is None
-
-
-def test_a_new_broker_announces_anew() -> None:
-    arrivals: Arrivals[str] = Arrivals()
-    arrivals.came(A, "old")
-    arrivals.announced(B)
-    arrivals.clear()
-    assert arrivals.announced(A) is None
-    assert arrivals.came(B, "b") is None
-
-
-@given(st.lists(st.tuples(st.sampled_from([A, B]), st.booleans())))
-def test_nothing_is_left_once_all_has_come(order: list[tuple[bytes, bool]]) -> None:
-    """Whatever the order, as many come as are announced, and then nothing is held."""
-    arrivals: Arrivals[int] = Arrivals()
-    balance = {A: 0, B: 0}
-    last: dict[bytes, int | None] = {A: None, B: None}
-    for number, (owner, comes) in enumerate(order):
-        last[owner] = arrivals.came(owner, number) if comes else arrivals.announced(owner)
-        balance[owner] += 1 if comes else -1
-    for owner, surplus in balance.items():
-        for number in range(abs(surplus)):
-            last[owner] = arrivals.announced(owner) if surplus > 0 else arrivals.came(owner, 1000 + number)
-        assert last[owner] is not None or not any(each == owner for each, _ in order)
+    arrivals.announced(A, 1)
+    arrivals.announced(A, 2)
+    assert arrivals.came(A, 1, "first") is None
+    assert arrivals.came(A, 2, "second") == "second"
+    arrivals.came(A, 3, "third")
+    arrivals.came(A, 4, "fourth")
+    assert arrivals.announced(A, 3) == "fourth"
+    assert arrivals.announced(A, 4) == "fourth"
     assert not arrivals._came
-    assert not arrivals._due
+
+
+def test_an_introduction_whose_message_was_lost_is_superseded() -> None:
+    arrivals: Arrivals[str] = Arrivals()
+    arrivals.came(A, 1, "first")
+    assert arrivals.announced(A, 2) is None
+    assert arrivals.came(A, 2, "second") == "second"
+
+
+def test_who_has_gone_is_forgotten_but_not_who_has_come_again() -> None:
+    arrivals: Arrivals[str] = Arrivals()
+    arrivals.came(A, 1, "a")
+    arrivals.announced(B, 2)
+    arrivals.forget(A, 1)
+    arrivals.forget(B, 2)
+    assert arrivals.announced(A, 1) is None
+    assert arrivals.came(B, 2, "b") is None
+    arrivals.came(A, 3, "again")
+    arrivals.forget_all(2)
+    assert arrivals.announced(A, 3) == "again"
+    assert not arrivals._came
+
+
+def test_nothing_outlives_the_connection() -> None:
+    arrivals: Arrivals[str] = Arrivals()
+    arrivals.came(A, 1, "old")
+    arrivals.announced(B, 2)
+    arrivals.clear()
+    assert arrivals.announced(A, 1) is None
+    assert arrivals.came(B, 2, "b") is None
+
+
+@given(st.data())
+def test_the_last_introduction_is_always_paired(data: st.DataObject) -> None:
+    """Both connections keep their order; messages may be lost, but not the last one."""
+    count = data.draw(st.integers(1, 6))
+    heard = [number for number in range(1, count + 1) if number == count or data.draw(st.booleans())]
+    packets = list(range(1, count + 1))
+    arrivals: Arrivals[int] = Arrivals()
+    given_out: list[int] = []
+    while packets or heard:
+        packet = not heard or (bool(packets) and data.draw(st.booleans()))
+        arena = arrivals.came(A, packets[0], packets.pop(0)) if packet else arrivals.announced(A, heard.pop(0))
+        if arena is not None:
+            given_out.append(arena)
+    assert given_out[-1] == count
+    assert not arrivals._came
+    assert not arrivals._wanted

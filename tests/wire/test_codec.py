@@ -202,8 +202,8 @@ def test_values_nested_deeply_are_refused(place: int, depth: int) -> None:
 
 
 def test_a_message_has_the_fields_of_its_kind_and_no_more() -> None:
-    for fields in ((), (b"12345678",), (b"12345678", True, 0)):
-        with pytest.raises(BadMessage, match=f"Attached has 5 fields, and {3 + len(fields)} came"):
+    for fields in ((), (b"12345678",), (b"12345678", 1, True, 0)):
+        with pytest.raises(BadMessage, match=f"Attached has 6 fields, and {3 + len(fields)} came"):
             unpack(msgpack.packb((VERSION, 9, 1, *fields)), (), KINDS)
 
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.wire.control import HELLO_BYTES, NO_ARENA, connect, introduce, listen, receive, same_user
+from penstock.wire.control import HELLO_BYTES, NO_ARENA, Introduction, connect, introduce, listen, receive, same_user
 from penstock.wire.errors import BadMessage
 
 PEER = b"a peer.."
 
 
-def hear(packet: bytes, descriptors: Sequence[int] = ()) -> tuple[bytes, int] | None:
+def hear(packet: bytes, descriptors: Sequence[int] = ()) -> Introduction | None:
     """What is made of a packet that comes."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
@@ -55,7 +55,7 @@ def ends(listener: socket.socket, path: Path) -> Iterator[tuple[socket.socket, s
 
 def test_a_connection_says_first_who_it_is(ends: tuple[socket.socket, socket.socket]) -> None:
     _, broker = ends
-    assert receive(broker) == (PEER, NO_ARENA)
+    assert receive(broker) == (PEER, 0, NO_ARENA)
 
 
 def test_a_descriptor_travels_beside_it(listener: socket.socket, path: Path) -> None:
@@ -67,8 +67,8 @@ def test_a_descriptor_travels_beside_it(listener: socket.socket, path: Path) -> 
             broker.settimeout(10)
             introduced = receive(broker)
             assert introduced is not None
-            assert introduced[0] == PEER
-            with open(introduced[1], "rb") as same:
+            assert introduced.peer == PEER
+            with open(introduced.arena, "rb") as same:
                 assert os.path.samestat(os.fstat(same.fileno()), os.fstat(file.fileno()))
                 assert not os.get_inheritable(same.fileno())
 
@@ -77,8 +77,8 @@ def test_the_broker_passes_on_those_of_others(ends: tuple[socket.socket, socket.
     peer, broker = ends
     with pytest.raises(BlockingIOError):
         receive(peer)
-    introduce(broker, b"another.")
-    assert receive(peer) == (b"another.", NO_ARENA)
+    introduce(broker, b"another.", serial=2**64 - 1)
+    assert receive(peer) == (b"another.", 2**64 - 1, NO_ARENA)
     broker.close()
     assert receive(peer) is None
 
@@ -139,10 +139,10 @@ def test_only_a_hello_is_a_hello(packet: bytes) -> None:
 @pytest.mark.parametrize(
     ("packet", "sentence"),
     [
-        (b"PNST\x01\x00" + PEER[:-1], "a control hello has 14 bytes, and 13 came"),
-        (b"PNST\x01\x00" + PEER + b".", "a control hello has 14 bytes, and 15 came"),
-        (b"PNST\x02\x00" + PEER, "the peer speaks version 2 of the protocol, and this broker version 1"),
-        (b"HTTP\x01\x00" + PEER, "a control connection whose first packet is no hello of Penstock's"),
+        (b"PNST\x01\x00" + PEER + bytes(7), "a control hello has 22 bytes, and 21 came"),
+        (b"PNST\x01\x00" + PEER + bytes(9), "a control hello has 22 bytes, and 23 came"),
+        (b"PNST\x02\x00" + PEER + bytes(8), "the peer speaks version 2 of the protocol, and this broker version 1"),
+        (b"HTTP\x01\x00" + PEER + bytes(8), "a control connection whose first packet is no hello of Penstock's"),
     ],
 )
 def test_what_is_no_hello_is_refused_with_the_reason(packet: bytes, sentence: str) -> None:

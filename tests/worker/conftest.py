@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, pack_layout, unpack, unpack_failure, unpack_outcome
-from penstock.wire.events import FromBroker, Log, Say, Tick
+from penstock.wire.events import Arena as ReadableArena
+from penstock.wire.events import ArenaCame, FromBroker, Log, Say, Tick
 from penstock.wire.messages import (
     FAILED,
     INLINE_MAX_BYTES,
@@ -22,10 +23,13 @@ from penstock.wire.messages import (
     TO_WORKER,
     Answers,
     Assign,
+    Attached,
     Done,
     Expect,
+    Expected,
     Failure,
     Finished,
+    Forgotten,
     Form,
     Freed,
     Message,
@@ -239,6 +243,9 @@ class Talk:
         self.now = 1.0
         self.core = Core(Identity(WORKER, "worker", "cpu", 42, ("ipc://results",), instances, local), [])
         self.batches: list[Run] = []
+        self.serials: dict[bytes, int] = {}  # of callers' last introductions
+        self._serial = 0
+        self._begun: set[bytes] = set()
 
     def hear(self, event: Event, after: float = 0.0) -> list[Command]:
         """What an event, ``after`` seconds, leads to."""
@@ -266,8 +273,37 @@ class Talk:
     def join(self, epoch: int = 7) -> list[Command]:
         return self.tell(Welcome(epoch, "worker-1"))
 
-    def expect(self, *callers: bytes, gone: Sequence[bytes] = (), reading: Sequence[bytes] = ()) -> list[Command]:
-        return self.tell(Expect(self.epoch, callers, tuple(gone), (), tuple(reading)))
+    def expect(
+        self,
+        *callers: bytes,
+        gone: Sequence[bytes] = (),
+        reading: Sequence[bytes] = (),
+        sharing: Sequence[bytes] = (),
+    ) -> list[Command]:
+        """The broker introduces callers, and says which have gone."""
+        introduced = [
+            Expected(caller, self.introduce(caller), caller in sharing, caller in reading) for caller in callers
+        ]
+        before = [Forgotten(each, self.serials.get(each, 0) - (each in self._begun)) for each in gone]
+        return self.tell(Expect(self.epoch, introduced, before))
+
+    def introduce(self, caller: bytes) -> int:
+        """The number of a new introduction, or of the one that has been begun by ``come``."""
+        if caller not in self._begun:
+            self._serial += 1
+            self.serials[caller] = self._serial
+        self._begun.discard(caller)
+        return self.serials[caller]
+
+    def come(self, caller: bytes, arena: ReadableArena | None, reason: str = "") -> list[Command]:
+        """A caller's arena, before the message that introduces it."""
+        serial = self.introduce(caller)
+        self._begun.add(caller)
+        return self.hear(ArenaCame(caller, serial, arena, reason))
+
+    def attached(self, caller: bytes, attached: bool = True) -> Attached:
+        """What the worker says of a caller's subscription."""
+        return Attached(self.epoch, caller, self.serials[caller], attached)
 
     def subscribe(self, caller: bytes) -> list[Command]:
         return self.hear(Subscribed(caller))

@@ -20,6 +20,7 @@ from penstock.wire.messages import (
     Bye,
     Done,
     Expect,
+    Expected,
     Failure,
     Finished,
     Freed,
@@ -88,7 +89,7 @@ def test_hello_is_said_when_the_control_connection_is_made(start_talk: StartTalk
     assert talk.said(talk.wait(), WorkerHello) == []
     [hello] = talk.said(talk.hear(BrokerFound()), WorkerHello)
     assert (hello.epoch, hello.name, hello.device, hello.pid, hello.instances) == (0, "worker", "cpu", 42, 1)
-    assert (hello.endpoints, hello.callers) == (("ipc://results",), ())
+    assert hello.endpoints == ("ipc://results",)
     assert [state.name for state in hello.models] == ["double"]
 
 
@@ -106,13 +107,6 @@ def test_hello_is_said_again_until_it_is_answered(start_talk: StartTalk) -> None
 def test_worker_on_another_host_says_hello_at_once(start_talk: StartTalk) -> None:
     talk = start_talk(local=False)
     assert len(talk.said(talk.wait(), WorkerHello)) == 1
-
-
-def test_hello_names_those_who_hear_already(start_talk: StartTalk) -> None:
-    talk = start_talk()
-    talk.subscribe(A)
-    [hello] = talk.said(talk.hear(BrokerFound()), WorkerHello)
-    assert list(hello.callers) == [A]
 
 
 def test_beat_is_said_every_second_and_brings_what_is_kept(talk: Talk, row: Request) -> None:
@@ -157,7 +151,7 @@ def test_broker_that_does_not_know_the_worker_gets_a_hello_at_once(talk: Talk) -
 def test_messages_of_another_epoch_are_not_heard(talk: Talk, row: Request) -> None:
     tasks = [Tasks(row.form, A, 1, 0, (1,), (1000,))]
     assert talk.tell(Assign(6, tasks, blob=row.payload)) == []
-    assert talk.tell(Expect(6, (B,))) == []
+    assert talk.tell(Expect(6, (Expected(B, 1),))) == []
     assert talk.tell(Bye(6)) == []
     assert talk.core.membership.joined
 
@@ -176,7 +170,7 @@ def test_new_epoch_drops_what_waits_and_who_is_known(talk: Talk, row: Request) -
     assert talk.core._lots == {}
     assert talk.core.kept_bytes == kept
     commands = talk.expect(A)
-    assert talk.said(commands, Attached) == [Attached(8, A, True)]
+    assert talk.said(commands, Attached) == [talk.attached(A)]
     assert ids(talk, commands) == [1]  # it, or its acknowledgment, may have been lost with the old broker
     talk.tell(Assign(8, [], [Freed(A, (1, 1))]))
     assert talk.core.kept_bytes == 0
@@ -249,20 +243,20 @@ def test_attached_is_said_when_an_expected_caller_subscribes(start_talk: StartTa
     talk = start_talk()
     talk.join()
     assert talk.expect(A, B) == []
-    assert talk.subscribe(A) == [Say(Attached(7, A, True))]
+    assert talk.subscribe(A) == [Say(talk.attached(A))]
 
 
 def test_attached_is_said_when_a_caller_that_subscribed_is_expected(start_talk: StartTalk) -> None:
     talk = start_talk()
     talk.join()
     assert talk.subscribe(A) == []
-    assert talk.expect(B, A) == [Say(Attached(7, A, True))]
+    assert talk.expect(B, A) == [Say(talk.attached(A))]
 
 
 def test_caller_is_detached_when_its_last_connection_ends(talk: Talk) -> None:
     talk.subscribe(A)
     assert talk.hear(Unsubscribed(A)) == []
-    assert talk.hear(Unsubscribed(A)) == [Say(Attached(7, A, False))]
+    assert talk.hear(Unsubscribed(A)) == [Say(talk.attached(A, False))]
     assert talk.hear(Unsubscribed(A)) == []
 
 
@@ -811,7 +805,7 @@ def test_tick_without_anything_due_is_silent(talk: Talk) -> None:
         (lambda core: core._lots[A].pop(3), "are indexed as"),
         (lambda core: core._batcher._held.update({("double", "1"): 99}), "are held, and 99 are counted"),
         (lambda core: core._kept.update({B: {}}), "empty index of results"),
-        (lambda core: (core._callers.clear(), core._subscriptions.clear()), "which has gone"),
+        (lambda core: (core._callers.clear(), core._expected.clear(), core._subscriptions.clear()), "which has gone"),
         (lambda core: core._subscriptions.update({B: 0}), "subscriptions are"),
         (lambda core: core._done.append(1), "were not said"),
         (lambda core: next(core._batcher.waiting()).move("start"), "is among those that wait"),

@@ -100,7 +100,7 @@ class CoreMachine(RuleBasedStateMachine):
                 if again or key in self.kept:
                     assert key in self.published  # what is freed may come once more beside what is not
                     continue
-                assert caller in self.known
+                assert caller in self.known or self.heard[caller]
                 if not self.joined:
                     published[key] = NOBODYS
                     continue

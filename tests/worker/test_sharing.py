@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from penstock.wire.arena import Arena, Mapping
 from penstock.wire.errors import BAD_INPUT
 from penstock.wire.events import ArenaCame, BrokerLost, Log
-from penstock.wire.messages import INLINE_MAX_BYTES, Assign, Attached, Expect, Failure, Finished, Results, Tasks
+from penstock.wire.messages import INLINE_MAX_BYTES, Assign, Attached, Failure, Finished, Results, Tasks
 from penstock.wire.slots import Slots
 from penstock.worker.events import Command, Publish, Unsubscribed
 from penstock.worker.model import Model
@@ -46,8 +46,8 @@ def mapped(arena: Arena) -> Mapping:
 
 def expect(talk: Talk, caller: bytes, arena: Arena) -> list[Command]:
     """A caller that shares its arena, as the broker tells of it."""
-    talk.hear(ArenaCame(caller, mapped(arena)))
-    return talk.tell(Expect(talk.epoch, (caller,), (), (caller,)))
+    talk.come(caller, mapped(arena))
+    return talk.expect(caller, sharing=[caller])
 
 
 def put(arena: Arena, payload: bytes) -> int:
@@ -72,15 +72,15 @@ def talk(start_talk: StartTalk, double: Model) -> Talk:
 
 def test_a_caller_is_attached_once_its_arena_is_there(talk: Talk, arena: Arena) -> None:
     talk.subscribe(A)
-    assert talk.said(expect(talk, A, arena), Attached) == [Attached(talk.epoch, A, True)]
+    assert talk.said(expect(talk, A, arena), Attached) == [talk.attached(A)]
 
 
 def test_a_caller_whose_arena_did_not_come_is_not_served(talk: Talk) -> None:
     talk.subscribe(A)
-    commands = talk.tell(Expect(talk.epoch, (A, B), (), (A,)))
+    commands = talk.expect(A, B, sharing=[A])
     assert talk.said(commands, Attached) == []
-    assert talk.said(talk.subscribe(B), Attached) == [Attached(talk.epoch, B, True)]
-    commands = talk.hear(ArenaCame(A, None, "too many are mapped"))
+    assert talk.said(talk.subscribe(B), Attached) == [talk.attached(B)]
+    commands = talk.hear(ArenaCame(A, talk.serials[A], None, "too many are mapped"))
     [logged] = [command for command in commands if isinstance(command, Log)]
     assert (logged.level, logged.fields) == ("error", {"reason": "too many are mapped"})
     assert talk.said(commands, Attached) == []
@@ -88,15 +88,15 @@ def test_a_caller_whose_arena_did_not_come_is_not_served(talk: Talk) -> None:
 
 def test_an_arena_may_come_after_its_caller_is_expected(talk: Talk, arena: Arena) -> None:
     talk.subscribe(A)
-    assert talk.said(talk.tell(Expect(talk.epoch, (A,), (), (A,))), Attached) == []
-    assert talk.said(talk.hear(ArenaCame(A, mapped(arena))), Attached) == [Attached(talk.epoch, A, True)]
+    assert talk.said(talk.expect(A, sharing=[A]), Attached) == []
+    assert talk.said(talk.hear(ArenaCame(A, talk.serials[A], mapped(arena))), Attached) == [talk.attached(A)]
 
 
 def test_an_arena_that_comes_after_its_caller_has_gone_is_not_held(talk: Talk, arena: Arena) -> None:
     talk.subscribe(A)
-    talk.tell(Expect(talk.epoch, (A,), (), (A,)))
+    talk.expect(A, sharing=[A])
     talk.expect(gone=[A])
-    assert talk.hear(ArenaCame(A, mapped(arena))) == []
+    assert talk.hear(ArenaCame(A, talk.serials[A], mapped(arena))) == []
     assert talk.core._arenas == {}
 
 
@@ -156,9 +156,9 @@ def test_a_caller_that_comes_again_has_its_newest_arena(talk: Talk, arena: Arena
     """It is passed on before Expect says that the old one has gone."""
     expect(talk, A, arena)
     newer = Arena(1 << 20, "test")
-    talk.hear(ArenaCame(A, mapped(newer)))
+    talk.come(A, mapped(newer))
     talk.expect(gone=[A])
-    talk.tell(Expect(talk.epoch, (A,), (), (A,)))
+    talk.expect(A, sharing=[A])
     assign(talk, A, row, put(newer, row.payload))
     [(_, answer)] = talk.heard(talk.finish(), A)
     assert not isinstance(answer, Failure)
@@ -166,11 +166,11 @@ def test_a_caller_that_comes_again_has_its_newest_arena(talk: Talk, arena: Arena
 
 
 def test_arenas_that_an_old_broker_passed_on_are_forgotten(talk: Talk, arena: Arena) -> None:
-    talk.hear(ArenaCame(A, mapped(arena)))
+    talk.come(A, mapped(arena))
     talk.hear(BrokerLost("its process ended"))
     talk.join(8)
     talk.subscribe(A)
-    assert talk.said(talk.tell(Expect(8, (A,), (), (A,))), Attached) == []
+    assert talk.said(talk.expect(A, sharing=[A]), Attached) == []
 
 
 def test_payloads_are_not_copied_on_their_way_to_the_batch(talk: Talk, arena: Arena, row: Request) -> None:
@@ -363,9 +363,11 @@ def test_what_nobody_wants_any_more_leaves_no_slot_behind(
 ) -> None:
     reading.assign(A, [1], ones(requests, double, 600))
     reading.expect(gone=[A])
+    reading.hear(Unsubscribed(A))
     reading.finish()
     assert slots.arena.allocator.used == 0
     reading.expect(A, reading=[A])
+    reading.subscribe(A)
     reading.assign(A, [2], ones(requests, double, 600))
     reading.join(8)
     reading.finish()
