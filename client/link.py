@@ -184,6 +184,7 @@ class Link:
         if self._slots is not None:
             self._slots.close()
         self._epoll.close()
+        self._handlers.clear()  # they know the link and its owner, which would wait for a collection of garbage
 
     # --- connections ---
 

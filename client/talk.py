@@ -202,9 +202,13 @@ class Talk:
         except BaseException:
             self._abandon(waiter)
             raise
-        if waiter.answer is None:
-            raise waiter.error
-        return waiter.answer
+        answer, waiter.answer = waiter.answer, None  # which knows its sink: garbage that only a collection would find
+        if answer is None:
+            try:
+                raise waiter.error
+            finally:
+                del waiter  # the error's traceback knows this frame
+        return answer
 
     def _begin(self, link: Link, form: Form, payload: Payload, limit_s: float, waiter: _Waiter) -> None:
         """The general way."""
@@ -424,6 +428,7 @@ class Talk:
                 if method == self._submit:
                     method(*arguments)
             self.link.close()
+        del self._connect  # it knows who has this; with it the descriptors would stay until a collection of garbage
         self.known.set()
         self._finish()
 

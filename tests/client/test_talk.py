@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -232,3 +234,21 @@ def test_who_asks_from_inside_the_core_is_told_so(client: Client, talk: Talk, mo
     assert [error.code for error in told] == [LOST]
     assert len(ask(client)) == 1
     until(lambda: at_rest(talk))
+
+
+def test_closed_client_is_freed_at_once(server: Server) -> None:
+    """And its descriptors with it, not only when garbage is next collected."""
+    client = Client(server.runtime, timeout=DEADLINE_S)
+    ask(client)
+    client.submit("digits", {"image": IMAGE}).result(DEADLINE_S)
+    with pytest.raises(PenstockError), server.worker_stopped():
+        ask(client, 0.01)
+    assert client._talk is not None
+    talk = weakref.ref(client._talk)
+    gc.disable()
+    try:
+        client.close()
+        del client
+        assert talk() is None
+    finally:
+        gc.enable()

@@ -52,6 +52,7 @@ def mapped(name: str) -> int:
 
 @pytest.fixture(autouse=True)
 def no_descriptor_is_left() -> Iterator[None]:
+    gc.collect()  # what other tests have left to it
     before = descriptors()
     yield
     assert descriptors() == before
