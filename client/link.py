@@ -122,6 +122,7 @@ class Link:
         """Say good-bye and close; what was said last is still delivered."""
         if self.caller.membership.joined:
             self.say(Bye(self.caller.membership.epoch))
+        self.caller.close()
         self._broker.close(200)
         self._results.close(0)
         if self._control is not None:

@@ -236,7 +236,7 @@ def test_closed_link_leaves_no_descriptor(server: Server, serving: Any) -> None:
     before = os.listdir("/proc/self/fd")
     with zmq.Context() as context:
         link = Link(context, parse_broker(server.runtime), "", lambda metrics: None)
-        serving.drive(link, lambda: link.caller.membership.joined)
+        serving.drive(link, lambda: link.caller._arenas)
         assert len(os.listdir("/proc/self/fd")) > len(before)
         link.close()
     assert os.listdir("/proc/self/fd") == before
