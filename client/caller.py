@@ -171,6 +171,11 @@ class Caller:
             self._acks.append(held)
             self._acknowledge_at = min(self._acknowledge_at, now + _ACKNOWLEDGE_S)
 
+    def close(self) -> None:
+        """Nothing more is heard. Results that are still read stay where they are until they are not."""
+        self._arrivals.clear()
+        self._arenas.clear()
+
     def ask_metrics(self) -> tuple[int, Say]:
         """What to say to get the whole server's metrics, and the serial that the answer will have."""
         self._last_serial += 1

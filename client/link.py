@@ -176,6 +176,7 @@ class Link:
         """Say good-bye and close; what was said last is still delivered."""
         if self.caller.membership.joined:
             self.say(Bye(self.caller.membership.epoch))
+        self.caller.close()
         self.broker.close(_LINGER_S)
         for connection in self._workers.values():
             connection.close()

@@ -285,7 +285,7 @@ def test_what_the_broker_does_not_read_waits_in_the_core(
 def test_closed_link_leaves_no_descriptor(server: Server, serving: Any) -> None:
     before = os.listdir("/proc/self/fd")
     link = Link(parse_broker(server.runtime), "", lambda metrics: None)
-    serving.drive(link, lambda: link.caller.membership.joined)
+    serving.drive(link, lambda: link.caller._arenas)
     assert len(os.listdir("/proc/self/fd")) > len(before)
     link.close()
     assert os.listdir("/proc/self/fd") == before

@@ -368,9 +368,7 @@ print(*(os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/p
 
 def test_nothing_is_reported_to_anybody(workshop: Workshop, tmp_path: Path) -> None:
     """ONNX Runtime would keep what it reports in the user's home until it is sent."""
-    path = workshop.save(
-        workshop.build([helper.make_node("Neg", ["x"], ["y"])], {"x": (T.FLOAT, ["N"])}, {"y": (T.FLOAT, ["N"])})
-    )
+    path = workshop.save(workshop.build([helper.make_node("Neg", ["x"], ["y"])], {"x": (1, ["N"])}, {"y": (1, ["N"])}))
     environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
     command = [sys.executable, "-c", LOADS, str(path)]
     said = subprocess.run(command, env=environment | {"HOME": str(tmp_path / "home")}, capture_output=True, check=True)
