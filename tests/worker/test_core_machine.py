@@ -321,4 +321,4 @@ def test_every_request_ends_once_whatever_happens(
     start_talk: StartTalk, double: Model, slow: Model, twice: Model
 ) -> None:
     machine: Any = lambda: CoreMachine(start_talk, [double, slow, twice])  # noqa: E731
-    run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=250, stateful_step_count=80))
+    run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=120, stateful_step_count=80))
