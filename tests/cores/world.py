@@ -7,6 +7,7 @@ killed and started. Tensors lie in real arenas, and the models are real; only so
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class BrokerLife(Process):
         self.hear(Tick())
 
 
-class Peer(Process):
+class Peer(Process, ABC):
     """A caller or a worker: it has an arena and a control connection."""
 
     def __init__(self, world: World, number: bytes) -> None:
@@ -119,8 +120,9 @@ class Peer(Process):
         self.id = number
         self.slots = Slots(Arena(ARENA_BYTES, "test"))
 
+    @abstractmethod
     def hear(self, event: Any) -> None:
-        raise NotImplementedError
+        """An event of its core."""
 
     def say(self, message: Message) -> None:
         """To the broker that is there now."""
