@@ -396,6 +396,23 @@ def cases(models: Sequence[str], forms: Sequence[str], connections: Sequence[int
     ]
 
 
+def compared(case: Case, runs: Sequence[Figures], others: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """What ``measure_beside`` gave in turn with runs of a case, as medians, and the ratio of the rates."""
+    rate, cpu_us = (statistics.median(each) for each in zip(*others, strict=True))
+    ratio = statistics.median([own.requests_per_s / other for own, (other, _) in zip(runs, others, strict=True)])
+    return asdict(case) | {"requests_per_s": rate, "cpu_us": cpu_us, "ratio": ratio}
+
+
+def print_compared(others: Sequence[Mapping[str, Any]]) -> None:
+    print("\n| FastAPI + ONNX Runtime, raw bytes | conn. | requests/s | CPU-us | Penstock's requests/s to these |")
+    print("|---|---|---|---|---|")
+    for each in others:
+        print(
+            f"| {each['model']} | {each['connections']} | {each['requests_per_s']:.0f} | {each['cpu_us']:.0f} "
+            f"| **{each['ratio']:.2f}** |"
+        )
+
+
 def _words(known: Sequence[str]) -> Callable[[str], list[str]]:
     """For argparse: some of the known words, with commas between them."""
 
@@ -446,22 +463,17 @@ def main() -> None:
         for number, case in enumerate(wanted, start=1):
             print(f"{number}/{len(wanted)} {case}", file=sys.stderr)
             script, raw = write_script(directory, case), write_raw_script(directory, case.model)
-            compared = beside if case.form == "binary" else None
             run_wrk(server.url, script, case.connections, 1)
             runs: list[Figures] = []
             by_others: list[tuple[float, float]] = []
             for _ in range(arguments.repeats):
                 runs.append(measure(server, case, script, arguments.seconds))
-                if compared is not None:
-                    by_others.append(measure_beside(compared, raw, case.connections, arguments.seconds))
+                if beside is not None and case.form == "binary":
+                    by_others.append(measure_beside(beside, raw, case.connections, arguments.seconds))
             figures = medians(runs)
-            bare_us = bare_model_us(case.model, max(1, round(figures.batch_rows)))
-            rows.append((case, figures, bare_us))
+            rows.append((case, figures, bare_model_us(case.model, max(1, round(figures.batch_rows)))))
             if by_others:
-                rate, cpu_us = (statistics.median(each) for each in zip(*by_others, strict=True))
-                pairs = zip(runs, by_others, strict=True)
-                ratio = statistics.median([own.requests_per_s / other for own, (other, _) in pairs])
-                others.append(asdict(case) | {"requests_per_s": rate, "cpu_us": cpu_us, "ratio": ratio})
+                others.append(compared(case, runs, by_others))
         if arguments.requests:
             weights = {model: weight for model, weight in _MIXED.items() if model in arguments.models}
             growth = grow(server, write_mixed_script(directory, weights), arguments.requests)
@@ -469,13 +481,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print_table(rows)
     if others:
-        print("\n| FastAPI + ONNX Runtime, raw bytes | conn. | requests/s | CPU-us | Penstock's requests/s to these |")
-        print("|---|---|---|---|---|")
-        for each in others:
-            print(
-                f"| {each['model']} | {each['connections']} | {each['requests_per_s']:.0f} | {each['cpu_us']:.0f} "
-                f"| **{each['ratio']:.2f}** |"
-            )
+        print_compared(others)
     if growth:
         print(f"\nMB grown over {arguments.requests} requests of mixed sizes: {growth}")
     content = {

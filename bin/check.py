@@ -94,14 +94,11 @@ def _check_bodies(body_bytes_max: int, room: int) -> None:
 
 def _check_model(file: ModelFile, arenas: dict[str, int]) -> list[str]:
     """Why a model cannot be served, if so."""
-    from penstock.worker.model import LoadError, load
-    from penstock.worker.probe import probe
+    from penstock.worker.model import LoadError
+    from penstock.worker.probe import load_and_probe
 
     try:
-        if file.problem:
-            raise LoadError(file.problem)
-        model = load(file.path, file.name, file.version, file.config)
-        probe(model)
+        model = load_and_probe(file)
     except LoadError as error:
         return [str(error)]
     for line in _describe(model.spec, arenas["gateway"], arenas["worker"]):

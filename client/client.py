@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -101,10 +101,11 @@ class Result(Mapping[str, Array]):
 class _Call(Future[Result]):
     """A future that is also the end of its request."""
 
-    def __init__(self, talk: Talk, payload: Payload, copy: bool) -> None:
+    def __init__(self, talk: Talk, link: Link, payload: Payload, copy: bool) -> None:
         super().__init__()
         self.number: int | None = None  # set by the keeper
         self._talk = talk
+        self._link = link
         self._payload = payload
         self._copy = copy
 
@@ -121,29 +122,25 @@ class _Call(Future[Result]):
             return
         if self.done() or not self.set_running_or_notify_cancel():
             if answer is not None and answer.held:
-                self._talk.release(self._talk.link, answer.held)
+                self._talk.release(self._link, answer.held)
             return
         if answer is not None:
             try:
-                self.set_result(_read(self._talk, answer, self._copy))
+                let_go = partial(self._talk.release, self._link, answer.held) if answer.held else None
+                self.set_result(_read(answer, self._copy, let_go))
             except PenstockError as unreadable:
                 self.set_exception(unreadable)
         else:
             self.set_exception(error)
 
 
-def _read(talk: Talk, answer: Complete, copy: bool) -> Result:
-    """Raises PenstockError."""
-    let_go = partial(talk.release, talk.link, answer.held) if answer.held else None
+def _read(answer: Complete, copy: bool, let_go: Callable[[], None] | None = None) -> Result:
+    """``let_go``: called once nothing is read any more where the answer lies. Raises PenstockError."""
     try:
         outcome, outputs = decode_outcome(answer.body, answer.payload, copy, let_go)
     except (BadMessage, PenstockError) as error:
-        raise _unreadable(error) from None
+        raise PenstockError(INTERNAL, f"a worker's answer cannot be read: {error}") from None
     return Result(outcome.model, outcome.version, outputs, answer.queue_us, answer.batch)
-
-
-def _unreadable(error: Exception) -> PenstockError:
-    return PenstockError(INTERNAL, f"a worker's answer cannot be read: {error}")
 
 
 class Client:
@@ -218,13 +215,14 @@ class Client:
         finally:
             if type(payload) is Slot:
                 payload.give_back()
-        if answer.held or not copy:
-            return _read(talk, answer, copy)
+        if not answer.held:
+            return _read(answer, copy)
+        if not copy:
+            return _read(answer, False, partial(talk.release, link, answer.held))
         try:
-            outcome, arrays = decode_outcome(answer.body, answer.payload)
-        except (BadMessage, PenstockError) as error:
-            raise _unreadable(error) from None
-        return Result(outcome.model, outcome.version, arrays, answer.queue_us, answer.batch)
+            return _read(answer, True)
+        finally:
+            talk.let_go(link, answer.held)
 
     def submit(
         self,
@@ -251,7 +249,7 @@ class Client:
         link = talk.link
         form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs)
         payload = self._gather(talk, link, parts, form.nbytes, start + limit_s)
-        call = _Call(talk, payload, copy)
+        call = _Call(talk, link, payload, copy)
         talk.submit(link, call, form, payload, limit_s - (time.monotonic() - start))
         if self._closed and talk.thread is not threading.current_thread():
             talk.thread.join()  # closed meanwhile: the thread may have looked for the last time

@@ -303,14 +303,11 @@ class Link:
         """Take in the arenas of workers that the broker passes on, and its end."""
         assert self._control is not None
         try:
-            while (came := control.receive_arena(self._control)) is not None:
+            for came in control.receive_arenas(self._control):
                 self._hear(came)
-        except BlockingIOError:
-            return
-        except BadMessage as error:
-            log.warning("the broker talks nonsense", extra=fields(reason=str(error)))
-        del self._handlers[self._control.fileno()]
-        self._control.close()
-        self._control = None
-        self._control_at = 0.0
-        self._hear(BrokerLost("the broker's process ended"))
+        except ConnectionError as error:
+            del self._handlers[self._control.fileno()]
+            self._control.close()
+            self._control = None
+            self._control_at = 0.0
+            self._hear(BrokerLost(str(error)))

@@ -297,8 +297,18 @@ class Talk:
         self.enqueue(self._cancel, future)
 
     def release(self, link: Link, held: int) -> None:
-        """A result that came over this link is not read any more, see ``Caller.release``."""
+        """A result that came over this link is not read any more, see ``Caller.release``. The broker hears of it within
+        some milliseconds."""
         self.enqueue(self._release, link, held)
+
+    def let_go(self, link: Link, held: int) -> None:
+        """As ``release``, without waking the keeper for it: the broker hears of it with the next request, or when the
+        keeper looks next."""
+        with self._lock:
+            if self._inside:
+                self.release(link, held)
+            else:
+                self._release(link, held)
 
     def enqueue(self, method: Callable[..., None] | None, *arguments: Any) -> None:
         """Have the keeper call ``method`` with the lock; None has it end. Takes no lock itself, so that it may be

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -89,16 +90,22 @@ def receive(connection: socket.socket) -> Introduction | None:
         raise
 
 
-def receive_arena(connection: socket.socket) -> ArenaCame | None:
-    """The next arena that the broker passes on; None when the broker has gone. Raises BlockingIOError, BadMessage."""
-    introduced = receive(connection)
-    if introduced is None:
-        return None
-    peer, serial, arena = introduced
-    try:
-        return ArenaCame(peer, serial, Mapping(arena))
-    except ArenaError as error:
-        return ArenaCame(peer, serial, None, str(error))
+def receive_arenas(connection: socket.socket) -> Iterator[ArenaCame]:
+    """The arenas that the broker has passed on by now. Raises ConnectionError when it has gone, or talks nonsense."""
+    while True:
+        try:
+            introduced = receive(connection)
+        except BlockingIOError:
+            return
+        except BadMessage as error:
+            raise ConnectionError(f"the broker talks nonsense: {error}") from None
+        if introduced is None:
+            raise ConnectionError("the broker's process ended")
+        peer, serial, arena = introduced
+        try:
+            yield ArenaCame(peer, serial, Mapping(arena))
+        except ArenaError as error:
+            yield ArenaCame(peer, serial, None, str(error))
 
 
 def _unpack(packet: bytes) -> tuple[bytes, int]:

@@ -81,7 +81,7 @@ class Room(Generic[W]):
         return left
 
     def _grant(self) -> list[W]:
-        """Take out of the line, from its beginning, whoever there is room for now."""
+        """Take out of the line, from its beginning, whoever has room by now."""
         granted: list[W] = []
         while self._line:
             first = next(iter(self._line))

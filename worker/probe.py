@@ -13,13 +13,23 @@ from typing import Final
 import numpy as np
 
 from penstock.wire.tensors import DTYPES, Array, element_count, from_bf16, to_bf16
-from penstock.worker.model import RUN_ERRORS, Model, brief
+from penstock.worker.model import RUN_ERRORS, LoadError, Model, brief, load
+from penstock.worker.repository import ModelFile
 
 # What symbolic dimensions other than the rows are tried with: many models take any, image models often want multiples.
 _SIZES: Final = (8, 32, 64, 224, 1, 3, 128, 512)
 _MAX_ELEMENTS: Final = 1 << 26  # of one input; larger ones are not tried
 _TOLERANCES: Final = {"FP16": 2e-2, "BF16": 5e-2}
 _TOLERANCE: Final = 1e-3
+
+
+def load_and_probe(file: ModelFile) -> Model:
+    """A model that can be served. Raises LoadError."""
+    if file.problem:
+        raise LoadError(file.problem)
+    model = load(file.path, file.name, file.version, file.config)
+    probe(model)
+    return model
 
 
 def probe(model: Model) -> None:

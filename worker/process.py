@@ -33,9 +33,9 @@ from penstock.wire.sockets import Socket
 from penstock.worker.core import Core, Identity
 from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.instances import Instances
-from penstock.worker.model import LoadError, load
+from penstock.worker.model import LoadError
 from penstock.worker.options import WorkerOptions
-from penstock.worker.probe import probe
+from penstock.worker.probe import load_and_probe
 from penstock.worker.repository import ModelFile, find_models
 
 log = logging.getLogger("penstock.worker")
@@ -87,10 +87,7 @@ class _Loader:
 def _load(file: ModelFile) -> Loaded:
     start = time.monotonic()
     try:
-        if file.problem:
-            raise LoadError(file.problem)
-        model = load(file.path, file.name, file.version, file.config)
-        probe(model)
+        model = load_and_probe(file)
     except LoadError as error:
         # A path in it may hold what is not UTF-8.
         reason = str(error).encode("utf-8", "replace").decode()[:MAX_SENTENCE]
@@ -309,14 +306,11 @@ class WorkerProcess:
         """Take in the arenas that the broker passes on, and its end."""
         assert self._control is not None
         try:
-            while (came := control.receive_arena(self._control)) is not None:
+            for came in control.receive_arenas(self._control):
                 self._hear(came)
-        except BlockingIOError:
-            return
-        except BadMessage as error:
-            log.warning("the broker talks nonsense", extra=fields(reason=str(error)))
-        self._lose_control()
-        self._hear(BrokerLost("its process ended"))
+        except ConnectionError as error:
+            self._lose_control()
+            self._hear(BrokerLost(str(error)))
 
     def _lose_control(self) -> None:
         if self._control is not None:

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 
 from penstock.client.calls import SENT
 from penstock.wire.codec import ids_in
-from penstock.wire.errors import DEADLINE, UNAVAILABLE
+from penstock.wire.errors import DEADLINE, LOST, UNAVAILABLE
 from penstock.wire.events import BrokerFound, Garbage
 from penstock.wire.messages import COMPLETE, PARTIAL, Bye, Form, HelloWanted, Refusal, Refusals
 
@@ -45,6 +45,7 @@ def test_every_request_ends_exactly_once(
             self.ends: dict[int, End] = {}
             self.cancelled: set[int] = set()
             self.expected: dict[int, str] = {}
+            self.lost: set[int] = set()  # with a broker that fell silent
             self.answered: set[int] = set()  # what may be acknowledged
             self.sent: set[int] = set()
             self.epoch = 0
@@ -135,7 +136,11 @@ def test_every_request_ends_exactly_once(
 
         @rule(seconds=st.sampled_from([0.001, 0.004, 0.05, 0.2, 1.0, 6.0]))
         def time(self, seconds: float) -> None:
+            under_way = {number for number in self.caller.calls if self.under_way(number)}
+            joined = self.caller.membership.joined
             self.conversation.pass_time(seconds)
+            if joined and not self.caller.membership.joined:
+                self.lost |= under_way
 
         @invariant()
         def no_end_comes_twice_or_unwanted(self) -> None:
@@ -154,7 +159,8 @@ def test_every_request_ends_exactly_once(
             for number, end in self.ends.items():
                 if number not in self.expected:
                     assert not end.answers
-                    assert {error.code for error in end.errors} <= {DEADLINE, UNAVAILABLE}
+                    possible = {DEADLINE, UNAVAILABLE, LOST} if number in self.lost else {DEADLINE, UNAVAILABLE}
+                    assert {error.code for error in end.errors} <= possible
 
         @invariant()
         def the_broker_is_told_what_is_true(self) -> None:
