@@ -188,7 +188,7 @@ def load(path: Path, name: str, version: str, config: ModelConfig) -> Model:
     options.log_severity_level = _LOG_FATAL_ONLY
     options.intra_op_num_threads = config.intra_op_threads
     # A waiting thread that spins burns a core of an idle server.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if config.intra_op_spinning else "0")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except RUN_ERRORS as error:
