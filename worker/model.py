@@ -187,7 +187,7 @@ def load(path: Path, name: str, version: str, config: ModelConfig) -> Model:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_FATAL_ONLY
     options.intra_op_num_threads = config.intra_op_threads
-    # A waiting thread that spins burns a core of an idle server.
+    # A thread that spins burns some 25 ms after each batch before it sleeps, which others need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if config.intra_op_spinning else "0")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
