@@ -30,6 +30,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     max_queue_delay: str = "0ms"
     instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # batches of this model that run at once
     intra_op_threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    intra_op_spinning: bool = False  # look for the next batch in a loop before they sleep
 
     @property
     def max_queue_delay_s(self) -> float:

@@ -20,6 +20,7 @@ from penstock.wire.models import MAX_TENSORS, ModelSpec, TensorSpec
 from penstock.wire.tensors import ITEM_SIZES, MAX_DIMS, Array, element_count
 from penstock.worker.config import DEFAULT_BATCH_SIZE, ModelConfig
 from penstock.worker.memory import join_arena
+from penstock.worker.onnxfile import OnnxFileError, read_onnx
 from penstock.worker.staging import Staging, bind_inputs, bind_outputs
 
 _DATATYPES: Final = {
@@ -37,6 +38,10 @@ _DATATYPES: Final = {
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
+}
+_HINTS: Final = {
+    "seq(map(": "; export it without ZipMap (options={'zipmap': False})",
+    "optional(tensor(": "; export it as a tensor",
 }
 _ONNX_BFLOAT16: Final = 16  # TensorProto.DataType
 _SHAPES_MAX: Final = 1024  # of inputs, for which a model remembers the shapes of its outputs
@@ -236,14 +241,15 @@ def load(path: Path, name: str, version: str, config: ModelConfig) -> Model:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_FATAL_ONLY
     options.intra_op_num_threads = config.intra_op_threads
-    # A waiting thread that spins burns a core of an idle server.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     join_arena(options)
+    # A thread that spins burns some 25 ms after each batch before it sleeps, which others need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if config.intra_op_spinning else "0")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except RUN_ERRORS as error:
         raise LoadError(f"{path} cannot be loaded: {brief(error)}") from None
     try:
+        _check_ranks(path, session)
         return Model(session, name, version, config)
     except LoadError as error:
         raise LoadError(f"{path} cannot be served: {error}") from None
@@ -264,10 +270,26 @@ def brief(error: Exception) -> str:
     return told
 
 
+def _check_ranks(path: Path, session: Any) -> None:
+    """Raises LoadError for an input that may have any number of dimensions: to ONNX Runtime it looks like a scalar."""
+    if all(each.shape for each in session.get_inputs()):
+        return
+    try:
+        ports = {port.name: port for port in read_onnx(path).inputs}
+    except OnnxFileError:
+        return  # it has been loaded, so there is nothing wrong with it that matters here
+    for each in session.get_inputs():
+        if each.name in ports and ports[each.name].kind == "tensor" and ports[each.name].shape is None:
+            raise LoadError(
+                f"input '{each.name}' is declared without a shape, so what comes cannot be checked; export it with "
+                "one, whose dimensions may be symbolic"
+            )
+
+
 def _spec(kind: str, about: Any) -> TensorSpec:
     datatype = _DATATYPES.get(about.type)
     if datatype is None:
-        hint = "; export it without ZipMap (options={'zipmap': False})" if about.type.startswith("seq(map(") else ""
+        hint = next((hint for start, hint in _HINTS.items() if about.type.startswith(start)), "")
         raise LoadError(
             f"{kind} '{about.name}' is of type {about.type}, which the v2 protocol has no datatype for{hint}"
         )
