@@ -111,7 +111,7 @@ def _check_model(file: ModelFile, arenas: dict[str, int], seconds: float) -> lis
     from penstock.worker.probe import load_and_probe
 
     try:
-        model = load_and_probe(file)
+        model = load_and_probe(file, warm=False)
     except LoadError as error:
         return [str(error)]
     for line in _describe(model.spec, arenas["gateway"], arenas["worker"]):

@@ -157,7 +157,7 @@ def _limits(values: dict[str, Any], kind: type[T], where: str) -> T:
     """A section. Raises ConfigError, also for what is no limit."""
     section = convert(values, kind, where)
     for key in values:
-        value, lowest = getattr(section, key), -1 if key == "arena_bytes" else 0
+        value, lowest = getattr(section, key), -1 if key in ("arena_bytes", "run_bytes_max") else 0
         if not lowest <= value < math.inf:
             raise ConfigError(f"{where}: key '{key}': it is {lowest} or more, not {value}")
     return section

@@ -6,16 +6,22 @@ dimension and still mix what different users sent. Shapes cannot tell; two runs 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
+from penstock.wire.process import fields
 from penstock.wire.tensors import DTYPES, Array, element_count, from_bf16, to_bf16
+from penstock.worker.memory import give_back, heap_bytes
 from penstock.worker.model import RUN_ERRORS, LoadError, Model, brief, load
 from penstock.worker.repository import ModelFile
 
+log = logging.getLogger("penstock.worker")
+
+_WARM_UP_MAX_S: Final = 60.0  # of one model
 # What symbolic dimensions other than the rows are tried with: many models take any, image models often want multiples.
 SIZES: Final = (8, 32, 64, 224, 1, 3, 128, 512)
 _MAX_ELEMENTS: Final = 1 << 26  # of one input; larger ones are not tried
@@ -23,17 +29,23 @@ _TOLERANCES: Final = {"FP16": 2e-2, "BF16": 5e-2}
 _TOLERANCE: Final = 1e-3
 
 
-def load_and_probe(file: ModelFile) -> Model:
-    """A model that can be served. Raises LoadError."""
+def load_and_probe(file: ModelFile, warm: bool = True) -> Model:
+    """A model that can be served, and (with ``warm``) has run batches of every size. Raises LoadError."""
     if file.problem:
         raise LoadError(file.problem)
     model = load(file.path, file.name, file.version, file.config)
-    probe(model)
+    size = probe(model)
+    if not warm:
+        return model
+    model.stage()
+    if size:
+        warm_up(model, size)
     return model
 
 
-def probe(model: Model) -> None:
-    """Run the model, and have it run requests alone if it mixes rows or cannot be asked. Measures ``run_s``."""
+def probe(model: Model) -> int:
+    """Run the model, and have it run requests alone if it mixes rows or cannot be asked. Measures ``run_s``. Returns
+    the size of symbolic dimensions that it takes; 0: none of those that were tried."""
     reasons: list[str] = []
     for size in SIZES:
         try:
@@ -45,12 +57,47 @@ def probe(model: Model) -> None:
             if not _has_symbols(model):
                 break
         else:
-            return
+            return size
     if model.spec.batchable and model.config.max_batch_size is None:
         model.run_alone(
             "it could not be tried with made-up inputs; set max_batch_size in model.toml if its rows are independent "
             f"({reasons[0]})"
         )
+    return 0
+
+
+def warm_up(model: Model, size: int) -> None:
+    """Run batches of every number of rows, the largest first: ONNX Runtime plans each at its first run, and touches the
+    memory that it runs in. Measures ``run_bytes``. What cannot run, or not within a minute, is left out, and told."""
+    rows = model.spec.max_batch_size if model.spec.batchable else 1
+    start = time.monotonic()
+    give_back()
+    before = heap_bytes()
+    try:
+        feeds = sample(model, rows, size)
+        while rows and time.monotonic() - start < _WARM_UP_MAX_S:
+            _run(model, rows, feeds)
+            model.run_bytes = max(model.run_bytes, heap_bytes() - before)
+            rows -= 1
+    except FAILURES as error:
+        log.warning("model not warmed up", extra=fields(model=model.spec.name, rows=rows, reason=brief(error)))
+    else:
+        if rows:
+            log.warning("model warmed up in part", extra=fields(model=model.spec.name, cold_up_to_rows=rows))
+    give_back()
+
+
+def _run(model: Model, rows: int, feeds: Sequence[Array]) -> None:
+    """The first so many rows of a sample, where batches of that size run."""
+    part = [feed[:rows] for feed in feeds] if model.spec.batchable else feeds
+    with model.staging() as staging:
+        if staging is None:
+            model.run(part)
+            return
+        places = staging.inputs[rows]
+        for place, values in zip(places, part, strict=True):
+            place[...] = values
+        model.run_in(staging, rows, places)
 
 
 class _TooLarge(Exception):

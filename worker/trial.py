@@ -25,6 +25,7 @@ import numpy as np
 import onnxruntime
 
 from penstock.worker.config import ModelConfig
+from penstock.worker.memory import give_back, share_arena
 from penstock.worker.model import LOG_FATAL_ONLY, RUN_ERRORS, LoadError, Model, brief, load
 from penstock.worker.onnxfile import OnnxFileError, read_onnx
 from penstock.worker.probe import FAILURES, SIZES, sample
@@ -41,8 +42,8 @@ Operators = Mapping[tuple[str, str], int]  # nodes of each (domain, type)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Batches of so many rows: how long one takes, the median of ``runs``, and how many bytes of memory have come since
-    the model was loaded. ONNX Runtime keeps what the largest batch so far took."""
+    """Batches of so many rows: how long one takes, the median of ``runs``, and how many bytes of memory it takes beside
+    the loaded model: inputs, outputs, and what ONNX Runtime keeps to run such again."""
 
     rows: int
     seconds: float
@@ -163,6 +164,8 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
     until = time.monotonic() + seconds
     np.random.default_rng(0).standard_normal(1)  # what numpy loads for it is not the model's
+    share_arena(-1)  # as in a worker
+    give_back()
     before = _anonymous_bytes()
     try:
         model = load(path, "model", "1", config)
@@ -171,6 +174,7 @@ def _measure(
         return
     if why_alone:
         model.run_alone(why_alone)
+    give_back()  # what was only needed to load it
     loaded = _anonymous_bytes()
     size, problem = _find_size(model)
     yield {"size": size, "loaded_bytes": max(0, loaded - before)}
@@ -207,6 +211,7 @@ def _find_size(model: Model) -> tuple[int, str]:
 
 
 def _step(model: Model, rows: int, size: int, seconds: float, loaded: int) -> dict[str, Any]:
+    give_back()  # what other sizes took
     feeds = sample(model, rows, size)
     outputs = model.run(feeds)  # the first of a shape also plans its memory
     took: list[float] = []
