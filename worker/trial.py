@@ -88,12 +88,14 @@ def batch_sizes(rows_max: int) -> list[int]:
 
 def optimize(path: Path, seconds: float) -> Optimized:
     """Have the optimizer write down what it made of a model."""
-    operators: dict[tuple[str, str], int] | None = None
+    operators: dict[tuple[str, str], int] = {}
     problem = f"it took longer than {seconds:.0f} s"
-    for line in _try({"task": "optimize", "path": str(path)}, seconds):
-        operators = {(domain, kind): count for domain, kind, count in line.get("operators", [])}
-        problem = line.get("problem", "")
-    return Optimized(operators or {}, problem)
+    # Made here: the process may be ended before it could tidy up.
+    with tempfile.TemporaryDirectory(prefix="penstock-check-") as directory:
+        for line in _try({"task": "optimize", "path": str(path), "directory": directory}, seconds):
+            operators = {(domain, kind): count for domain, kind, count in line.get("operators", [])}
+            problem = line.get("problem", "")
+    return Optimized(operators, problem)
 
 
 def measure(path: Path, config: ModelConfig, why_alone: str, rows_max: int, seconds: float) -> Measured:
@@ -121,41 +123,54 @@ def measure(path: Path, config: ModelConfig, why_alone: str, rows_max: int, seco
 
 
 def _try(task: Mapping[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
-    """What a process of its own says of a task, until its time is up."""
+    """What a process of its own says of a task, until its time is up; last how it ended, if that was not meant."""
     command = [sys.executable, "-m", "penstock.worker.trial", json.dumps(task)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as tried:
         assert tried.stdout is not None
-        timer = threading.Timer(seconds + _START_S, tried.kill)
+        up = threading.Event()
+
+        def end() -> None:
+            up.set()
+            tried.kill()
+
+        timer = threading.Timer(seconds + _START_S, end)
         timer.start()
         try:
             for line in tried.stdout:
                 if line.endswith(b"\n"):
                     yield json.loads(line)
+            if tried.wait() and not up.is_set():
+                yield _ended(tried.returncode)
         finally:
             timer.cancel()
             tried.kill()
 
 
+def _ended(code: int) -> dict[str, Any]:
+    how = f"was ended by signal {-code}" + (", as for want of memory" if code == -9 else "")
+    sentence = f"the process that tried it {how if code < 0 else f'failed with exit code {code}'}"
+    return {"problem": sentence, "cut": sentence, "known": True}
+
+
 # --- in the process that is thrown away ---
 
 
-def _optimize(path: Path) -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory(prefix="penstock-check-") as directory:
-        after = Path(directory) / "optimized.onnx"
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = LOG_FATAL_ONLY
-        options.optimized_model_filepath = str(after)
-        # A file of more than 2 GiB cannot be written; weights of their own can.
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        try:
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            operators = read_onnx(after).operators
-        except _UNWRITTEN as error:
-            yield {"problem": brief(error)}
-            return
+def _optimize(path: Path, directory: Path) -> Iterator[dict[str, Any]]:
+    after = directory / "optimized.onnx"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = LOG_FATAL_ONLY
+    options.optimized_model_filepath = str(after)
+    # A file of more than 2 GiB cannot be written; weights of their own can.
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    try:
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        operators = read_onnx(after).operators
+    except _UNWRITTEN as error:
+        yield {"problem": brief(error)}
+        return
     yield {"operators": [[domain, kind, count] for (domain, kind), count in operators.items()]}
 
 
@@ -237,7 +252,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     path = Path(task["path"])
     if task["task"] == "optimize":
-        found = _optimize(path)
+        found = _optimize(path, Path(task["directory"]))
     else:
         config = msgspec.convert(task["config"], ModelConfig)
         found = _measure(path, config, task["why_alone"], task["rows_max"], task["seconds"])

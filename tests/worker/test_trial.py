@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,12 +114,36 @@ def test_what_there_is_no_time_for_is_left_out(workshop: Workshop) -> None:
     assert found.cut == "batches of 2 rows would take longer than the time there is for this"
 
 
-def test_a_process_that_takes_too_long_is_ended(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_takes_too_long_is_ended_and_leaves_nothing(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trial, "_START_S", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     path = workshop.save(negation(workshop, 4))
     found = measured(path, seconds=0.001)
     assert (found.steps, found.cut) == ((), "the time was up before the first batch had run")
     assert optimize(path, 0.001).problem == "it took longer than 0 s"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        ("exit 3", "failed with exit code 3"),
+        ("kill -9 $$", "was ended by signal 9, as for want of memory"),
+        ("kill -11 $$", "was ended by signal 11"),
+    ],
+)
+def test_a_process_that_ends_otherwise_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, how: str
+) -> None:
+    """Here in place of Python, a shell that ends so after a first word."""
+    shell = tmp_path / "python"
+    shell.write_text(f"""#!/bin/sh\necho '{{"size": 8, "loaded_bytes": 1}}'\n{end}\n""")
+    shell.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(shell))
+    assert measured(tmp_path / "net.onnx") == Measured((), 8, 1, f"the process that tried it {how}")
+    assert optimize(tmp_path / "net.onnx", LONG_S).problem == f"the process that tried it {how}"
 
 
 def test_a_file_that_cannot_be_loaded_is_a_sentence(tmp_path: Path) -> None:
@@ -141,7 +167,7 @@ def test_fused_operators_are_counted(workshop: Workshop) -> None:
 def test_weights_beside_the_file_are_found_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     path = tmp_path / "dense.onnx"
     onnx.save(dense(), path, save_as_external_data=True, location="weights", size_threshold=0)
     assert optimize(path, LONG_S) == trial.Optimized({("", "MatMul"): 1}, "")
