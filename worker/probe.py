@@ -15,6 +15,7 @@ import numpy as np
 from penstock.wire.tensors import DTYPES, Array, element_count, from_bf16, to_bf16
 from penstock.worker.model import RUN_ERRORS, LoadError, Model, brief, load
 from penstock.worker.repository import ModelFile
+from penstock.worker.store import Store
 
 # What symbolic dimensions other than the rows are tried with: many models take any, image models often want multiples.
 _SIZES: Final = (8, 32, 64, 224, 1, 3, 128, 512)
@@ -23,11 +24,11 @@ _TOLERANCES: Final = {"FP16": 2e-2, "BF16": 5e-2}
 _TOLERANCE: Final = 1e-3
 
 
-def load_and_probe(file: ModelFile) -> Model:
+def load_and_probe(file: ModelFile, store: Store | None = None) -> Model:
     """A model that can be served. Raises LoadError."""
     if file.problem:
         raise LoadError(file.problem)
-    model = load(file.path, file.name, file.version, file.config)
+    model = load(file.path, file.name, file.version, file.config, store)
     probe(model)
     return model
 
