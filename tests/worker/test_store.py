@@ -495,6 +495,39 @@ def test_full_disk_is_found_before_anything_is_prepared(store: Store, dense: Pat
     assert entry_of(open_(store, dense)), "another day there is room"
 
 
+MOUNTED = """
+set -e
+mount -t tmpfs -o size=400k none "$1"
+"$2" -c "$3" "$1/store" "$4" < /dev/null
+mount -o remount,ro "$1"
+"$2" -c "$3" "$1/store" "$4" < /dev/null
+"$2" -c "$3" "$1/store" "$5" < /dev/null
+mount -o remount,rw "$1"
+"$2" -c "$3" "$1/store" "$6" < /dev/null
+"""
+
+
+def test_read_only_disk_and_full_disk(tmp_path: Path, dense: Path, workshop: Workshop) -> None:
+    """In a name space of mounts of its own, where the kernel lets this user have one."""
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    try:
+        subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", str(tmp_path)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this user may mount nothing: {error}")
+    other = workshop.save(build_dense(workshop, SIZE, seed=1))
+    large = workshop.save(build_dense(workshop, 1000))
+    (tmp_path / "mounted").mkdir()
+    arguments = [str(each) for each in (tmp_path / "mounted", sys.executable, TAKE, dense, other, large)]
+    done = subprocess.run([*unshare, "sh", "-c", MOUNTED, "sh", *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        *("preparing model", "model prepared", "shared"),
+        "shared",  # what was prepared before can be read
+        *("preparing model", "private"),
+        *("preparing model", "private"),
+    ]
+    assert done.stderr.splitlines() == ["weights are not shared"] * 2
+
+
 def test_memory_of_preparing_is_bounded(store: Store, workshop: Workshop, take: Callable[..., Taker]) -> None:
     path = workshop.save(build_dense(workshop, 5000))  # 100 MB
     taker = take(path, "import resource; resource.setrlimit(resource.RLIMIT_DATA, (330 << 20, 330 << 20))")
