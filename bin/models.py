@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from penstock.bin import options
+from penstock.bin.bundled import BUNDLED_MODELS
 from penstock.client import Client, PenstockError
 from penstock.wire.models import ModelState
 
+if TYPE_CHECKING:
+    from penstock.worker.repository import ModelFile
+    from penstock.worker.store import Store
 
-@click.command()
+
+@click.group(invoke_without_command=True)
 @options.runtime_dir
 @options.server
 @click.option("--timeout", type=float, default=5.0, show_default=True, help="Seconds.")
-def models(runtime_dir: Path | None, server: str | None, timeout: float) -> None:
-    """List what the server serves, and why what is not served is not."""
+@click.pass_context
+def models(context: click.Context, runtime_dir: Path | None, server: str | None, timeout: float) -> None:
+    """List what the server serves, and why what is not served is not.
+
+    With a command: prepare models before a server does, or remove what was prepared.
+    """
+    if context.invoked_subcommand is not None:
+        return
     try:
         with Client(server or runtime_dir, timeout=timeout) as client:
             states = client.models()
@@ -34,3 +47,107 @@ def _row(state: ModelState) -> tuple[str, str, str, str, str]:
     spec = state.spec
     batch = "" if spec is None else str(spec.max_batch_size) if spec.batchable else "alone"
     return state.name, state.version, state.state, batch, state.reason
+
+
+@models.command()
+@click.argument("models", type=click.Path(path_type=Path), default=BUNDLED_MODELS)
+@options.config_file
+def prepare(models: Path, config: Path | None) -> None:
+    """Prepare MODELS (a repository or an .onnx file) now, so that workers need not when they start.
+
+    Exit code 2, with a sentence each: what cannot be prepared. A worker would hold its own copy of it.
+    """
+    problems = 0
+    with _Complaints() as complain:
+        store, minimum = _open_store(config)
+        for file in _find_models(models):
+            problem = file.problem or _prepare(store, minimum, file)
+            if problem:
+                problems += 1
+                complain(f"model {file.name}: {problem}")
+    sys.exit(options.EXIT_CANNOT_SERVE if problems else 0)
+
+
+def _prepare(store: Store, minimum: int, file: ModelFile) -> str:
+    """Why it cannot be, or ""."""
+    from penstock.worker.onnxfile import OnnxFileError, read_onnx
+    from penstock.worker.store import StoreError
+
+    made = []
+
+    def tell(event: str, about: Mapping[str, object]) -> None:
+        made.append(event)
+        click.echo(f"{file.name}: {event}: {', '.join(f'{key} {value}' for key, value in about.items())}")
+
+    try:
+        nbytes = read_onnx(file.path).weight_bytes
+        if nbytes < minimum:
+            click.echo(f"{file.name}: not prepared: {nbytes} bytes of weights, and each worker loads its own")
+            return ""
+        store.open(file.path, file.name, tell)
+    except (OnnxFileError, StoreError) as error:
+        return str(error)
+    if "model prepared" not in made:
+        click.echo(f"{file.name}: prepared before")
+    return ""
+
+
+@models.command()
+@click.argument("models", type=click.Path(path_type=Path), nargs=-1)
+@options.config_file
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def prune(models: Sequence[Path], config: Path | None, dry_run: bool) -> None:
+    """Remove what was prepared and no model needs any more.
+
+    Needed is what the file that it was made from, or one of MODELS, would be prepared to here and now. What a process
+    has mapped is kept.
+    """
+    from penstock.worker.manifest import Unusable
+    from penstock.worker.prune import find_entries
+
+    with _Complaints() as complain:
+        store, _ = _open_store(config)
+        wanted = set()
+        for path in models:
+            for file in _find_models(path):
+                try:
+                    wanted.add(store.find(file.path).key)
+                except (Unusable, OSError) as error:
+                    complain(f"model {file.name}: {error}; nothing was removed")
+                    sys.exit(options.EXIT_CANNOT_SERVE)
+        removed = 0
+        for found in find_entries(store, wanted, remove=not dry_run):
+            verb = "kept" if found.kept else "would remove" if dry_run else "removed"
+            removed += 0 if found.kept else found.nbytes
+            click.echo(f"{verb} {found.name} ({found.nbytes / 1e6:.1f} MB): {found.reason}")
+        click.echo(f"{removed / 1e6:.1f} MB {'would be ' if dry_run else ''}removed from {store.root}")
+
+
+class _Complaints:
+    """Says what is wrong, and turns what ends the command into a sentence and exit code 2."""
+
+    def __enter__(self) -> Callable[[str], None]:
+        return lambda sentence: click.echo(f"penstock: {sentence}", err=True)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        from penstock.worker.repository import RepositoryError
+        from penstock.worker.store import StoreError
+
+        if isinstance(error, (RepositoryError, StoreError, OSError)):
+            click.echo(f"penstock: {error}", err=True)
+            sys.exit(options.EXIT_CANNOT_SERVE)
+
+
+def _open_store(config: Path | None) -> tuple[Store, int]:
+    """The store that the configuration names, and from how many bytes of weights on it is used. Raises StoreError."""
+    from penstock.worker.store import find_store
+
+    limits = options.load_options(config).worker
+    return find_store(limits), limits.store_min_bytes
+
+
+def _find_models(path: Path) -> list[ModelFile]:
+    """Raises RepositoryError."""
+    from penstock.worker.repository import find_models
+
+    return find_models(path)

@@ -158,6 +158,8 @@ def _limits(values: dict[str, Any], kind: type[T], where: str) -> T:
     section = convert(values, kind, where)
     for key in values:
         value, lowest = getattr(section, key), -1 if key in ("arena_bytes", "run_bytes_max") else 0
+        if isinstance(value, str):
+            continue  # a path
         if not lowest <= value < math.inf:
             raise ConfigError(f"{where}: key '{key}': it is {lowest} or more, not {value}")
     return section

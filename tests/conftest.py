@@ -31,6 +31,20 @@ def require_command() -> Callable[[str, str], str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where models are prepared unless a test says otherwise, also by processes that it starts: never for the user
+    who runs the tests."""
+    path = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(path)
+    yield path
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """When all tests are done there is no process, thread or shared memory more than before."""
     shared = set(os.listdir("/dev/shm"))

@@ -173,8 +173,8 @@ def _large_weights(facts: Facts) -> Iterator[str]:
     file = facts.file
     if file.weight_bytes >= _WEIGHTS_LARGE:
         yield (
-            f"each worker holds {amount(file.weight_bytes)} of weights: instances = 2 in model.toml runs two batches "
-            "at once on one copy, a second worker does not"
+            f"it has {amount(file.weight_bytes)} of weights, which workers share once they are prepared: 'penstock models "
+            "prepare' does that before the first start"
         )
     if file.inline_bytes >= _FILE_LARGE:
         yield (

@@ -22,6 +22,7 @@ from penstock.worker.config import DEFAULT_BATCH_SIZE, ModelConfig
 from penstock.worker.memory import join_arena
 from penstock.worker.onnxfile import OnnxFileError, read_onnx
 from penstock.worker.staging import Staging, bind_inputs, bind_outputs
+from penstock.worker.store import Store, Weights
 
 _DATATYPES: Final = {
     "tensor(bool)": "BOOL",
@@ -80,8 +81,11 @@ class Model:
     ``run`` may be called by several threads at once: the session is shared by all instances.
     """
 
-    def __init__(self, session: Any, name: str, version: str, config: ModelConfig) -> None:
+    def __init__(
+        self, session: Any, name: str, version: str, config: ModelConfig, weights: Weights | None = None
+    ) -> None:
         self.config = config
+        self.weights = weights  # held for as long as the session may read them
         self._session = session
         inputs = session.get_inputs()
         outputs = session.get_outputs()
@@ -234,27 +238,59 @@ class Model:
         ]
 
 
-def load(path: Path, name: str, version: str, config: ModelConfig) -> Model:
-    """Raises LoadError saying what is wrong with the file."""
+def load(path: Path, name: str, version: str, config: ModelConfig, store: Store | None = None) -> Model:
+    """``store``: where its weights may be shared with other processes. Raises LoadError saying what is wrong with the
+    file."""
     if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
         raise LoadError(f"{path} cannot be loaded: ONNX Runtime opens no path that is not UTF-8; rename it")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = LOG_FATAL_ONLY
-    options.intra_op_num_threads = config.intra_op_threads
-    join_arena(options)
-    # A thread that spins burns some 25 ms after each batch before it sleeps, which others need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if config.intra_op_spinning else "0")
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except RUN_ERRORS as error:
-        raise LoadError(f"{path} cannot be loaded: {brief(error)}") from None
+    weights = store.take(path, name) if store is not None else None
+    session = _open_shared(weights, config, name)
+    if session is None:
+        try:
+            session = open_session(path, session_options(config.intra_op_threads, config.intra_op_spinning))
+        except RUN_ERRORS as error:
+            raise LoadError(f"{path} cannot be loaded: {brief(error)}") from None
     try:
         _check_ranks(path, session)
-        return Model(session, name, version, config)
+        return Model(session, name, version, config, weights)
     except LoadError as error:
         raise LoadError(f"{path} cannot be served: {error}") from None
     except UnicodeDecodeError:
         raise LoadError(f"{path} cannot be served: it has a tensor whose name is not UTF-8") from None
+
+
+def _open_shared(weights: Weights | None, config: ModelConfig, name: str) -> Any:
+    """A session on a prepared model, or None; then ``weights`` are no longer shared."""
+    if weights is None or weights.prepared is None:
+        return None
+    try:
+        return open_session(weights.prepared, session_options(config.intra_op_threads, config.intra_op_spinning))
+    except RUN_ERRORS as error:
+        weights.give_up(name, f"its prepared form cannot be opened: {brief(error)}")
+        return None
+
+
+def session_options(threads: int, spinning: bool = False) -> Any:
+    """For preparing a model as for opening it: of another level, what is prepared would be prepared again."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = LOG_FATAL_ONLY
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    # A thread that spins burns some 25 ms after each batch before it sleeps, which others need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    join_arena(options)
+    return options
+
+
+def open_session(path: Path, options: Any) -> Any:
+    """Raises one of RUN_ERRORS."""
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def interface(session: Any) -> list[list[tuple[str, str, list[int | str | None]]]]:
+    """What a session declares: inputs, outputs, and initializers that a caller could give instead."""
+    kinds = session.get_inputs(), session.get_outputs(), session.get_overridable_initializers()
+    return [[(each.name, each.type, list(each.shape)) for each in ports] for ports in kinds]
 
 
 def brief(error: Exception) -> str:

@@ -11,3 +11,7 @@ class WorkerOptions:
     arena_bytes: int = -1
     # Memory that models run in, beside their weights, of each worker. -1: half of what is free, at least 256 MiB.
     run_bytes_max: int = -1
+    # Where models are prepared, once for all workers of this user; "": penstock/models in the user's cache.
+    store: str = ""
+    # Models with less weights are not prepared: each worker loads its own.
+    store_min_bytes: int = 4 << 20

@@ -38,6 +38,7 @@ from penstock.worker.model import LoadError
 from penstock.worker.options import WorkerOptions
 from penstock.worker.probe import load_and_probe
 from penstock.worker.repository import ModelFile, find_models
+from penstock.worker.store import Store, StoreError, Weights, find_store
 
 log = logging.getLogger("penstock.worker")
 
@@ -66,6 +67,7 @@ class _Loader:
     """Loads models one after another on a thread of its own; ``take`` gives what has changed."""
 
     files: list[ModelFile]
+    store: Store | None
     changes: deque[Loaded] = field(default_factory=deque)
     wake: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
     left: int = 0
@@ -76,7 +78,7 @@ class _Loader:
 
     def _load_all(self) -> None:
         for file in self.files:
-            self.changes.append(_load(file))
+            self.changes.append(_load(file, self.store))
             os.eventfd_write(self.wake, 1)
 
     def take(self) -> list[Loaded]:
@@ -85,10 +87,10 @@ class _Loader:
         return taken
 
 
-def _load(file: ModelFile) -> Loaded:
+def _load(file: ModelFile, store: Store | None) -> Loaded:
     start = time.monotonic()
     try:
-        model = load_and_probe(file)
+        model = load_and_probe(file, store)
     except LoadError as error:
         # A path in it may hold what is not UTF-8.
         reason = str(error).encode("utf-8", "replace").decode()[:MAX_SENTENCE]
@@ -101,10 +103,26 @@ def _load(file: ModelFile) -> Loaded:
             batchable=model.spec.batchable,
             alone_because=model.why_alone,
             run_mb=round(model.run_bytes / 1e6, 1),
+            **_describe(model.weights),
             seconds=round(time.monotonic() - start, 3),
         ),
     )
     return Loaded(ModelState(file.name, file.version, READY, model.why_alone, model.spec), model)
+
+
+def _describe(weights: Weights | None) -> dict[str, object]:
+    if weights is None:
+        return {}
+    return {"weights": "shared" if weights.shared else "private", "weights_mb": round(weights.nbytes / 1e6, 1)}
+
+
+def _find_store(options: WorkerOptions) -> Store | None:
+    try:
+        return find_store(options)
+    except StoreError as error:
+        cost = "each worker holds its own copy of all weights"
+        log.warning("no store of prepared models", extra=fields(reason=str(error), cost=cost))
+        return None
 
 
 class WorkerProcess:
@@ -155,7 +173,7 @@ class WorkerProcess:
         local = settings.broker.runtime is not None
         identity = Identity(number, settings.name, settings.device, os.getpid(), endpoints, instances, local)
         self._core = Core(identity, [ModelState(file.name, file.version, LOADING, "", None) for file in files])
-        self._loader = _Loader(files)
+        self._loader = _Loader(files, _find_store(settings.options))
         sockets = self._results.fileno(), self._broker.fileno()
         for readable in (*sockets, self._instances.fileno(), self._loader.wake, self._stop_signal.fileno()):
             self._poll.register(readable, select.POLLIN)

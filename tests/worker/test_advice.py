@@ -174,9 +174,9 @@ def test_weights_that_callers_could_give_are_told_where_that_binds_the_optimizer
 # --- memory and threads ---
 
 
-def test_large_weights_are_a_copy_for_each_worker() -> None:
+def test_large_weights_are_better_prepared_before_the_first_start() -> None:
     said = only(replace(GOOD, file=replace(FILE, external_bytes=256 * MIB)))
-    assert said.startswith("each worker holds 256.0 MiB of weights: instances = 2 ")
+    assert said.startswith("it has 256.0 MiB of weights, which workers share")
     assert advise(replace(GOOD, file=replace(FILE, external_bytes=255 * MIB))) == []
 
 
