@@ -84,14 +84,18 @@ class Figures:
 class Server:
     """``penstock up`` on a repository of bench models, for the time of a ``with``."""
 
-    def __init__(self, repository: Path, runtime: Path) -> None:
+    def __init__(self, repository: Path, runtime: Path, *arguments: str) -> None:
+        """``arguments``: more of ``penstock up``."""
         self._repository = repository
         self._runtime = runtime
+        self._arguments = arguments
 
     def __enter__(self) -> Server:
         command = [sys.executable, "-m", "penstock.bin", "up", str(self._repository), "--http=127.0.0.1:0"]
         self._process = subprocess.Popen(
-            [*command, f"--runtime-dir={self._runtime}", "--log-level=warning"], stdout=subprocess.PIPE, text=True
+            [*command, f"--runtime-dir={self._runtime}", "--log-level=warning", *self._arguments],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._process.stdout is not None
         ready = self._process.stdout.readline()
@@ -99,6 +103,7 @@ class Server:
             self.__exit__()
             sys.exit("bench: the server did not start")
         self.url = ready.split()[-1]
+        self.pid = self._process.pid
         self.pids = {role: list(_children(self._process.pid, role)) for role in ROLES}
         return self
 

@@ -18,11 +18,12 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
 
+from penstock.bin.cpus import format_cpus
 from penstock.gateway.process import listen, url_of
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
 from penstock.wire.process import StopSignal, fields
@@ -54,6 +55,7 @@ class Plan:
     workers: int
     gateways: int
     device: str
+    shares: Sequence[Collection[int]]  # cores of each worker; empty: any
     bind: str
     config: Path | None
     runtime: RuntimeDir
@@ -144,14 +146,16 @@ class Launcher:
         results = ["--bind=tcp://127.0.0.1:0"] if plan.bind else []
         arguments = ["worker", f"--device={plan.device}", *options, *config, *results]
         models = ["--", str(plan.models)]  # a name may begin with a hyphen
+        pins = [[f"--cpus={format_cpus(share)}"] for share in plan.shares] or [[]] * plan.workers
         names = [f"{plan.device}-{number}" for number in range(plan.workers)]
         # The first alone: what is wrong with a model is then said once.
-        workers = [self._start(names[0], [*arguments, f"--name={names[0]}", *models])]
-        if not self._wait(workers):
-            return False
-        workers = [self._start(name, [*arguments, f"--name={name}", *models]) for name in names[1:]]
-        if not self._wait(workers):
-            return False
+        for numbers in range(1), range(1, plan.workers):
+            workers = [
+                self._start(names[each], [*arguments, f"--name={names[each]}", *pins[each], *models])
+                for each in numbers
+            ]
+            if not self._wait(workers):
+                return False
         try:
             listener.listen()
         except OSError as error:  # a port that is only bound is not yet ours alone

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import click
 
 from penstock.bin import logs
+from penstock.bin.cpus import format_cpus, parse_cpus, usable_cpus
 from penstock.broker.options import BrokerOptions
 from penstock.gateway.options import GatewayOptions
 from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
@@ -41,6 +42,21 @@ def check_tcp(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     if value is not None and not value.startswith("tcp://"):
         raise click.BadParameter(f"{value!r} is not of the form tcp://HOST:PORT")
     return value
+
+
+def _check_cpus(ctx: click.Context, param: click.Parameter, value: str | None) -> frozenset[int] | None:
+    if value is None:
+        return None
+    try:
+        wanted = parse_cpus(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    usable = usable_cpus()
+    if missing := wanted - usable:
+        raise click.BadParameter(
+            f"this process may not run on {format_cpus(missing)}; it has the cores {format_cpus(usable)}"
+        )
+    return wanted
 
 
 runtime_dir = click.option(
@@ -75,6 +91,14 @@ bind = click.option(
 )
 workers = click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True)
 gateways = click.option("--gateways", type=click.IntRange(1, 256), default=1, show_default=True)
+cpus = click.option(
+    "--cpus",
+    metavar="LIST",
+    callback=_check_cpus,
+    default=None,
+    help="Cores to run on, such as 0-3,6.  [default: all that this process may use]",
+)
+pin = click.option("--pin", is_flag=True, help="Give each worker cores of its own: an equal share of all there are.")
 device = click.option("--device", default="cpu", show_default=True, help="What models run on.")
 # The launcher's own: end when it does, however it ends.
 parent = click.option("--parent", type=int, default=0, hidden=True)
@@ -133,7 +157,7 @@ def _limits(values: dict[str, Any], kind: type[T], where: str) -> T:
     """A section. Raises ConfigError, also for what is no limit."""
     section = convert(values, kind, where)
     for key in values:
-        value, lowest = getattr(section, key), -1 if key == "arena_bytes" else 0
+        value, lowest = getattr(section, key), -1 if key in ("arena_bytes", "run_bytes_max") else 0
         if isinstance(value, str):
             continue  # a path
         if not lowest <= value < math.inf:

@@ -9,6 +9,7 @@ import click
 
 from penstock.bin import options
 from penstock.bin.bundled import BUNDLED_MODELS
+from penstock.bin.cpus import physical_cores, share_cpus, usable_cpus
 
 
 @click.command()
@@ -17,6 +18,7 @@ from penstock.bin.bundled import BUNDLED_MODELS
 @options.workers
 @options.gateways
 @options.device
+@options.pin
 @options.bind
 @options.config_file
 @options.runtime_dir
@@ -28,6 +30,7 @@ def up(
     workers: int,
     gateways: int,
     device: str,
+    pin: bool,
     bind: str,
     config: Path | None,
     runtime_dir: Path | None,
@@ -49,6 +52,7 @@ def up(
     if address.runtime is None:
         raise click.UsageError("--runtime-dir is a directory; a TCP address goes with --bind")
     options.check_device(device)
+    shares = _shares(workers) if pin else []
     options.load_options(config)  # what is wrong with it is said once, here
     logs.set_up("launcher", log_format, log_level)
     try:
@@ -61,6 +65,7 @@ def up(
             workers=workers,
             gateways=gateways,
             device=device,
+            shares=shares,
             bind=bind,
             config=config,
             runtime=address.runtime,
@@ -74,3 +79,11 @@ def up(
     except (EndpointError, LaunchError) as error:
         click.echo(f"penstock: {error}", err=True)
         sys.exit(1)
+
+
+def _shares(workers: int) -> list[frozenset[int]]:
+    """The cores of each worker. Raises click.UsageError."""
+    try:
+        return share_cpus(physical_cores(usable_cpus()), workers)
+    except ValueError as error:
+        raise click.UsageError(f"--pin: {error}; start fewer with --workers, or leave --pin out") from None

@@ -9,12 +9,14 @@ import click
 
 from penstock.bin import options
 from penstock.bin.bundled import BUNDLED_MODELS
+from penstock.bin.cpus import pin
 
 
 @click.command()
 @click.argument("models", type=click.Path(path_type=Path), default=BUNDLED_MODELS)
 @click.option("--name", default="", help="What it is called in logs and metrics.  [default: its device]")
 @options.device
+@options.cpus
 @click.option(
     "--broker",
     metavar="tcp://HOST:PORT",
@@ -29,6 +31,7 @@ def worker(
     models: Path,
     name: str,
     device: str,
+    cpus: frozenset[int] | None,
     broker: str | None,
     bind: str,
     config: Path | None,
@@ -41,6 +44,8 @@ def worker(
 
     With --bind its results can be heard over TCP, port 0 for any. Exit code 2: nothing could be loaded.
     """
+    if cpus is not None:
+        pin(cpus)  # before there are threads of ours and of ONNX Runtime, which inherit it
     from penstock.bin.run import run
     from penstock.worker.process import WorkerProcess, WorkerSettings
     from penstock.worker.repository import RepositoryError

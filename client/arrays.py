@@ -98,7 +98,7 @@ def _as_array(name: str, value: Any, datatype: str | None) -> tuple[Array, str]:
             wanted = f" of {datatype}" if datatype else ""
             raise PenstockError(BAD_INPUT, f"input '{name}' cannot be made an array{wanted}: {error}") from None
     array = np.asarray(value)
-    if datatype == "BF16" and array.dtype == np.float32:
+    if datatype == "BF16" and array.dtype.newbyteorder("<") == DTYPES["FP32"]:
         return array, "BF16"
     try:
         return array, datatype_of(array)

@@ -59,6 +59,12 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "penstock_compute_seconds": Family(HISTOGRAM, "How long a batch ran", _MODEL, "worker", SECONDS),
     "penstock_batch_rows": Family(HISTOGRAM, "Rows of a batch", _MODEL, "worker", ROWS),
+    "penstock_model_run_bytes": Family(
+        GAUGE, "Memory that a model ran in when it was warmed up, beside its weights", _MODEL, "worker"
+    ),
+    "penstock_heap_bytes": Family(
+        GAUGE, "Private weights, and memory that ONNX Runtime holds to run models", (), "worker"
+    ),
     "penstock_batches": Family(COUNTER, "Batches, by why they were closed", (*_MODEL, "reason"), "worker"),
     "penstock_model_ready": Family(GAUGE, "1 when the worker serves the model", _MODEL, "worker"),
     "penstock_unacknowledged_bytes": Family(GAUGE, "Results kept until acknowledged", (), "worker"),

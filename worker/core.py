@@ -509,6 +509,7 @@ class Core:
         self.states[key] = state
         if model is not None:
             self._models[key] = model
+            self.meters.value("penstock_model_run_bytes", *key).value = model.run_bytes
             spec, config = model.spec, model.config
             window = spec.max_batch_size * (self.identity.instances + 1)
             rules = Rules(spec.max_batch_size, config.max_queue_delay_s, config.instances, window, spec.batchable)

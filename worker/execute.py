@@ -24,9 +24,12 @@ from penstock.worker.batcher import Batch
 from penstock.worker.lots import Lot
 from penstock.worker.model import RUN_ERRORS, Model, brief
 from penstock.worker.plan import Plan
+from penstock.worker.staging import Staging
 
 _SENTENCE_MAX: Final = 2000
 _FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, PenstockError)
+# A batch of fewer bytes is copied to where bindings have been made for it, which costs less than to make one.
+_STAY_MIN_BYTES: Final = 64 * 1024
 _FLOATS: Final = frozenset({"FP16", "FP32", "FP64", "BF16"})
 
 
@@ -87,11 +90,26 @@ def _queue_us(lot: Lot, start: float) -> int:
 def _run(
     model: Model, lots: Sequence[Lot], start: float, publications: dict[bytes, Publication], slots: Slots | None
 ) -> None:
+    with model.staging() as staging:
+        _run_in(staging, model, lots, start, publications, slots)
+
+
+def _run_in(
+    staging: Staging | None,
+    model: Model,
+    lots: Sequence[Lot],
+    start: float,
+    publications: dict[bytes, Publication],
+    slots: Slots | None,
+) -> None:
+    """``staging``: where it runs, if there is memory for it already."""
     rows = sum([lot.rows for lot in lots])
-    feeds = [_gather(model, lots, at, rows) for at in range(len(model.spec.inputs))]
-    if slots is not None and _run_placed(model, lots, rows, feeds, start, publications, slots):
+    count = rows if model.spec.batchable else 1
+    places: Sequence[Array | None] = staging.inputs[count] if staging is not None else [None] * len(model.spec.inputs)
+    feeds = [_gather(model, lots, at, rows, place) for at, place in enumerate(places)]
+    if slots is not None and _run_placed(model, lots, rows, feeds, start, publications, slots, staging):
         return
-    outputs = model.run(feeds)
+    outputs = model.run(feeds) if staging is None else model.run_in(staging, count, feeds)
     if len(lots) == 1 and len(lots[0].ids) == 1:
         _answer(lots[0], outputs, start, publications, slots)
         return
@@ -116,6 +134,7 @@ def _run_placed(
     start: float,
     publications: dict[bytes, Publication],
     slots: Slots,
+    staging: Staging | None,
 ) -> bool:
     """Have the model write its outputs where callers read them, when it is known how large they will be, and worth it.
     False: they are not there, for whatever reason."""
@@ -133,7 +152,7 @@ def _run_placed(
     if slot is None:
         return False
     try:
-        if not model.run_into(feeds, shapes, slots.address + slot.place):
+        if not model.run_into(feeds, shapes, slots.address + slot.place, staging, rows if model.spec.batchable else 1):
             return False
         begin = 0
         for lot in lots:
@@ -201,9 +220,9 @@ def _one_of(lot: Lot, at: int) -> Lot:
     return Lot({}, lot.caller, lot.attempt, lot.plan, ids, times, payload, start, waited_us, arrived, lot.reads)
 
 
-def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int) -> Array:
-    """Input ``at`` of all requests, in one array: a view of where they lie, when they lie there as the model wants
-    them.
+def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int, place: Array | None) -> Array:
+    """Input ``at`` of all requests, in one array: ``place``, if there is one, or a view of where they lie, when they
+    lie there as the model wants them and copying would cost more.
 
     Raises PenstockError for strings that are none, and shapes that cannot be.
     """
@@ -215,12 +234,12 @@ def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int) -> Array:
     if model.spec.batchable:
         shape = (rows, *shape[1:])
     blocks = [block for lot in lots for block in _blocks(lot, at)]
-    if len(blocks) == 1 and blocks[0].contiguous and datatype != "BOOL" and _may_stay(blocks[0], datatype):
+    if len(blocks) == 1 and (place is None or place.nbytes >= _STAY_MIN_BYTES) and _may_stay(blocks[0], datatype):
         view = np.frombuffer(blocks[0], dtype)
         if view.flags.aligned:
             return view.reshape(shape)
     try:
-        array = np.empty(shape, dtype)
+        array = np.empty(shape, dtype) if place is None else place
     except ValueError as error:  # without elements a shape may claim any size in its other dimensions
         name = model.spec.inputs[at].name
         raise PenstockError(BAD_INPUT, f"input '{name}' cannot be of shape {list(shape)}: {error}") from None
@@ -239,9 +258,11 @@ def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int) -> Array:
 
 
 def _may_stay(block: memoryview, datatype: str) -> bool:
-    """Whether a model may run on what lies there. A caller's arena can change meanwhile, once the request has ended for
-    it: wrong numbers, of which nobody hears. But whole numbers may be indexes, which ONNX Runtime checks before it
-    uses them, and not while it does."""
+    """Whether a model can and may run on what lies there. A caller's arena can change meanwhile, once the request has
+    ended for it: wrong numbers, of which nobody hears. But whole numbers may be indexes, which ONNX Runtime checks
+    before it uses them, and not while it does."""
+    if not block.contiguous or datatype == "BOOL":
+        return False
     return datatype in _FLOATS or not isinstance(block.obj, mmap)
 
 
@@ -315,7 +336,7 @@ def _answer(
         into.inline.append(wanted[0].tobytes())
         return
     blocks = [_rows_of(output, count) for output in wanted]
-    block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+    block = np.concatenate(blocks, axis=1)  # a copy even of one: where a batch ran, the next one will
     _send(into, block.reshape(-1).data, nbytes)
 
 

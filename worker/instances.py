@@ -24,6 +24,7 @@ class Instances:
 
     def __init__(self, count: int, slots: Slots | None = None) -> None:
         """``slots``: where large outputs go while there is room."""
+        self.batches = 0  # that have run and been taken, ever
         self._slots = slots
         self._todo: SimpleQueue[tuple[Model, Batch] | None] = SimpleQueue()
         self._ran: deque[Executed] = deque()
@@ -43,14 +44,14 @@ class Instances:
             self._todo.put((model, batch))
             return None
         executed = execute(model, batch, self._slots)
-        _measure(executed)
+        self._measure(executed)
         return executed
 
     def take(self) -> list[Executed]:
         """The batches that have run since the last call."""
         taken = [self._ran.popleft() for _ in range(len(self._ran))]
         for executed in taken:
-            _measure(executed)
+            self._measure(executed)
         return taken
 
     def stop(self) -> None:
@@ -68,8 +69,9 @@ class Instances:
             del task  # it would hold its callers' memory until the next one comes
             os.eventfd_write(self._wake, 1)
 
-
-def _measure(executed: Executed) -> None:
-    """Keep the model's mean time. It is processor time: how long others kept this thread waiting is not the model's."""
-    model = executed.model
-    model.run_s += (executed.cpu_s - model.run_s) * _SMOOTHING
+    def _measure(self, executed: Executed) -> None:
+        """Keep the model's mean time. It is processor time: how long others kept this thread waiting is not the
+        model's."""
+        model = executed.model
+        model.run_s += (executed.cpu_s - model.run_s) * _SMOOTHING
+        self.batches += 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,8 +17,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from penstock.wire.allocator import ALIGN_BYTES
 from penstock.wire.messages import MAX_NAME
 from penstock.wire.models import MAX_TENSORS, ModelSpec, TensorSpec
-from penstock.wire.tensors import DTYPES, ITEM_SIZES, MAX_DIMS, Array, element_count
+from penstock.wire.tensors import ITEM_SIZES, MAX_DIMS, Array, element_count
 from penstock.worker.config import DEFAULT_BATCH_SIZE, ModelConfig
+from penstock.worker.memory import join_arena
+from penstock.worker.onnxfile import OnnxFileError, read_onnx
+from penstock.worker.staging import Staging, bind_inputs, bind_outputs
 from penstock.worker.store import Store, Weights
 
 _DATATYPES: Final = {
@@ -35,10 +40,13 @@ _DATATYPES: Final = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
+_HINTS: Final = {
+    "seq(map(": "; export it without ZipMap (options={'zipmap': False})",
+    "optional(tensor(": "; export it as a tensor",
+}
 _ONNX_BFLOAT16: Final = 16  # TensorProto.DataType
-_ONNX_TYPES: Final[dict[str, Any]] = {**DTYPES, "BF16": _ONNX_BFLOAT16}
 _SHAPES_MAX: Final = 1024  # of inputs, for which a model remembers the shapes of its outputs
-_LOG_FATAL_ONLY: Final = 4  # errors come as exceptions, which are told in our own words
+LOG_FATAL_ONLY: Final = 4  # errors come as exceptions, which are told in our own words
 
 # ONNX Runtime's own exceptions have no common base.
 ORT_ERRORS: Final[tuple[type[Exception], ...]] = tuple(
@@ -98,12 +106,14 @@ class Model:
         self._output_dims: list[list[int | str | None]] = [list(each.shape) for each in outputs]
         self._known_shapes: dict[tuple[Any, ...], Foreseen] = {}
         self._binds = all(each.datatype != "BYTES" for each in self.spec.inputs)
+        self._stagings: deque[Staging] = deque()  # those that no batch has
         # numpy has no bfloat16, so such models take ONNX Runtime's own values in and out.
         datatypes = {each.datatype for each in (*self.spec.inputs, *self.spec.outputs)}
         self._has_bf16 = "BF16" in datatypes
         if {"BF16", "BYTES"} <= datatypes:
             raise LoadError("it has both bfloat16 and string tensors, which cannot be run together from Python")
         self.run_s = float("inf")  # how long a full batch took when it was tried
+        self.run_bytes = 0  # what its runs take beside its weights, as far as it was tried
         if self.why_alone:
             self.run_alone(self.why_alone)
 
@@ -111,6 +121,31 @@ class Model:
         """From now on each request runs by itself."""
         self.why_alone = reason
         self.spec = self.spec._replace(batchable=False, max_batch_size=1)
+
+    def stage(self) -> bool:
+        """Make the memory that its batches run in, for as many as run at once. False: none can be made beforehand."""
+        if not self._binds:
+            return False
+        try:
+            self._stagings.extend([Staging(self._session, self.spec) for _ in range(self.config.instances)])
+        except (ValueError, MemoryError):
+            self._stagings.clear()
+            return False
+        return True
+
+    @contextmanager
+    def staging(self) -> Iterator[Staging | None]:
+        """Memory for one batch; None when there is none."""
+        try:
+            taken = self._stagings.popleft()
+        except IndexError:
+            yield None
+            return
+        try:
+            yield taken
+        finally:
+            if self._binds:
+                self._stagings.append(taken)
 
     def run(self, feeds: Sequence[Array]) -> list[Array]:
         """The outputs for one array per input, in the order of the spec; BF16 are uint16 arrays, BYTES object arrays
@@ -150,25 +185,44 @@ class Model:
             shapes[at] = tuple(shape)
         return shapes if self._binds and all(feed.size for feed in feeds) else {}
 
-    def run_into(self, feeds: Sequence[Array], shapes: Mapping[int, tuple[int, ...]], address: int) -> bool:
+    def run_in(self, staging: Staging, rows: int, feeds: Sequence[Array]) -> list[Array]:
+        """As ``run``, in memory that is there already: the outputs hold until the staging is used again."""
+        if not (staging.binds and self._binds):
+            return self.run(feeds)
+        try:
+            return staging.run(rows, feeds)
+        except RUN_ERRORS:
+            return self._run_unbound(feeds)
+
+    def run_into(
+        self,
+        feeds: Sequence[Array],
+        shapes: Mapping[int, tuple[int, ...]],
+        address: int,
+        staging: Staging | None = None,
+        rows: int = 0,
+    ) -> bool:
         """Have some outputs written side by side to ``address``, where there is room for them in these shapes. False
         when they turn out to be of others; then it is not tried again. Raises as ``run``."""
-        binding = self._session.io_binding()
-        for spec, feed in zip(self.spec.inputs, feeds, strict=True):
-            kind = _ONNX_TYPES[spec.datatype]
-            binding.bind_input(spec.name, "cpu", 0, kind, feed.shape, feed.ctypes.data)
-        for at, shape in shapes.items():
-            spec = self.spec.outputs[at]
-            binding.bind_output(spec.name, "cpu", 0, _ONNX_TYPES[spec.datatype], shape, address)
-            address += element_count(shape) * ITEM_SIZES[spec.datatype]
         try:
-            self._session.run_with_iobinding(binding)
+            if staging is not None and staging.binds:
+                staging.run_into(rows, feeds, shapes, address)
+            else:
+                binding = bind_inputs(self._session, self.spec, feeds)
+                bind_outputs(binding, self.spec, shapes, address)
+                self._session.run_with_iobinding(binding)
         except RUN_ERRORS:
-            self.run(feeds)  # raises too, unless it was the binding
-            self._binds = False
-            self._known_shapes.clear()
+            self._run_unbound(feeds)
             return False
         return True
+
+    def _run_unbound(self, feeds: Sequence[Array]) -> list[Array]:
+        """After a bound run has failed: raises too, unless it was the binding, which is not tried again."""
+        outputs = self.run(feeds)
+        self._binds = False
+        self._stagings.clear()
+        self._known_shapes.clear()
+        return outputs
 
     def _run_values(self, feeds: Sequence[Array]) -> list[Array]:
         make = onnxruntime.OrtValue
@@ -193,10 +247,11 @@ def load(path: Path, name: str, version: str, config: ModelConfig, store: Store 
     session = _open_shared(weights, config, name)
     if session is None:
         try:
-            session = open_session(path, session_options(config.intra_op_threads))
+            session = open_session(path, session_options(config.intra_op_threads, config.intra_op_spinning))
         except RUN_ERRORS as error:
             raise LoadError(f"{path} cannot be loaded: {brief(error)}") from None
     try:
+        _check_ranks(path, session)
         return Model(session, name, version, config, weights)
     except LoadError as error:
         raise LoadError(f"{path} cannot be served: {error}") from None
@@ -209,20 +264,21 @@ def _open_shared(weights: Weights | None, config: ModelConfig, name: str) -> Any
     if weights is None or weights.prepared is None:
         return None
     try:
-        return open_session(weights.prepared, session_options(config.intra_op_threads))
+        return open_session(weights.prepared, session_options(config.intra_op_threads, config.intra_op_spinning))
     except RUN_ERRORS as error:
         weights.give_up(name, f"its prepared form cannot be opened: {brief(error)}")
         return None
 
 
-def session_options(threads: int) -> Any:
+def session_options(threads: int, spinning: bool = False) -> Any:
     """For preparing a model as for opening it: of another level, what is prepared would be prepared again."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_FATAL_ONLY
+    options.log_severity_level = LOG_FATAL_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
-    # A waiting thread that spins burns a core of an idle server.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A thread that spins burns some 25 ms after each batch before it sleeps, which others need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    join_arena(options)
     return options
 
 
@@ -244,13 +300,32 @@ def brief(error: Exception) -> str:
     text = str(error)
     if isinstance(error, UnicodeDecodeError) and error.object.startswith(b"[ONNXRuntimeError]"):
         text = error.object.decode("utf-8", "replace")
-    return " ".join(_NOISE.sub("", text).split())[:1000] or type(error).__name__
+    told = " ".join(_NOISE.sub("", text).split())[:1000] or type(error).__name__
+    if "is smaller than requested bytes" in told:  # the shared arena's limit
+        told += "; raise [worker] run_bytes_max, or lower the model's max_batch_size"
+    return told
+
+
+def _check_ranks(path: Path, session: Any) -> None:
+    """Raises LoadError for an input that may have any number of dimensions: to ONNX Runtime it looks like a scalar."""
+    if all(each.shape for each in session.get_inputs()):
+        return
+    try:
+        ports = {port.name: port for port in read_onnx(path).inputs}
+    except OnnxFileError:
+        return  # it has been loaded, so there is nothing wrong with it that matters here
+    for each in session.get_inputs():
+        if each.name in ports and ports[each.name].kind == "tensor" and ports[each.name].shape is None:
+            raise LoadError(
+                f"input '{each.name}' is declared without a shape, so what comes cannot be checked; export it with "
+                "one, whose dimensions may be symbolic"
+            )
 
 
 def _spec(kind: str, about: Any) -> TensorSpec:
     datatype = _DATATYPES.get(about.type)
     if datatype is None:
-        hint = "; export it without ZipMap (options={'zipmap': False})" if about.type.startswith("seq(map(") else ""
+        hint = next((hint for start, hint in _HINTS.items() if about.type.startswith(start)), "")
         raise LoadError(
             f"{kind} '{about.name}' is of type {about.type}, which the v2 protocol has no datatype for{hint}"
         )

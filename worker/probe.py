@@ -6,63 +6,113 @@ dimension and still mix what different users sent. Shapes cannot tell; two runs 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
+from penstock.wire.process import fields
 from penstock.wire.tensors import DTYPES, Array, element_count, from_bf16, to_bf16
+from penstock.worker.memory import give_back, heap_bytes
 from penstock.worker.model import RUN_ERRORS, LoadError, Model, brief, load
 from penstock.worker.repository import ModelFile
 from penstock.worker.store import Store
 
+log = logging.getLogger("penstock.worker")
+
+_WARM_UP_MAX_S: Final = 60.0  # of one model
 # What symbolic dimensions other than the rows are tried with: many models take any, image models often want multiples.
-_SIZES: Final = (8, 32, 64, 224, 1, 3, 128, 512)
+SIZES: Final = (8, 32, 64, 224, 1, 3, 128, 512)
 _MAX_ELEMENTS: Final = 1 << 26  # of one input; larger ones are not tried
 _TOLERANCES: Final = {"FP16": 2e-2, "BF16": 5e-2}
 _TOLERANCE: Final = 1e-3
 
 
-def load_and_probe(file: ModelFile, store: Store | None = None) -> Model:
-    """A model that can be served. Raises LoadError."""
+def load_and_probe(file: ModelFile, store: Store | None = None, warm: bool = True) -> Model:
+    """A model that can be served, and (with ``warm``) has run batches of every size. ``store``: where its weights may
+    be shared with other processes. Raises LoadError."""
     if file.problem:
         raise LoadError(file.problem)
     model = load(file.path, file.name, file.version, file.config, store)
-    probe(model)
+    give_back()  # what loading has freed: ONNX Runtime copies weights for a moment, one by one
+    size = probe(model)
+    if not warm:
+        return model
+    model.stage()
+    if size:
+        warm_up(model, size)
     return model
 
 
-def probe(model: Model) -> None:
-    """Run the model, and have it run requests alone if it mixes rows or cannot be asked. Measures ``run_s``."""
+def probe(model: Model) -> int:
+    """Run the model, and have it run requests alone if it mixes rows or cannot be asked. Measures ``run_s``. Returns
+    the size of symbolic dimensions that it takes; 0: none of those that were tried."""
     reasons: list[str] = []
-    for size in _SIZES:
+    for size in SIZES:
         try:
             if model.spec.batchable:
                 _compare_rows(model, size)
             _measure(model, size)
-        except _FAILURES as error:
+        except FAILURES as error:
             reasons.append(brief(error))
             if not _has_symbols(model):
                 break
         else:
-            return
+            return size
     if model.spec.batchable and model.config.max_batch_size is None:
         model.run_alone(
             "it could not be tried with made-up inputs; set max_batch_size in model.toml if its rows are independent "
             f"({reasons[0]})"
         )
+    return 0
+
+
+def warm_up(model: Model, size: int) -> None:
+    """Run batches of every number of rows, the largest first: ONNX Runtime plans each at its first run, and touches the
+    memory that it runs in. Measures ``run_bytes``. What cannot run, or not within a minute, is left out, and told."""
+    rows = model.spec.max_batch_size if model.spec.batchable else 1
+    start = time.monotonic()
+    give_back()
+    before = heap_bytes()
+    try:
+        feeds = sample(model, rows, size)
+        while rows and time.monotonic() - start < _WARM_UP_MAX_S:
+            _run(model, rows, feeds)
+            model.run_bytes = max(model.run_bytes, heap_bytes() - before)
+            rows -= 1
+    except FAILURES as error:
+        log.warning("model not warmed up", extra=fields(model=model.spec.name, rows=rows, reason=brief(error)))
+    else:
+        if rows:
+            log.warning("model warmed up in part", extra=fields(model=model.spec.name, cold_up_to_rows=rows))
+    give_back()
+
+
+def _run(model: Model, rows: int, feeds: Sequence[Array]) -> None:
+    """The first so many rows of a sample, where batches of that size run."""
+    part = [feed[:rows] for feed in feeds] if model.spec.batchable else feeds
+    with model.staging() as staging:
+        if staging is None:
+            model.run(part)
+            return
+        places = staging.inputs[rows]
+        for place, values in zip(places, part, strict=True):
+            place[...] = values
+        model.run_in(staging, rows, places)
 
 
 class _TooLarge(Exception):
     """Made-up inputs would take more memory than trying them is worth."""
 
 
-_FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, _TooLarge)
+# What making up inputs and running a model on them may raise.
+FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, _TooLarge)
 
 
 def _compare_rows(model: Model, size: int) -> None:
-    pair = _sample(model, 2, size)
+    pair = sample(model, 2, size)
     together = model.run(pair)
     for row in range(2):
         alone = model.run([array[row : row + 1] for array in pair])
@@ -77,7 +127,7 @@ def _compare_rows(model: Model, size: int) -> None:
 
 def _measure(model: Model, size: int) -> None:
     try:
-        feeds = _sample(model, model.spec.max_batch_size, size)
+        feeds = sample(model, model.spec.max_batch_size, size)
     except _TooLarge:
         return
     model.run(feeds)  # the first run of a shape also plans its memory
@@ -106,8 +156,9 @@ def _has_symbols(model: Model) -> bool:
     return any(not isinstance(dim, int) for dims in model.dims for dim in dims[first:])
 
 
-def _sample(model: Model, rows: int, size: int) -> list[Array]:
-    """Made-up inputs: random where any value will do, 0 and 1 where a number may be an index."""
+def sample(model: Model, rows: int, size: int) -> list[Array]:
+    """Made-up inputs: random where any value will do, 0 and 1 where a number may be an index. ``size``: of symbolic
+    dimensions other than the rows. Raises one of FAILURES."""
     random = np.random.default_rng(0)
     arrays = []
     for spec, dims in zip(model.spec.inputs, model.dims, strict=True):

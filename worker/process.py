@@ -4,7 +4,6 @@ them."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import secrets
@@ -34,6 +33,7 @@ from penstock.wire.sockets import Socket
 from penstock.worker.core import Core, Identity
 from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.instances import Instances
+from penstock.worker.memory import GiveBackRule, give_back, heap_bytes, share_arena
 from penstock.worker.model import LoadError
 from penstock.worker.options import WorkerOptions
 from penstock.worker.probe import load_and_probe
@@ -95,7 +95,6 @@ def _load(file: ModelFile, store: Store | None) -> Loaded:
         # A path in it may hold what is not UTF-8.
         reason = str(error).encode("utf-8", "replace").decode()[:MAX_SENTENCE]
         return Loaded(ModelState(file.name, file.version, UNAVAILABLE, reason, None), None)
-    _trim()
     log.info(
         "model loaded",
         extra=fields(
@@ -103,18 +102,12 @@ def _load(file: ModelFile, store: Store | None) -> Loaded:
             version=file.version,
             batchable=model.spec.batchable,
             alone_because=model.why_alone,
+            run_mb=round(model.run_bytes / 1e6, 1),
             **_describe(model.weights),
             seconds=round(time.monotonic() - start, 3),
         ),
     )
     return Loaded(ModelState(file.name, file.version, READY, model.why_alone, model.spec), model)
-
-
-def _trim() -> None:
-    """Give back to the kernel what loading has freed. glibc would keep up to 64 MB of it: ONNX Runtime copies weights
-    for a moment, one by one."""
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _describe(weights: Weights | None) -> dict[str, object]:
@@ -142,6 +135,7 @@ class WorkerProcess:
         self._opened = contextlib.ExitStack()
         self._control: Any = None
         self._control_at = 0.0
+        self._give_back = GiveBackRule()
         self.failures: list[str] = []  # a sentence for each model that could not be loaded
 
     def start(self) -> None:
@@ -169,6 +163,7 @@ class WorkerProcess:
         self._broker = Socket(self._context, zmq.DEALER, _HIGH_WATER, number)
         opened.callback(self._broker.close, _LINGER_MS)
         self._broker.raw.connect(settings.broker.workers)
+        share_arena(settings.options.run_bytes_max)
         instances = max(file.config.instances for file in files)
         self._instances = Instances(instances, self._slots)
         opened.callback(self._instances.stop)
@@ -301,10 +296,13 @@ class WorkerProcess:
 
     def _say(self, message: Message) -> None:
         if isinstance(message, Beat):
+            if self._give_back.due(self._instances.batches, time.monotonic()):
+                give_back()
             meters = self._core.meters
             if self._slots is not None:
                 meters.value("penstock_arena_bytes").value = self._slots.arena.size
                 meters.value("penstock_arena_used_bytes").value = self._slots.arena.allocator.used
+            meters.value("penstock_heap_bytes").value = heap_bytes()
             measure(meters)
             message.samples = meters.samples()
         assert not isinstance(message, Carrier)

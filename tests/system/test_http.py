@@ -213,6 +213,8 @@ def test_the_metrics_name_what_happened(server: Server) -> None:
             "penstock_batch_rows_sum",
             "penstock_batches_total",
             "penstock_model_ready",
+            "penstock_model_run_bytes",
+            "penstock_heap_bytes",
             "penstock_http_request_seconds_count",
             "penstock_process_cpu_seconds_total",
         } <= names and any('reason="bad_input"' in name and 'model="dense"' in name for name in metrics)

@@ -32,12 +32,15 @@ def test_without_a_file_everything_has_its_default(path: Path) -> None:
     config = load_config(path)
     assert config == ModelConfig()
     assert (config.max_batch_size, config.max_queue_delay_s) == (None, 0.0)
-    assert (config.instances, config.intra_op_threads) == (1, 1)
+    assert (config.instances, config.intra_op_threads, config.intra_op_spinning) == (1, 1, False)
 
 
 def test_every_key_is_read(path: Path) -> None:
-    path.write_text('max_batch_size = 8\nmax_queue_delay = "2ms"\ninstances = 3\nintra_op_threads = 4\n')
+    path.write_text(
+        'max_batch_size = 8\nmax_queue_delay = "2ms"\ninstances = 3\nintra_op_threads = 4\nintra_op_spinning = true\n'
+    )
     config = load_config(path)
+    assert config.intra_op_spinning
     assert (config.max_batch_size, config.instances, config.intra_op_threads) == (8, 3, 4)
     assert config.max_queue_delay_s == 0.002
 
@@ -55,6 +58,11 @@ def test_limits_are_inclusive(path: Path, key: str, limit: int) -> None:
     path.write_text(f"{key} = {limit}")
     assert getattr(load_config(path), key) == limit
     assert f"<= {limit}" in complaint(path, f"{key} = {limit + 1}")
+
+
+@pytest.mark.parametrize("value", ["0", "1", '"true"', "[]"])
+def test_spinning_is_true_or_false(path: Path, value: str) -> None:
+    assert complaint(path, f"intra_op_spinning = {value}").startswith("key 'intra_op_spinning': Expected `bool`")
 
 
 @pytest.mark.parametrize("value", ["2", "0.002", "true", '["2ms"]'])
@@ -84,7 +92,10 @@ def test_unknown_key_suggests_the_one_that_was_meant(path: Path, key: str, near:
 
 def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
     text = complaint(path, "[zebra]\nx = 1")
-    assert text == ("unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, instances, intra_op_threads")
+    assert text == (
+        "unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, instances, intra_op_threads, "
+        "intra_op_spinning"
+    )
 
 
 @pytest.mark.parametrize("content", ["instances", "instances = ", "instances = 1\ninstances = 2", "[", "a = [" * 5000])

@@ -58,6 +58,8 @@ class Watched:
         self.spec = model.spec
         self.seen: list[list[Array]] = []
 
+        self.staging = model.staging
+
     def run(self, feeds: Sequence[Array]) -> list[Array]:
         self.seen.append(list(feeds))
         return self.model.run(feeds)

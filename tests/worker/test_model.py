@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -354,6 +354,15 @@ def test_running_alone_says_why(workshop: Workshop) -> None:
     model = workshop.unary("Neg", 1, ["N"], max_batch_size=4)
     model.run_alone("it mixes rows")
     assert (model.spec.batchable, model.spec.max_batch_size, model.why_alone) == (False, 1, "it mixes rows")
+
+
+@pytest.mark.parametrize("spinning", [False, True])
+def test_threads_wait_for_work_as_configured(workshop: Workshop, spinning: bool) -> None:
+    config: dict[str, Any] = {"intra_op_spinning": True} if spinning else {}
+    model = workshop.unary("Neg", 1, ["N"], intra_op_threads=2, **config)
+    options = model._session.get_session_options()
+    assert options.intra_op_num_threads == 2
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spinning))
 
 
 LOADS = """

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from penstock.worker.model import Model
-from penstock.worker.probe import probe
+from penstock.worker.probe import probe, warm_up
 
 if TYPE_CHECKING:
     from tests.worker.conftest import Dims, Ports, Workshop
@@ -232,3 +232,57 @@ def test_model_that_takes_only_two_rows_runs_alone(workshop: Workshop) -> None:
     model = make(workshop, *nodes, constants={"t": np.ones(3, np.float32)})
     probe(model)
     assert "indices element out of data bounds" in model.why_alone
+
+
+# --- warming up ---
+
+
+class Sizes:
+    """How many rows each run of a model has had."""
+
+    def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[int] = []
+        run, run_in = model.run, model.run_in
+
+        def watch(feeds: Any) -> Any:
+            self.seen.append(len(feeds[0]))
+            return run(feeds)
+
+        def watch_in(staging: Any, rows: int, feeds: Any) -> Any:
+            assert all(feed is place for feed, place in zip(feeds, staging.inputs[rows], strict=True))
+            self.seen.append(rows)
+            return run_in(staging, rows, feeds)
+
+        monkeypatch.setattr(model, "run", watch)
+        monkeypatch.setattr(model, "run_in", watch_in)
+
+
+@pytest.mark.parametrize("stages", [True, False])
+def test_batches_of_every_size_are_run_the_largest_first(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, stages: bool
+) -> None:
+    model = workshop.unary("Neg", T.FLOAT, ["N", 4], max_batch_size=6)
+    if stages:
+        assert model.stage()
+    sizes = Sizes(model, monkeypatch)
+    warm_up(model, 8)
+    assert sizes.seen == [6, 5, 4, 3, 2, 1]
+
+
+def test_a_model_that_runs_alone_is_warmed_up_once(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = workshop.unary("Neg", T.FLOAT, [3, 4])
+    sizes = Sizes(model, monkeypatch)
+    warm_up(model, 8)
+    assert sizes.seen == [3]
+
+
+def test_a_size_that_cannot_run_ends_the_warming_up_and_is_told(
+    workshop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows in pairs only: five of them cannot be."""
+    nodes = [node("Reshape", ["x", "pairs"], ["p"]), node("Reshape", ["p", "rows"], ["y"])]
+    shapes = {"pairs": np.array([-1, 8], np.int64), "rows": np.array([-1, 4], np.int64)}
+    model = make(workshop, *nodes, constants=shapes, max_batch_size=6)
+    warm_up(model, 8)
+    [record] = [record for record in caplog.records if record.message == "model not warmed up"]
+    assert record.fields["rows"] == 5  # type: ignore[attr-defined]
