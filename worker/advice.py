@@ -173,8 +173,8 @@ def _large_weights(facts: Facts) -> Iterator[str]:
     file = facts.file
     if file.weight_bytes >= _WEIGHTS_LARGE:
         yield (
-            f"it has {amount(file.weight_bytes)} of weights, which workers share once they are prepared: 'penstock models "
-            "prepare' does that before the first start"
+            f"it has {amount(file.weight_bytes)} of weights, which workers share once they are prepared: "
+            "'penstock models prepare' does that before the first start"
         )
     if file.inline_bytes >= _FILE_LARGE:
         yield (

@@ -133,7 +133,7 @@ def test_inputs_and_outputs_stay_as_they_were(store: Store, workshop: Workshop) 
     content = workshop.build(
         nodes,
         {
-            "unused": (1, None),
+            "unused": (1, ["M"]),
             "s": (T.STRING, ["N", None]),
             "x": (1, ["batch", "seq", 64]),
             "given": (1, [64]),  # has a value, and may be given another
