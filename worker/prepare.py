@@ -190,10 +190,8 @@ def main() -> None:
     except OSError as error:
         _say(problem=_say_oserror(error))
     except MemoryError:
-        _say(problem=_TOO_MUCH)
-
-
-_TOO_MUCH: Final = f"it takes more memory than {_MEMORY_FACTOR} times its weights"
+        most = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        _say(problem=f"preparing it takes more than {most // 1_000_000} MB of memory")
 
 
 def _make(source: Path, folder: Path, nbytes: int) -> None:

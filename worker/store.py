@@ -54,6 +54,7 @@ log = logging.getLogger("penstock.worker")
 _PREPARE_LOCK: Final = "prepare.lock"
 _TEMPORARY: Final = "tmp-"
 _LOCK_SUFFIX: Final = ".lock"
+_NOT_USABLE: Final = "prepared model is not usable"
 _WAIT_MAX_S: Final = 3600.0  # for others who prepare
 _WAIT_TELL_S: Final = 3.0  # between two words on waiting
 _WAIT_ROUND_S: Final = 0.05  # between two looks whether a lock is free: waiting for one cannot be given up
@@ -106,7 +107,7 @@ class Store:
         if nbytes < self._min_bytes:
             return Weights(nbytes)
         try:
-            return self.open(path, name, lambda event, about: log.info(event, extra=fields(model=name, **about)))
+            return self.open(path, name, lambda event, about: _log(name, event, about))
         except StoreError as error:
             weights = Weights(nbytes)
             weights.give_up(name, str(error))
@@ -115,8 +116,8 @@ class Store:
     def open(self, path: Path, name: str, tell: Tell) -> Weights:
         """A model's entry, which is made where there is none, or none that can be believed. Raises StoreError."""
         try:
-            source = self.find(path)
             check_root(self.root)
+            source = self.find(path)
             entry = self.root / source.key
             lock = self._share(source.key, tell)
             try:
@@ -145,15 +146,15 @@ class Store:
         try:
             return check_entry(entry)
         except Unusable as error:
-            tell("prepared model is not usable", {"reason": str(error), "entry": entry.name[:12]})
+            tell(_NOT_USABLE, {"reason": str(error), "entry": entry.name[:12]})
             return None
 
     def _make(self, source: Source, name: str, lock: int, tell: Tell) -> Manifest:
         entry = self.root / source.key
         alone = _lock(self.root / _PREPARE_LOCK, fcntl.LOCK_EX, tell, "waiting while another model is prepared")
         try:
-            # Somebody else may have made it meanwhile.
-            found = self._find(entry, tell)
+            # Somebody else may have made it meanwhile; if not, it has been said why.
+            found = self._find(entry, lambda event, about: None)
             if found is not None:
                 return found
             self._sweep()
@@ -324,6 +325,11 @@ def _lock(path: Path, kind: int, tell: Tell, why: str, clock: Callable[[], float
             told = now
             tell(why, {"seconds": round(now - begin)})
         time.sleep(_WAIT_ROUND_S)
+
+
+def _log(name: str, event: str, about: Mapping[str, object]) -> None:
+    level = logging.WARNING if event == _NOT_USABLE else logging.INFO  # a disk that changes what it was given
+    log.log(level, event, extra=fields(model=name, **about))
 
 
 def _close(lock: int) -> None:

@@ -333,6 +333,7 @@ def test_what_is_not_as_it_was_made_is_made_again(store: Store, dense: Path, dam
     events: list[str] = []
     assert entry_of(open_(store, dense, events)) == entry
     assert events[0] == "prepared model is not usable"
+    assert events.count("prepared model is not usable") == 1
     assert events[-1] == "model prepared"
     assert run(entry / MODEL).tobytes() == run(dense).tobytes()
     check_entry(entry)
@@ -529,10 +530,13 @@ def test_read_only_disk_and_full_disk(tmp_path: Path, dense: Path, workshop: Wor
 
 
 def test_memory_of_preparing_is_bounded(store: Store, workshop: Workshop, take: Callable[..., Taker]) -> None:
+    """A limit of this test's own stands for the one that is reckoned from the weights: never more than is allowed."""
     path = workshop.save(build_dense(workshop, 5000))  # 100 MB
-    taker = take(path, "import resource; resource.setrlimit(resource.RLIMIT_DATA, (330 << 20, 330 << 20))")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (330 << 20, 330 << 20))"
+    show = "import logging; logging.basicConfig(format='%(message)s %(fields)s')"
+    taker = take(path, limit, show)
     assert taker.wait()[-1] == "private"
-    taker.end()
+    assert "preparing it takes more than 346 MB of memory" in taker.end()
     assert list(store.entries()) == []
 
 
