@@ -109,7 +109,7 @@ def test_every_process_works_under_the_system_call_filter_of_its_unit(
         for process in processes:
             assert process.process.poll() is None, process.errors
         try:
-            return urlopen(f"{url}/health/ready", timeout=10).status == 200
+            return bool(urlopen(f"{url}/health/ready", timeout=10).status == 200)
         except OSError:
             return False
 
@@ -139,3 +139,24 @@ def test_the_filter_is_one(units: Path) -> None:
     )
     assert shown.stdout.strip() == "1"
     assert "keyctl" not in confine.allowed((units / SERVICES[0]).read_text())
+
+
+# --- the watchdog ---
+
+
+@pytest.mark.parametrize("role", ["broker", "gateway", "worker"])
+def test_an_idle_process_without_peers_feeds_its_watchdog(tmp_path: Path, role: str) -> None:
+    """And says that it is ready, which waits for nobody."""
+    arguments = {"broker": [], "gateway": ["--http=127.0.0.1:0"], "worker": []}[role]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(30)
+        asked = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000"}
+        process = Process([role, f"--runtime-dir={tmp_path / 'run'}", *arguments], asked)
+        try:
+            said: list[bytes] = []
+            while said.count(b"WATCHDOG=1") < 4 or b"READY=1" not in said:
+                said.append(supervisor.recv(100))
+        finally:
+            assert process.end() == 0
+    assert set(said) <= {b"READY=1", b"WATCHDOG=1"}
