@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from penstock.wire.models import ModelSpec, TensorSpec
 from penstock.wire.tensors import ITEM_SIZES, element_count
 
 if TYPE_CHECKING:
+    from penstock.worker.model import Model
     from penstock.worker.repository import ModelFile
 
 
@@ -25,9 +27,20 @@ if TYPE_CHECKING:
 @options.workers
 @options.gateways
 @options.config_file
-def check(models: Path, workers: int, gateways: int, config: Path | None) -> None:
+@click.option("--verbose", is_flag=True, help="The report on each model of a repository, too.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1.0, 3600.0),
+    default=20.0,
+    show_default=True,
+    help="What the report on one model may take.",
+)
+def check(models: Path, workers: int, gateways: int, config: Path | None, verbose: bool, seconds: float) -> None:
     """Say what fits, and start nothing: a server's shared memory into that of this machine, and requests for MODELS (a
     repository or an .onnx file) into the shared memory.
+
+    Of a single .onnx file, and of each model with --verbose, it also reports what is in it, how fast it runs here in
+    batches of different sizes, what memory that takes, and what to change.
 
     Exit code 2, with a sentence each: too little memory, and models that cannot be served. What would be refused, or
     cost more than it need, is a warning.
@@ -41,7 +54,7 @@ def check(models: Path, workers: int, gateways: int, config: Path | None) -> Non
     _check_bodies(limits.gateway.body_bytes_max, arenas["gateway"])
     try:
         for file in find_models(models):
-            problems += _check_model(file, arenas)
+            problems += _check_model(file, arenas, seconds if verbose or file.path == models else 0.0)
     except RepositoryError as error:
         problems.append(str(error))
     for problem in problems:
@@ -92,18 +105,43 @@ def _check_bodies(body_bytes_max: int, room: int) -> None:
         )
 
 
-def _check_model(file: ModelFile, arenas: dict[str, int]) -> list[str]:
-    """Why a model cannot be served, if so."""
+def _check_model(file: ModelFile, arenas: dict[str, int], seconds: float) -> list[str]:
+    """Why a model cannot be served, if so. ``seconds``: for a report; 0: none."""
     from penstock.worker.model import LoadError
     from penstock.worker.probe import load_and_probe
 
     try:
-        model = load_and_probe(file)
+        model = load_and_probe(file, warm=False)
     except LoadError as error:
         return [str(error)]
     for line in _describe(model.spec, arenas["gateway"], arenas["worker"]):
         click.echo(line)
+    if seconds:
+        _report(file, model, seconds)
     return []
+
+
+def _report(file: ModelFile, model: Model, seconds: float) -> None:
+    from penstock.bin.report import gather, render
+    from penstock.worker.onnxfile import OnnxFileError
+
+    try:
+        facts = gather(file, model, seconds)
+    except OnnxFileError as error:  # it has been loaded, so it can be served all the same
+        click.echo(f"  no report: {error}")
+        return
+    columns = shutil.get_terminal_size().columns
+    for line in render(facts, columns, _shows_blocks(sys.stdout.encoding)):
+        click.echo(line)
+
+
+def _shows_blocks(encoding: str | None) -> bool:
+    """Whether a terminal shows more than ASCII, as far as its encoding tells."""
+    try:
+        "µ█▏".encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _describe(spec: ModelSpec, gateway: int, worker: int) -> Iterator[str]:

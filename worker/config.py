@@ -15,6 +15,7 @@ import msgspec.inspect
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s)")
 _MAX_DELAY_S: Final = 60.0
+MAX_BATCH_SIZE: Final = 4096  # rows
 
 T = TypeVar("T")
 
@@ -26,7 +27,9 @@ class ConfigError(Exception):
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The keys of a model.toml, with Triton's names. ``max_queue_delay``: text with a unit, such as "2ms"."""
 
-    max_batch_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None  # rows; None: DEFAULT_BATCH_SIZE
+    max_batch_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH_SIZE)] | None = (
+        None  # rows; None: DEFAULT_BATCH_SIZE
+    )
     max_queue_delay: str = "0ms"
     instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # batches of this model that run at once
     intra_op_threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1

@@ -45,7 +45,7 @@ _HINTS: Final = {
 }
 _ONNX_BFLOAT16: Final = 16  # TensorProto.DataType
 _SHAPES_MAX: Final = 1024  # of inputs, for which a model remembers the shapes of its outputs
-_LOG_FATAL_ONLY: Final = 4  # errors come as exceptions, which are told in our own words
+LOG_FATAL_ONLY: Final = 4  # errors come as exceptions, which are told in our own words
 
 # ONNX Runtime's own exceptions have no common base.
 ORT_ERRORS: Final[tuple[type[Exception], ...]] = tuple(
@@ -239,7 +239,7 @@ def load(path: Path, name: str, version: str, config: ModelConfig) -> Model:
     if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
         raise LoadError(f"{path} cannot be loaded: ONNX Runtime opens no path that is not UTF-8; rename it")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_FATAL_ONLY
+    options.log_severity_level = LOG_FATAL_ONLY
     options.intra_op_num_threads = config.intra_op_threads
     join_arena(options)
     # A thread that spins burns some 25 ms after each batch before it sleeps, which others need.

@@ -23,18 +23,20 @@ log = logging.getLogger("penstock.worker")
 
 _WARM_UP_MAX_S: Final = 60.0  # of one model
 # What symbolic dimensions other than the rows are tried with: many models take any, image models often want multiples.
-_SIZES: Final = (8, 32, 64, 224, 1, 3, 128, 512)
+SIZES: Final = (8, 32, 64, 224, 1, 3, 128, 512)
 _MAX_ELEMENTS: Final = 1 << 26  # of one input; larger ones are not tried
 _TOLERANCES: Final = {"FP16": 2e-2, "BF16": 5e-2}
 _TOLERANCE: Final = 1e-3
 
 
-def load_and_probe(file: ModelFile) -> Model:
-    """A model that can be served, and has run batches of every size. Raises LoadError."""
+def load_and_probe(file: ModelFile, warm: bool = True) -> Model:
+    """A model that can be served, and (with ``warm``) has run batches of every size. Raises LoadError."""
     if file.problem:
         raise LoadError(file.problem)
     model = load(file.path, file.name, file.version, file.config)
     size = probe(model)
+    if not warm:
+        return model
     model.stage()
     if size:
         warm_up(model, size)
@@ -45,12 +47,12 @@ def probe(model: Model) -> int:
     """Run the model, and have it run requests alone if it mixes rows or cannot be asked. Measures ``run_s``. Returns
     the size of symbolic dimensions that it takes; 0: none of those that were tried."""
     reasons: list[str] = []
-    for size in _SIZES:
+    for size in SIZES:
         try:
             if model.spec.batchable:
                 _compare_rows(model, size)
             _measure(model, size)
-        except _FAILURES as error:
+        except FAILURES as error:
             reasons.append(brief(error))
             if not _has_symbols(model):
                 break
@@ -72,12 +74,12 @@ def warm_up(model: Model, size: int) -> None:
     give_back()
     before = heap_bytes()
     try:
-        feeds = _sample(model, rows, size)
+        feeds = sample(model, rows, size)
         while rows and time.monotonic() - start < _WARM_UP_MAX_S:
             _run(model, rows, feeds)
             model.run_bytes = max(model.run_bytes, heap_bytes() - before)
             rows -= 1
-    except _FAILURES as error:
+    except FAILURES as error:
         log.warning("model not warmed up", extra=fields(model=model.spec.name, rows=rows, reason=brief(error)))
     else:
         if rows:
@@ -102,11 +104,12 @@ class _TooLarge(Exception):
     """Made-up inputs would take more memory than trying them is worth."""
 
 
-_FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, _TooLarge)
+# What making up inputs and running a model on them may raise.
+FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, _TooLarge)
 
 
 def _compare_rows(model: Model, size: int) -> None:
-    pair = _sample(model, 2, size)
+    pair = sample(model, 2, size)
     together = model.run(pair)
     for row in range(2):
         alone = model.run([array[row : row + 1] for array in pair])
@@ -121,7 +124,7 @@ def _compare_rows(model: Model, size: int) -> None:
 
 def _measure(model: Model, size: int) -> None:
     try:
-        feeds = _sample(model, model.spec.max_batch_size, size)
+        feeds = sample(model, model.spec.max_batch_size, size)
     except _TooLarge:
         return
     model.run(feeds)  # the first run of a shape also plans its memory
@@ -150,8 +153,9 @@ def _has_symbols(model: Model) -> bool:
     return any(not isinstance(dim, int) for dims in model.dims for dim in dims[first:])
 
 
-def _sample(model: Model, rows: int, size: int) -> list[Array]:
-    """Made-up inputs: random where any value will do, 0 and 1 where a number may be an index."""
+def sample(model: Model, rows: int, size: int) -> list[Array]:
+    """Made-up inputs: random where any value will do, 0 and 1 where a number may be an index. ``size``: of symbolic
+    dimensions other than the rows. Raises one of FAILURES."""
     random = np.random.default_rng(0)
     arrays = []
     for spec, dims in zip(model.spec.inputs, model.dims, strict=True):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto
 
 from penstock.bin import check as module
 from penstock.bin.cli import cli
+from tests.system.kinds import classifier
 from tests.system.models import dense, identity, lookup, two_inputs, write
+from tests.system.servers import PENSTOCK
 
 AVAILABLE = 1 << 30
 
@@ -188,3 +193,59 @@ def test_a_bad_configuration_is_refused_before_anything_is_told(tmp_path: Path) 
     shown = configured(tmp_path, "[gateway]\nnonsense = 1\n")
     assert (shown.exit_code, shown.stdout) == (2, "")
     assert "[gateway]: unknown key 'nonsense'" in shown.stderr
+
+
+# --- the report on a model ---
+
+
+def test_one_file_gets_a_report(tmp_path: Path) -> None:
+    onnx.save(dense(), tmp_path / "net.onnx")
+    shown = check(tmp_path / "net.onnx")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    lines = shown.stdout.splitlines()
+    assert lines[6].startswith("model net: 16 bytes in and 12 bytes out for each row")
+    assert lines[7] == "  file: opset 17, IR version 9; 1 node: 1 MatMul"
+    assert "  optimizer: of 1 node it makes 1" in lines
+    table = lines[lines.index("  measured here, on 1 thread:") + 1 :]
+    assert [line.split()[0] for line in table[:7]] == ["rows", "1", "2", "4", "8", "16", "32"]
+    assert table[7] == "  rows/s:"
+    assert lines[-1] == "  what to change: nothing that could be seen"
+
+
+def test_a_repository_gets_one_when_asked(repository: Path) -> None:
+    write(repository, "dense", dense(), config="max_batch_size = 2\n")
+    write(repository, "square", identity(TensorProto.DOUBLE, [2, 8]))
+    assert "optimizer" not in check(repository).stdout
+    shown = check(repository, "--verbose")
+    assert shown.exit_code == 0
+    assert shown.stdout.count("  optimizer: ") == 2
+    square = " ".join(shown.stdout.partition("model square")[2].split())
+    assert "each request runs by itself: the first dimension of input 'x' is fixed at 2" in square
+    assert "- the first dimension of input 'x' is fixed at 2, so every request runs by itself." in square
+    assert "'x', 'y' is float64" in square
+
+
+def test_a_file_that_cannot_be_served_gets_a_sentence_instead(tmp_path: Path) -> None:
+    onnx.save(classifier(zipmap=True), tmp_path / "net.onnx")
+    shown = check(tmp_path / "net.onnx")
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith(f"penstock: {tmp_path}/net.onnx cannot be served: output 'maps' is of type seq(map(")
+    assert shown.stderr.endswith("export it without ZipMap (options={'zipmap': False})\n")
+    assert "optimizer" not in shown.stdout
+
+
+def test_a_terminal_of_ascii_gets_ascii(tmp_path: Path) -> None:
+    onnx.save(dense(), tmp_path / "net.onnx")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "70"}
+    command = [*PENSTOCK, "check", str(tmp_path / "net.onnx")]
+    shown = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=True)
+    report = shown.stdout.decode("ascii").partition("model net")[2].splitlines()[1:]
+    assert any(line.startswith("    32 ####") for line in report)
+    assert max(map(len, report)) <= 70
+
+
+@pytest.mark.parametrize("seconds", ["0", "x", "4000"])
+def test_a_time_for_the_report_that_is_none(seconds: str) -> None:
+    shown = check(f"--seconds={seconds}")
+    assert shown.exit_code == 2
+    assert "--seconds" in shown.stderr.partition("Error: ")[2]
