@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import click
 
-from penstock.bin import broker, check, gateway, infer, models, up, worker
+from penstock.bin import broker, check, gateway, infer, models, systemd, up, worker
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -15,5 +15,9 @@ def cli() -> None:
     """An inference server for ONNX models on bare metal."""
 
 
-for command in (up.up, check.check, broker.broker, worker.worker, gateway.gateway, infer.infer, models.models):
+_COMMANDS = (
+    *(up.up, check.check, broker.broker, worker.worker, gateway.gateway),
+    *(infer.infer, models.models, systemd.systemd),
+)
+for command in _COMMANDS:
     cli.add_command(command)

@@ -43,7 +43,7 @@ from penstock.wire.messages import (
     Message,
     WorkerHello,
 )
-from penstock.wire.process import StopSignal, fields, measure, notify
+from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.sockets import Socket
 
 log = logging.getLogger("penstock.broker")
@@ -92,6 +92,7 @@ class BrokerProcess:
         self._poll.register(self._stop_signal.fileno(), select.POLLIN)
         self._core = Core(self._settings.options, secrets.randbits(63) | 1, time.monotonic())
         self._measure_at = 0.0
+        self._watchdog = Watchdog()
         log.info("broker started", extra=fields(runtime_dir=str(runtime.path), epoch=self._core.epoch))
 
     def _bind(self, address: str) -> Socket:
@@ -128,6 +129,7 @@ class BrokerProcess:
         else:
             self._sleep(until)
         self._obey(self._core.handle(Tick(), time.monotonic()))
+        self._watchdog.feed(time.monotonic())
 
     def _read(self) -> None:
         for heads, frames in self._callers.receive(2, _ROUND_MESSAGES):
@@ -140,7 +142,7 @@ class BrokerProcess:
         if now >= self._measure_at:
             self._measure_at = now + _MEASURE_S
             measure(self._core.meters)
-        wait_s = min(self._core.due(), until) - now
+        wait_s = min(self._core.due(), until, self._watchdog.due) - now
         for readable, happened in self._poll.poll(max(0.0, wait_s) * 1000):
             if readable == self._callers.fileno():
                 self._callers.pending = True

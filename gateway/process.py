@@ -22,7 +22,7 @@ from penstock.gateway.reports import Reports
 from penstock.wire.arena import Arena, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
-from penstock.wire.process import fields, measure, notify
+from penstock.wire.process import Watchdog, fields, measure, notify
 
 log = logging.getLogger("penstock.gateway")
 
@@ -157,11 +157,13 @@ class Coupling:
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
+        self._watchdog = Watchdog()
         loop.add_reader(self._link.fileno(), self.pump)
 
     def pump(self) -> None:
         """Handle what has come from the broker and the workers."""
         self._link.pump()
+        self._watchdog.feed(time.monotonic())
         if self._link.caller.models is not None:
             self.introduced.set()
         self._set_timer()
@@ -178,7 +180,7 @@ class Coupling:
 
     def _set_timer(self) -> None:
         """Be called when the link is due. A timer that is early costs one turn; one for each change would cost more."""
-        due = self._link.due()
+        due = min(self._link.due(), self._watchdog.due)
         if self._timer is not None and self._timer_at <= due:
             return
         if self._timer is not None:

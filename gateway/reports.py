@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from penstock.gateway.triton import triton_metrics
 from penstock.wire.messages import Metrics, Snapshot
 from penstock.wire.metrics import COUNTER, FAMILIES, GAUGE, Family, Sample
 
@@ -87,6 +88,7 @@ class _Collector(Collector):
         for family, about in FAMILIES.items():
             if family in samples:
                 yield _metric(family, about, samples[family])
+        yield from triton_metrics(sample for _, series in self._snapshots for sample in series)
 
 
 def _metric(family: str, about: Family, samples: Sequence[tuple[str, Sample]]) -> Metric:

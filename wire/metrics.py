@@ -57,6 +57,9 @@ FAMILIES: Final[dict[str, Family]] = {
         "worker",
         SECONDS,
     ),
+    "penstock_request_seconds": Family(
+        HISTOGRAM, "From a request's acceptance by the broker to the end of its batch", _MODEL, "worker", SECONDS
+    ),
     "penstock_compute_seconds": Family(HISTOGRAM, "How long a batch ran", _MODEL, "worker", SECONDS),
     "penstock_batch_rows": Family(HISTOGRAM, "Rows of a batch", _MODEL, "worker", ROWS),
     "penstock_model_run_bytes": Family(

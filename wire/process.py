@@ -8,8 +8,11 @@ import resource
 import signal
 import socket
 from types import FrameType
+from typing import Final
 
 from penstock.wire.metrics import Meters
+
+_FEEDINGS: Final = 3  # of a watchdog in the time after which it bites
 
 
 class StopSignal:
@@ -59,6 +62,24 @@ def notify(state: str) -> None:
             channel.send(state.encode())
         except OSError:
             return  # it has gone, and with it the interest
+
+
+class Watchdog:
+    """Tells systemd that the loop which does the work turns (sd_watchdog_enabled(3)); does nothing when nobody asked
+    for it. ``due``: when to ``feed`` it next, in the same clock."""
+
+    def __init__(self) -> None:
+        self.due = float("inf")
+        self._every_s = float("inf")
+        limit, whose = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+        if limit.isdecimal() and int(limit) and whose in ("", str(os.getpid())):
+            self._every_s = int(limit) * 1e-6 / _FEEDINGS
+            self.due = 0.0
+
+    def feed(self, now: float) -> None:
+        if now >= self.due:
+            self.due = now + self._every_s
+            notify("WATCHDOG=1")
 
 
 def fields(**values: object) -> dict[str, object]:

@@ -86,6 +86,7 @@ class _Series:
 
     def __init__(self, meters: Meters, key: ModelKey) -> None:
         self.queue_seconds = meters.histogram("penstock_queue_seconds", *key)
+        self.request_seconds = meters.histogram("penstock_request_seconds", *key)
         self.compute_seconds = meters.histogram("penstock_compute_seconds", *key)
         self.batch_rows = meters.histogram("penstock_batch_rows", *key)
         self.batches = {reason: meters.value("penstock_batches", *key, reason) for reason in BATCH_REASONS}
@@ -529,6 +530,7 @@ class Core:
             series = self._series[key] = _Series(self.meters, key)
         for waited_s, count in event.queue_s:
             series.queue_seconds.observe(waited_s, count)
+            series.request_seconds.observe(waited_s + event.compute_s, count)
         series.compute_seconds.observe(event.compute_s)
         series.batch_rows.observe(batch.rows)
         series.batches[batch.reason].value += 1

@@ -27,7 +27,7 @@ from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
-from penstock.wire.process import StopSignal, fields, measure, notify
+from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.slots import Slots
 from penstock.wire.sockets import Socket
 from penstock.worker.core import Core, Identity
@@ -136,6 +136,7 @@ class WorkerProcess:
         self._control: Any = None
         self._control_at = 0.0
         self._give_back = GiveBackRule()
+        self._watchdog = Watchdog()
         self.failures: list[str] = []  # a sentence for each model that could not be loaded
 
     def start(self) -> None:
@@ -222,11 +223,12 @@ class WorkerProcess:
             self._read()
         else:
             self._keep_control()
-            self._sleep(min(self._core.due(), until, self._control_at))
+            self._sleep(min(self._core.due(), until, self._control_at, self._watchdog.due))
         for executed in self._instances.take():
             self._hear(executed)
         if self._loader.changes:
             self._take_loaded()
+        self._watchdog.feed(time.monotonic())
         if time.monotonic() >= self._core.due():
             self._hear(Tick())
 

@@ -37,10 +37,13 @@ def wait_for(condition: Callable[[], Any], what: str, deadline_s: float = DEADLI
 class Process:
     """A ``penstock`` command. Its standard output can be waited for; its standard error is kept."""
 
-    def __init__(self, arguments: Sequence[str], environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, arguments: Sequence[str], environment: dict[str, str] | None = None, by: Sequence[str] = ()
+    ) -> None:
+        """``by``: a command that becomes the command after it."""
         self.arguments = list(arguments)
         self.process = subprocess.Popen(
-            [*PENSTOCK, *arguments],
+            [*by, *PENSTOCK, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from penstock.wire.metrics import Meters
-from penstock.wire.process import StopSignal, fields, measure, notify
+from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 
 
 @pytest.fixture
@@ -99,3 +99,41 @@ def test_a_process_measures_itself() -> None:
 
 def test_fields_of_a_log_line_keep_their_names() -> None:
     assert fields(model="m", name="x") == {"fields": {"model": "m", "name": "x"}}
+
+
+# --- the watchdog ---
+
+
+def test_a_watchdog_is_fed_three_times_before_it_bites(
+    monkeypatch: pytest.MonkeyPatch, supervisor: socket.socket, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    watchdog = Watchdog()
+    fed = []
+    for now in range(40):
+        watchdog.feed(float(now))
+        if select.select([supervisor], [], [], 0)[0]:
+            assert supervisor.recv(100) == b"WATCHDOG=1"
+            fed.append(now)
+            assert watchdog.due == now + 10
+    assert fed == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}],
+)
+def test_a_watchdog_that_nobody_asked_for_is_not_fed(
+    monkeypatch: pytest.MonkeyPatch, supervisor: socket.socket, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    watchdog = Watchdog()
+    watchdog.feed(1e9)
+    assert watchdog.due == float("inf")
+    assert not select.select([supervisor], [], [], 0)[0]

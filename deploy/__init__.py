@@ -1,0 +1,1 @@
+"""What puts Penstock on a server: files, and nothing to import."""

@@ -1,0 +1,100 @@
+"""Triton's names for what our own series say, so that its dashboards and alerts work here.
+
+https://github.com/triton-inference-server/server/blob/main/docs/user_guide/metrics.md has them. As there, durations are
+microseconds added up over requests: each request counts the whole of the batch that it was in. Left out is what is not
+measured apart here: the copying into and out of a batch, which is within ``compute_infer``, and what GPUs report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from prometheus_client.metrics_core import Metric
+
+from penstock.wire import errors
+from penstock.wire.metrics import FAMILIES, HISTOGRAM, Sample
+
+_REASONS: Final = {
+    errors.MODEL_FAILED: "BACKEND",
+    errors.INTERNAL: "BACKEND",
+    errors.CANCELLED: "CANCELED",
+    errors.OVERLOADED: "REJECTED",
+    errors.DRAINING: "REJECTED",
+    errors.UNAVAILABLE: "REJECTED",
+    errors.DEADLINE: "REJECTED",
+}
+_OTHER: Final = "OTHER"
+_US: Final = 1e6
+
+_HELP: Final = {
+    "nv_inference_request_success": "Requests that a model has answered",
+    "nv_inference_request_failure": "Requests that have failed, by Triton's reasons",
+    "nv_inference_count": "Rows that have run",
+    "nv_inference_exec_count": "Batches that have run",
+    "nv_inference_pending_request_count": "Requests that wait in the broker",
+    "nv_inference_request_duration_us": "From a request's acceptance to the end of its batch, of all requests",
+    "nv_inference_queue_duration_us": "From a request's acceptance to the start of its batch, of all requests",
+    "nv_inference_compute_infer_duration_us": "From the start of its batch to its end, of all requests",
+}
+
+_Labels = tuple[str, ...]
+_Sums = dict[_Labels, float]
+
+
+def triton_metrics(samples: Iterable[Sample]) -> Iterator[Metric]:
+    """From the samples of all processes."""
+    told = _Told(samples)
+    ran, failed = told.sums("penstock_request_seconds", count=True), told.failures()
+    total, queued = told.sums("penstock_request_seconds"), told.sums("penstock_queue_seconds")
+    broken: _Sums = {}  # those that have run, and failed
+    for (model, version, reason), value in failed.items():
+        if reason == "BACKEND":
+            broken[model, version] = value
+    values: Mapping[str, _Sums] = {
+        "nv_inference_request_success": {key: max(0.0, value - broken.get(key, 0.0)) for key, value in ran.items()},
+        "nv_inference_request_failure": failed,
+        "nv_inference_count": told.sums("penstock_batch_rows"),
+        "nv_inference_exec_count": told.sums("penstock_batch_rows", count=True),
+        "nv_inference_pending_request_count": told.sums("penstock_queue_requests"),
+        "nv_inference_request_duration_us": {key: value * _US for key, value in total.items()},
+        "nv_inference_queue_duration_us": {key: value * _US for key, value in queued.items()},
+        "nv_inference_compute_infer_duration_us": {
+            key: max(0.0, value - queued.get(key, 0.0)) * _US for key, value in total.items()
+        },
+    }
+    for name, sums in values.items():
+        if sums:
+            # "counter" would have the library add _total to the name, which Triton's do not have.
+            metric = Metric(name, _HELP[name], "unknown")
+            for labels, value in sorted(sums.items()):
+                metric.add_sample(name, dict(zip(("model", "version", "reason"), labels, strict=False)), value)
+            yield metric
+
+
+class _Told:
+    """Samples by family."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._samples: dict[str, list[Sample]] = {}
+        for sample in samples:
+            self._samples.setdefault(sample.family, []).append(sample)
+
+    def sums(self, family: str, count: bool = False) -> _Sums:
+        """By model and version, over all processes. Of a histogram the sum of what was observed, or how many were."""
+        found: _Sums = {}
+        for sample in self._samples.get(family, ()):
+            value = sample.value
+            if isinstance(value, tuple):
+                assert FAMILIES[family].kind == HISTOGRAM
+                value = sum(value[:-1]) if count else value[-1]
+            found[sample.labels] = found.get(sample.labels, 0.0) + value
+        return found
+
+    def failures(self) -> _Sums:
+        """By model, version and Triton's reason."""
+        found: _Sums = {}
+        for (model, version, reason), value in self.sums("penstock_request_failures").items():
+            key = model, version, _REASONS.get(reason, _OTHER)
+            found[key] = found.get(key, 0.0) + value
+        return found

@@ -1,0 +1,63 @@
+"""Triton's names for our series."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.gateway.triton import triton_metrics
+from penstock.wire.errors import BAD_INPUT, CANCELLED, MODEL_FAILED, OVERLOADED
+from penstock.wire.metrics import Meters, Sample
+
+KEY = ("m", "1")
+
+
+def told(*processes: Meters) -> dict[tuple[str, ...], float]:
+    """Values by name and labels."""
+    samples: list[Sample] = [sample for each in processes for sample in each.samples()]
+    found: dict[tuple[str, ...], float] = {}
+    for metric in triton_metrics(samples):
+        assert metric.documentation
+        for sample in metric.samples:
+            assert list(sample.labels) == ["model", "version", "reason"][: len(sample.labels)]
+            found[sample.name, *sample.labels.values()] = sample.value
+    return found
+
+
+def worker(queue_s: float, compute_s: float, requests: int, rows: int, failed: int = 0) -> Meters:
+    """After one batch."""
+    meters = Meters()
+    meters.histogram("penstock_queue_seconds", *KEY).observe(queue_s, requests)
+    meters.histogram("penstock_request_seconds", *KEY).observe(queue_s + compute_s, requests)
+    meters.histogram("penstock_batch_rows", *KEY).observe(rows)
+    if failed:
+        meters.value("penstock_request_failures", *KEY, MODEL_FAILED).value = failed
+    return meters
+
+
+def test_workers_are_added_up_and_each_request_counts_its_whole_batch() -> None:
+    values = told(worker(0.002, 0.010, 3, 6), worker(0.001, 0.020, 2, 2, failed=1))
+    assert values["nv_inference_request_success", *KEY] == 4
+    assert values["nv_inference_request_failure", *KEY, "BACKEND"] == 1
+    assert values["nv_inference_count", *KEY] == 8
+    assert values["nv_inference_exec_count", *KEY] == 2
+    assert values["nv_inference_queue_duration_us", *KEY] == pytest.approx(3 * 2000 + 2 * 1000)
+    assert values["nv_inference_compute_infer_duration_us", *KEY] == pytest.approx(3 * 10_000 + 2 * 20_000)
+    assert values["nv_inference_request_duration_us", *KEY] == pytest.approx(3 * 12_000 + 2 * 21_000)
+
+
+def test_what_waits_is_pending() -> None:
+    broker = Meters()
+    broker.value("penstock_queue_requests", *KEY).value = 7
+    assert told(broker) == {("nv_inference_pending_request_count", *KEY): 7}
+
+
+def test_reasons_are_those_that_triton_knows() -> None:
+    meters = Meters()
+    for reason, count in ((OVERLOADED, 1), (CANCELLED, 2), (BAD_INPUT, 4), ("deadline", 8)):
+        meters.value("penstock_request_failures", *KEY, reason).value = count
+    name = "nv_inference_request_failure"
+    assert told(meters) == {(name, *KEY, "REJECTED"): 9, (name, *KEY, "CANCELED"): 2, (name, *KEY, "OTHER"): 4}
+
+
+def test_nothing_is_said_of_what_has_not_been_measured() -> None:
+    assert told(Meters()) == {}
