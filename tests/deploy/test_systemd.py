@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from penstock.bin.systemd import command, render
-from tests.deploy import confine
+from tests.deploy import boot, confine
 from tests.system.servers import Process, wait_for
 
 EXPOSURE_MAX = 1.8
@@ -160,3 +161,31 @@ def test_an_idle_process_without_peers_feeds_its_watchdog(tmp_path: Path, role: 
         finally:
             assert process.end() == 0
     assert set(said) <= {b"READY=1", b"WATCHDOG=1"}
+
+
+# --- under a real systemd ---
+
+
+def why_no_manager() -> str:
+    """Why a user's manager cannot be had here, or ""."""
+    if not boot.MANAGER.exists():
+        return "needs the Debian package systemd"
+    if os.geteuid() != 0:
+        return "needs root, for a /run of its own"
+    tried = subprocess.run(
+        ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/run"], capture_output=True, check=False
+    )
+    return "" if tried.returncode == 0 else "may not mount anything here"
+
+
+@pytest.mark.skipif(bool(why_no_manager()), reason=why_no_manager())
+def test_systemd_starts_watches_and_stops_them(tmp_path: Path) -> None:
+    """Also after a kill -9, and after a hang that only the watchdog sees; one gateway stands in for the other."""
+    command = ["unshare", "--mount", "--propagation", "private", sys.executable, boot.__file__, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
+    manager = tmp_path / "manager.log"
+    assert ended.returncode == 0, ended.stderr + (manager.read_text() if manager.exists() else "")
+    told = json.loads(ended.stdout)
+    assert set(told.pop("active").values()) == {"active"}
+    assert set(told.pop("results").values()) == {"success"}
+    assert told == {"answer": 7, "after a kill": 7, "after a hang": 7, "with one gateway": 7, "left": []}
