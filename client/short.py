@@ -46,7 +46,7 @@ _RESULTS: Final = Results.TAG
 _TYPES: Final = (
     *(int, int, int, tuple, bytes, tuple, bytes),
     *(int, int, bytes, int, tuple, tuple),
-    *(int, int, str, int),
+    *(int, int, str, int, int),
     int,
 )
 
@@ -164,7 +164,7 @@ class Short:
             (group,) = groups
             status, nbytes, body, queue_us, ids, places = group
             (number,) = ids
-            serial, rows, reason, compute_us = batch
+            serial, rows, reason, compute_us, model_us = batch
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException):
             return False
         if not (
@@ -178,7 +178,7 @@ class Short:
             and len(body) <= MAX_BODY_BYTES
             and 0 <= rows <= _ROWS_MAX
             and reason in BATCH_REASONS
-            and min(epoch, queue_us, number, serial, compute_us) >= 0
+            and min(epoch, queue_us, number, serial, compute_us, model_us) >= 0
         ):
             return False
         call = self._caller.finish(number, time.monotonic())

@@ -147,7 +147,8 @@ class Batch(NamedTuple):
     serial: int
     rows: int
     reason: str
-    compute_us: int
+    compute_us: int  # from its start to its end
+    model_us: int  # of that, in the model itself
 
 
 class Refusal(NamedTuple):
@@ -608,7 +609,7 @@ class Results(Carrier):
     CHECKS = (
         sequence(_answers, MAX_REQUESTS),
         _peer,
-        record(Batch, _u64, integer(0, 1 << 32), one_of(BATCH_REASONS), _u64),
+        record(Batch, _u64, integer(0, 1 << 32), one_of(BATCH_REASONS), _u64, _u64),
         _blob,
     )
 

@@ -51,7 +51,7 @@ from penstock.worker.model import Model
 from penstock.worker.plan import Plan
 
 _PLANS_MAX: Final = 4096
-_NO_BATCH: Final = BatchInfo(0, 0, "alone", 0)
+_NO_BATCH: Final = BatchInfo(0, 0, "alone", 0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,111 +68,167 @@ class Executed:
 def execute(model: Model, batch: Batch, slots: Slots | None = None) -> Executed:
     """Run a batch. ``slots``: where large outputs go while there is room. Never raises for what a request or the model
     does: a batch that fails is run again one by one, so that only those that fail alone are told so."""
-    start, cpu_start = time.monotonic(), time.thread_time()
-    publications: dict[bytes, Publication] = {}
+    cpu_start = time.thread_time()
+    running = _Running(model, slots)
     try:
-        _run(model, batch.lots, start, publications, slots)
+        running.run(batch.lots)
     except _FAILURES as error:
-        for publication in publications.values():
+        for publication in running.publications.values():
             publication.give_back()
-        publications.clear()
-        _run_one_by_one(model, batch.lots, start, error, publications, slots)
-    took = time.monotonic() - start
-    info = BatchInfo(batch.serial, batch.rows, batch.reason, int(took * 1e6))
-    queue_s = [(_queue_us(lot, start) * 1e-6, len(lot.ids)) for lot in batch.lots]
-    return Executed(model, batch, info, publications, queue_s, took, time.thread_time() - cpu_start)
+        running.publications.clear()
+        running.run_one_by_one(batch.lots, error)
+    took = time.monotonic() - running.start
+    info = BatchInfo(batch.serial, batch.rows, batch.reason, int(took * 1e6), int(running.model_s * 1e6))
+    queue_s = [(_queue_us(lot, running.start) * 1e-6, len(lot.ids)) for lot in batch.lots]
+    return Executed(model, batch, info, running.publications, queue_s, took, time.thread_time() - cpu_start)
 
 
 def _queue_us(lot: Lot, start: float) -> int:
     return lot.waited_us + int((start - lot.arrived) * 1e6)
 
 
-def _run(
-    model: Model, lots: Sequence[Lot], start: float, publications: dict[bytes, Publication], slots: Slots | None
-) -> None:
-    with model.staging() as staging:
-        _run_in(staging, model, lots, start, publications, slots)
+class _Running:
+    """A batch that is run, from ``start`` on. ``publications``: what its callers get, as far as it has come.
+    ``model_s``: how long the model itself ran."""
 
+    def __init__(self, model: Model, slots: Slots | None) -> None:
+        self.start = time.monotonic()
+        self.publications: dict[bytes, Publication] = {}
+        self.model_s = 0.0
+        self._model = model
+        self._slots = slots
 
-def _run_in(
-    staging: Staging | None,
-    model: Model,
-    lots: Sequence[Lot],
-    start: float,
-    publications: dict[bytes, Publication],
-    slots: Slots | None,
-) -> None:
-    """``staging``: where it runs, if there is memory for it already."""
-    rows = sum([lot.rows for lot in lots])
-    count = rows if model.spec.batchable else 1
-    places: Sequence[Array | None] = staging.inputs[count] if staging is not None else [None] * len(model.spec.inputs)
-    feeds = [_gather(model, lots, at, rows, place) for at, place in enumerate(places)]
-    if slots is not None and _run_placed(model, lots, rows, feeds, start, publications, slots, staging):
-        return
-    outputs = model.run(feeds) if staging is None else model.run_in(staging, count, feeds)
-    if len(lots) == 1 and len(lots[0].ids) == 1:
-        _answer(lots[0], outputs, start, publications, slots)
-        return
-    for spec, output in zip(model.spec.outputs, outputs, strict=True):
-        if output.shape[:1] != (rows,):
-            raise PenstockError(MODEL_FAILED, f"output '{spec.name}' has no row for each of {rows} rows")
-    if len(lots) == 1:
-        _answer(lots[0], outputs, start, publications, slots)
-        return
-    at = 0
-    for lot in lots:
-        end = at + lot.rows
-        _answer(lot, [output[at:end] for output in outputs], start, publications, slots)
-        at = end
+    def run(self, lots: Sequence[Lot]) -> None:
+        """All of them together. Raises one of _FAILURES; then some may have their answers nevertheless."""
+        with self._model.staging() as staging:
+            self._run_in(staging, lots)
 
-
-def _run_placed(
-    model: Model,
-    lots: Sequence[Lot],
-    rows: int,
-    feeds: Sequence[Array],
-    start: float,
-    publications: dict[bytes, Publication],
-    slots: Slots,
-    staging: Staging | None,
-) -> bool:
-    """Have the model write its outputs where callers read them, when it is known how large they will be, and worth it.
-    False: they are not there, for whatever reason."""
-    wanted = lots[0].plan.outputs
-    shapes, nbytes = model.foresee(feeds, wanted)
-    if nbytes < PLACED_MIN_BYTES:
-        return False
-    requests = sum([len(lot.ids) for lot in lots])
-    if nbytes < PLACED_MIN_BYTES * requests or not any(lot.reads for lot in lots):
-        return False
-    # Each request's outputs lie side by side; those of a batch lie so only if there is one.
-    if (len(wanted) > 1 and requests > 1) or any(lot.plan.outputs != wanted for lot in lots):
-        return False
-    slot = slots.take(nbytes)
-    if slot is None:
-        return False
-    try:
-        if not model.run_into(feeds, shapes, slots.address + slot.place, staging, rows if model.spec.batchable else 1):
-            return False
-        begin = 0
+    def run_one_by_one(self, lots: Sequence[Lot], error: Exception) -> None:
+        """``error`` is what all of them together gave."""
+        alone = len(lots) == 1 and len(lots[0].ids) == 1
         for lot in lots:
-            rows = lot.plan.rows
-            own = tuple([shape if requests == 1 else (rows, *shape[1:]) for shape in shapes.values()])
-            nbytes, body = lot.plan.describe(own)
-            end = begin + nbytes * len(lot.ids)
-            into = publications.setdefault(lot.caller, Publication())
-            queue_us = _queue_us(lot, start)
-            if lot.reads and nbytes >= PLACED_MIN_BYTES:
-                places = tuple(range(slot.place + begin, slot.place + end, nbytes))
+            for at, number in enumerate(lot.ids):
+                own: Exception | None = error if alone else None
+                if not alone:
+                    try:
+                        self.run([_one_of(lot, at)])
+                    except _FAILURES as failure:
+                        own = failure
+                if own is not None:
+                    self._fail(lot, number, own)
+
+    def _fail(self, lot: Lot, number: int, error: Exception) -> None:
+        if not isinstance(error, PenstockError):
+            name = self._model.spec.name
+            error = PenstockError(MODEL_FAILED, f"model '{name}' failed on this input: {brief(error)}")
+        publication = self._publication(lot)
+        publication.groups.append(failure_answers(error, _queue_us(lot, self.start), (number,)))
+        publication.failed.append(error.code)
+
+    def _publication(self, lot: Lot) -> Publication:
+        return self.publications.setdefault(lot.caller, Publication())
+
+    def _run_in(self, staging: Staging | None, lots: Sequence[Lot]) -> None:
+        """``staging``: where it runs, if there is memory for it already."""
+        model = self._model
+        rows = sum([lot.rows for lot in lots])
+        count = rows if model.spec.batchable else 1
+        places: Sequence[Array | None] = (
+            staging.inputs[count] if staging is not None else [None] * len(model.spec.inputs)
+        )
+        feeds = [_gather(model, lots, at, rows, place) for at, place in enumerate(places)]
+        if self._slots is not None and self._run_placed(staging, lots, count, feeds, self._slots):
+            return
+        begin = time.monotonic()
+        outputs = model.run(feeds) if staging is None else model.run_in(staging, count, feeds)
+        self.model_s += time.monotonic() - begin
+        if len(lots) == 1 and len(lots[0].ids) == 1:
+            self._answer(lots[0], outputs)
+            return
+        for spec, output in zip(model.spec.outputs, outputs, strict=True):
+            if output.shape[:1] != (rows,):
+                raise PenstockError(MODEL_FAILED, f"output '{spec.name}' has no row for each of {rows} rows")
+        if len(lots) == 1:
+            self._answer(lots[0], outputs)
+            return
+        at = 0
+        for lot in lots:
+            end = at + lot.rows
+            self._answer(lot, [output[at:end] for output in outputs])
+            at = end
+
+    def _run_placed(
+        self, staging: Staging | None, lots: Sequence[Lot], count: int, feeds: Sequence[Array], slots: Slots
+    ) -> bool:
+        """Have the model write its outputs where callers read them, when it is known how large they will be, and worth
+        it. False: they are not there, for whatever reason."""
+        wanted = lots[0].plan.outputs
+        shapes, nbytes = self._model.foresee(feeds, wanted)
+        if nbytes < PLACED_MIN_BYTES:
+            return False
+        requests = sum([len(lot.ids) for lot in lots])
+        if nbytes < PLACED_MIN_BYTES * requests or not any(lot.reads for lot in lots):
+            return False
+        # Each request's outputs lie side by side; those of a batch lie so only if there is one.
+        if (len(wanted) > 1 and requests > 1) or any(lot.plan.outputs != wanted for lot in lots):
+            return False
+        slot = slots.take(nbytes)
+        if slot is None:
+            return False
+        try:
+            start = time.monotonic()
+            ran = self._model.run_into(feeds, shapes, slots.address + slot.place, staging, count)
+            self.model_s += time.monotonic() - start
+            if not ran:
+                return False
+            begin = 0
+            for lot in lots:
+                rows = lot.plan.rows
+                own = tuple([shape if requests == 1 else (rows, *shape[1:]) for shape in shapes.values()])
+                nbytes, body = lot.plan.describe(own)
+                end = begin + nbytes * len(lot.ids)
+                into = self._publication(lot)
+                queue_us = _queue_us(lot, self.start)
+                if lot.reads and nbytes >= PLACED_MIN_BYTES:
+                    places = tuple(range(slot.place + begin, slot.place + end, nbytes))
+                    into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, places))
+                    into.slots.append(slot.share())
+                else:
+                    into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids))
+                    _send(into, memoryview(bytes(slot.view[begin:end])), nbytes)
+                begin = end
+            return True
+        finally:
+            slot.give_back()
+
+    def _answer(self, lot: Lot, outputs: Sequence[Array]) -> None:
+        """Put the outputs of a lot's rows into its caller's answers."""
+        plan, count = lot.plan, len(lot.ids)
+        into = self._publication(lot)
+        wanted = [outputs[at] for at in plan.outputs]
+        if plan.answers_strings:
+            for at, number in enumerate(lot.ids):
+                part = wanted if count == 1 else [output[at * plan.rows : (at + 1) * plan.rows] for output in wanted]
+                _answer_strings(plan, number, part, _queue_us(lot, self.start), into)
+            return
+        shapes = tuple([(plan.rows, *output.shape[1:]) if count > 1 else output.shape for output in wanted])
+        nbytes, body = plan.describe(shapes)
+        queue_us = _queue_us(lot, self.start)
+        if lot.reads and self._slots is not None and nbytes >= PLACED_MIN_BYTES:
+            slot = self._slots.take(nbytes * count)
+            if slot is not None:
+                _fill(slot, wanted, count)
+                places = tuple(range(slot.place, slot.place + nbytes * count, nbytes))
                 into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, places))
-                into.slots.append(slot.share())
-            else:
-                into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids))
-                _send(into, memoryview(bytes(slot.view[begin:end])), nbytes)
-            begin = end
-        return True
-    finally:
-        slot.give_back()
+                into.slots.append(slot)
+                return
+        into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids))
+        if len(wanted) == 1 and nbytes <= INLINE_MAX_BYTES:
+            into.inline.append(wanted[0].tobytes())
+            return
+        blocks = [_rows_of(output, count) for output in wanted]
+        block = np.concatenate(blocks, axis=1)  # a copy even of one: where a batch ran, the next one will
+        _send(into, block.reshape(-1).data, nbytes)
 
 
 def _send(into: Publication, block: memoryview, nbytes: int) -> None:
@@ -181,33 +237,6 @@ def _send(into: Publication, block: memoryview, nbytes: int) -> None:
         into.inline.append(bytes(block))
     else:
         into.frames += [block[at : at + nbytes] for at in range(0, len(block), nbytes)]
-
-
-def _run_one_by_one(
-    model: Model,
-    lots: Sequence[Lot],
-    start: float,
-    error: Exception,
-    publications: dict[bytes, Publication],
-    slots: Slots | None,
-) -> None:
-    """``error`` is what all of them together gave."""
-    alone = len(lots) == 1 and len(lots[0].ids) == 1
-    for lot in lots:
-        for at, number in enumerate(lot.ids):
-            one = _one_of(lot, at)
-            own: Exception | None = error if alone else None
-            if not alone:
-                try:
-                    _run(model, [one], start, publications, slots)
-                except _FAILURES as failure:
-                    own = failure
-            if own is not None:
-                publication = publications.setdefault(lot.caller, Publication())
-                if not isinstance(own, PenstockError):
-                    own = PenstockError(MODEL_FAILED, f"model '{model.spec.name}' failed on this input: {brief(own)}")
-                publication.groups.append(failure_answers(own, _queue_us(lot, start), (number,)))
-                publication.failed.append(own.code)
 
 
 def _one_of(lot: Lot, at: int) -> Lot:
@@ -300,44 +329,6 @@ def _gather_strings(lots: Sequence[Lot], at: int) -> Array:
             part[:] = texts
             parts.append(part.reshape(shape))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _answer(
-    lot: Lot,
-    outputs: Sequence[Array],
-    start: float,
-    publications: dict[bytes, Publication],
-    slots: Slots | None,
-) -> None:
-    """Put the outputs of a lot's rows into its caller's answers."""
-    plan, count = lot.plan, len(lot.ids)
-    into = publications.get(lot.caller)
-    if into is None:
-        into = publications[lot.caller] = Publication()
-    wanted = [outputs[at] for at in plan.outputs]
-    if plan.answers_strings:
-        for at, number in enumerate(lot.ids):
-            part = wanted if count == 1 else [output[at * plan.rows : (at + 1) * plan.rows] for output in wanted]
-            _answer_strings(plan, number, part, _queue_us(lot, start), into)
-        return
-    shapes = tuple([(plan.rows, *output.shape[1:]) if count > 1 else output.shape for output in wanted])
-    nbytes, body = plan.describe(shapes)
-    queue_us = _queue_us(lot, start)
-    if lot.reads and slots is not None and nbytes >= PLACED_MIN_BYTES:
-        slot = slots.take(nbytes * count)
-        if slot is not None:
-            _fill(slot, wanted, count)
-            places = tuple(range(slot.place, slot.place + nbytes * count, nbytes))
-            into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, places))
-            into.slots.append(slot)
-            return
-    into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids))
-    if len(wanted) == 1 and nbytes <= INLINE_MAX_BYTES:
-        into.inline.append(wanted[0].tobytes())
-        return
-    blocks = [_rows_of(output, count) for output in wanted]
-    block = np.concatenate(blocks, axis=1)  # a copy even of one: where a batch ran, the next one will
-    _send(into, block.reshape(-1).data, nbytes)
 
 
 def _rows_of(output: Array, count: int) -> Array:

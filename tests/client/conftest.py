@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tests.client.serving import Server
 
 WORKER = b"a worker"
-BATCH = Batch(serial=5, rows=3, reason="idle", compute_us=700)
+BATCH = Batch(serial=5, rows=3, reason="idle", compute_us=700, model_us=600)
 
 
 class End:

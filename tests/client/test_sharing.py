@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 LARGE = INLINE_MAX_BYTES + 1
 WORKER, OTHER = b"a worker", b"another."
-BATCH = BatchInfo(serial=5, rows=3, reason="idle", compute_us=700)
+BATCH = BatchInfo(serial=5, rows=3, reason="idle", compute_us=700, model_us=600)
 
 
 class Silent:

@@ -168,7 +168,7 @@ def test_what_waits_to_be_said_goes_first() -> None:
 
 # --- what is heard ---
 
-plain: list[Any] = [1, 32, EPOCH, [[0, 16, OUTCOME, 55, [2], []]], WORKER, [7, 1, "idle", 44], bytes(range(16))]
+plain: list[Any] = [1, 32, EPOCH, [[0, 16, OUTCOME, 55, [2], []]], WORKER, [7, 1, "idle", 44, 40], bytes(range(16))]
 odd = st.one_of(
     st.none(),
     st.booleans(),
@@ -247,7 +247,7 @@ def test_garbage_is_left_to_the_general_way(head: bytes) -> None:
 
 def test_plain_message_is_what_workers_send() -> None:
     message = Results(
-        EPOCH, [Answers(0, 16, OUTCOME, 55, (2,))], WORKER, Batch(7, 1, "idle", 44), blob=bytes(range(16))
+        EPOCH, [Answers(0, 16, OUTCOME, 55, (2,))], WORKER, Batch(7, 1, "idle", 44, 40), blob=bytes(range(16))
     )
     assert msgpack.unpackb(pack(message)) == plain
 

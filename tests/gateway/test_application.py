@@ -152,7 +152,7 @@ class Desk:
         """The result of a request, as it would come over the wire."""
         answers = Answers(status, len(payload), body or pack_outcome(outcome), 7, (number,))
         large = len(payload) > INLINE_MAX_BYTES
-        batch = Batch(1, 1, "idle", 10)
+        batch = Batch(1, 1, "idle", 10, 5)
         message = Results(EPOCH, [answers], b"worker 0", batch, blob=b"" if large else payload)
         back = unpack(pack(message), [memoryview(payload)] if large else [], ON_PUBLICATION)
         assert isinstance(back, Results)
@@ -1000,7 +1000,7 @@ def place(desk: Desk, number: int) -> None:
     """The result of a request, where it lies."""
     body = pack_outcome(Outcome("double", "1", (Tensor("y", "FP32", (1, 2), 0, 8),)))
     answers = Answers(COMPLETE, 8, body, 7, (number,), (8,))
-    message = unpack(pack(Results(EPOCH, [answers], b"worker 0", Batch(1, 1, "idle", 10))), (), ON_PUBLICATION)
+    message = unpack(pack(Results(EPOCH, [answers], b"worker 0", Batch(1, 1, "idle", 10, 5))), (), ON_PUBLICATION)
     assert isinstance(message, Results)
     desk.hear(FromWorker(message))
 
@@ -1045,7 +1045,7 @@ def test_an_answer_that_cannot_be_rendered_is_acknowledged(sharing: Desk) -> Non
     exchange = sharing.infer()
     sharing.sent()
     answers = Answers(COMPLETE, 8, b"\xc1", 7, (1,), (8,))
-    message = unpack(pack(Results(EPOCH, [answers], b"worker 0", Batch(1, 1, "idle", 10))), (), ON_PUBLICATION)
+    message = unpack(pack(Results(EPOCH, [answers], b"worker 0", Batch(1, 1, "idle", 10, 5))), (), ON_PUBLICATION)
     assert isinstance(message, Results)
     sharing.hear(FromWorker(message))
     assert said(exchange).status == 500

@@ -133,7 +133,7 @@ def answers(draw: st.DrawFn) -> Answers:
 finished = st.builds(Finished, peers, st.integers(1, 1 << 16), u64, ids)
 freed = few(st.builds(Freed, peers, id_ranges))
 refusals = st.builds(Refusal, u64, st.sampled_from(sorted(CODES)), names, u32)
-batches = st.builds(Batch, u64, u32, st.sampled_from(sorted(BATCH_REASONS)), u64)
+batches = st.builds(Batch, u64, u32, st.sampled_from(sorted(BATCH_REASONS)), u64, u64)
 snapshots = st.builds(Snapshot, names, few(samples()))
 
 

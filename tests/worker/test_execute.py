@@ -503,6 +503,7 @@ def test_times_of_a_batch_are_told(requests: Requests, double: Model) -> None:
     assert executed.cpu_s >= 0
     assert 0 < executed.compute_s < 30
     assert executed.info.compute_us == int(executed.compute_s * 1e6)
+    assert 0 < executed.info.model_us <= executed.info.compute_us
 
 
 # --- whatever is asked ---

@@ -22,9 +22,20 @@ from penstock.worker import onnxfile
 from penstock.worker.onnxfile import OnnxFile, OnnxFileError, Port, read_onnx
 
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
-BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4} | {
-    getattr(TensorProto, name): bits
-    for name, bits in {"FLOAT": 32, "INT64": 64, "UINT8": 8, "BOOL": 8, "FLOAT16": 16, "DOUBLE": 64}.items()
+# A bit that is flipped makes any type of any other.
+BITS = {
+    number: bits
+    for name, number in TensorProto.DataType.items()
+    for bits, names in {
+        2: "UINT2 INT2",
+        4: "UINT4 INT4 FLOAT4E2M1",
+        8: "UINT8 INT8 BOOL FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ FLOAT8E8M0",
+        16: "UINT16 INT16 FLOAT16 BFLOAT16",
+        32: "UINT32 INT32 FLOAT",
+        64: "UINT64 INT64 DOUBLE COMPLEX64",
+        128: "COMPLEX128",
+    }.items()
+    if name in names.split()
 }
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6)
 
