@@ -3,8 +3,10 @@ told to. Says how many answers have come while it runs, and then what was measur
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
+import os
 import pickle
 import resource
 import signal
@@ -25,6 +27,8 @@ _SAY_S: Final = 0.25
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for whoever started this, who ends it
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # a connection is a file
     job = pickle.load(sys.stdin.buffer)
     assert isinstance(job, Job)
     try:
@@ -37,10 +41,18 @@ def main() -> None:
 
 
 async def _over_http(job: Job) -> None:
+    asyncio.get_running_loop().set_exception_handler(_fail)
     load = HttpLoad(job)
     await load.start()
     with _Watch(job) as watch:
         await load.run(watch.meter)
+
+
+def _fail(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A defect of ours in a callback: what would be measured after it is worth nothing."""
+    loop.default_exception_handler(context)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _through_library(job: Job) -> None:

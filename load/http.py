@@ -7,7 +7,7 @@ import asyncio
 import os
 from collections import deque
 from time import monotonic_ns
-from typing import Final
+from typing import Final, cast
 
 from penstock.load.answers import AnswerError, Answers, Head
 from penstock.load.arrivals import Timer, poisson
@@ -37,8 +37,7 @@ class _Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one, and says no
         self._load.opened(self)
 
     def data_received(self, data: bytes) -> None:
