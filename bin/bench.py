@@ -167,7 +167,7 @@ def bench(
             "--url and --encoding go with --by http; the client library takes --runtime-dir or --server"
         )
     try:
-        shapes, files = _divide(inputs)
+        shapes, files = divide_inputs(inputs)
         if by == "http":
             subject = over_http(model, version, url or DEFAULT_URL, encoding, rows, shapes, files, pid, metrics)
         else:
@@ -189,7 +189,7 @@ def bench(
         sys.exit(1)
 
 
-def _divide(given: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def divide_inputs(given: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Shapes by name ("" for the only input), and what is left, which are files. Raises InputsError."""
     from penstock.load.inputs import InputsError, parse_shape
 
