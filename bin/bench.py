@@ -97,6 +97,7 @@ class Subject:
 @click.option("--warmup", type=options.Duration(), default="1s", show_default=True, help="Before each, not measured.")
 @click.option("--timeout", type=options.Duration(0.001), default="30s", show_default=True, help="For each answer.")
 @click.option("--deadline", type=options.Duration(), default="0s", help="Answers after that count as late.")
+@click.option("--tell-deadline", is_flag=True, help="Requests over HTTP say it, as the parameter 'timeout'.")
 @click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="In each request.")
 @click.option(
     "--input",
@@ -137,6 +138,7 @@ def bench(
     warmup: float,
     timeout: float,
     deadline: float,
+    tell_deadline: bool,
     rows: int,
     inputs: Sequence[str],
     encoding: str,
@@ -166,10 +168,15 @@ def bench(
         raise click.UsageError(
             "--url and --encoding go with --by http; the client library takes --runtime-dir or --server"
         )
+    if tell_deadline and (by == "client" or not deadline):
+        raise click.UsageError("--tell-deadline goes with --deadline and --by http; the client library says --timeout")
+    told_us = round(deadline * 1e6) if tell_deadline else 0
     try:
         shapes, files = divide_inputs(inputs)
         if by == "http":
-            subject = over_http(model, version, url or DEFAULT_URL, encoding, rows, shapes, files, pid, metrics)
+            subject = over_http(
+                model, version, url or DEFAULT_URL, encoding, rows, shapes, files, pid, metrics, told_us
+            )
         else:
             subject = through_library(model, version, server or runtime_dir, rows, shapes, files, pid, metrics)
         jobs = make_jobs(subject, connections, rate, outstanding, warmup, duration, timeout, deadline)
@@ -218,8 +225,10 @@ def over_http(
     files: Sequence[str],
     pids: Sequence[int],
     metrics: str | None,
+    timeout_us: int = 0,
 ) -> Subject:
-    """Raises click.UsageError, and InputsError, InputError and ServerError, also when the request is refused."""
+    """``timeout_us``: what requests tell the server of their deadline. Raises click.UsageError, and InputsError,
+    InputError and ServerError, also when the request is refused."""
     from penstock.load.measure import Account
     from penstock.load.server import HttpServer, ServerError
 
@@ -232,7 +241,7 @@ def over_http(
     specs = server.inputs_of(model, version)
     chosen = _choose(model, specs, rows, shapes, files)
     try:
-        target = server.prepare(model, version, chosen, specs, binary)
+        target = server.prepare(model, version, chosen, specs, binary, timeout_us)
     except ServerError as error:
         raise ServerError(f"{error}{_hint(specs, files)}") from None
     way = f"over HTTP, {'binary tensors' if binary else 'JSON'}"

@@ -139,9 +139,11 @@ def read_metadata(model: str, metadata: Any) -> list[TensorSpec]:
     return specs
 
 
-def write_body(inputs: Mapping[str, Array], specs: Sequence[TensorSpec], binary: bool) -> tuple[bytes, int]:
+def write_body(
+    inputs: Mapping[str, Array], specs: Sequence[TensorSpec], binary: bool, timeout_us: int = 0
+) -> tuple[bytes, int]:
     """A v2 request for all outputs, and how many bytes of it are JSON in front of binary data; 0 where all is JSON.
-    Raises InputsError."""
+    ``timeout_us``: what it tells the server of its deadline, if anything. Raises InputsError."""
     described: list[dict[str, Any]] = []
     parts = []
     for spec in specs:
@@ -158,8 +160,11 @@ def write_body(inputs: Mapping[str, Array], specs: Sequence[TensorSpec], binary:
             tensor["data"] = _plain(spec, array)
         described.append(tensor)
     request: dict[str, Any] = {"inputs": described}
+    parameters = {"timeout": timeout_us} if timeout_us else {}
     if binary:
-        request["parameters"] = {"binary_data_output": True}
+        parameters["binary_data_output"] = True
+    if parameters:
+        request["parameters"] = parameters
     head = json.dumps(request, separators=(",", ":")).encode()
     return head + b"".join(parts), len(head) if binary else 0
 

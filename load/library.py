@@ -14,6 +14,7 @@ from penstock.load.arrivals import poisson
 from penstock.load.job import UNSENT, Job, LibraryTarget, Meter
 from penstock.wire.errors import DEADLINE
 
+_REACH_S: Final = 10.0  # for the first call
 _SLACK_NS: Final = 100_000  # what sleep(3) may take longer than it should
 
 
@@ -27,7 +28,8 @@ class LibraryLoad:
     def start(self) -> None:
         """Raises PenstockError."""
         target = self._target
-        self._client.infer(target.model, target.inputs, version=target.version)
+        limit_s = max(_REACH_S, self._job.timeout_s)  # which connecting is part of
+        self._client.infer(target.model, target.inputs, version=target.version, timeout=limit_s)
 
     def run(self, meter: Meter) -> None:
         """Until all that was sent in the measured time has ended."""

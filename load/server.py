@@ -91,10 +91,17 @@ class HttpServer:
         return read_metadata(model, metadata)
 
     def prepare(
-        self, model: str, version: str, inputs: Mapping[str, Array], specs: list[TensorSpec], binary: bool
+        self,
+        model: str,
+        version: str,
+        inputs: Mapping[str, Array],
+        specs: list[TensorSpec],
+        binary: bool,
+        timeout_us: int = 0,
     ) -> HttpTarget:
-        """A request that has been tried once. Raises ServerError when the server refuses it, and InputsError."""
-        body, json_bytes = write_body(inputs, specs, binary)
+        """A request that has been tried once. ``timeout_us``: see write_body. Raises ServerError when the server
+        refuses it, and InputsError."""
+        body, json_bytes = write_body(inputs, specs, binary, timeout_us)
         path = _path(model, version) + "/infer"
         headers = {"Content-Type": "application/octet-stream" if json_bytes else "application/json"}
         if json_bytes:

@@ -75,6 +75,26 @@ def test_open_loops_keep_their_rate(server: Server) -> None:
     assert first["in_time_per_s"] == 0
 
 
+def test_requests_tell_their_deadline_when_they_are_to() -> None:
+    with plain_server() as other:
+        run("m", "--url", other.url, "--connections", "1", "--deadline", "50ms", "--tell-deadline")
+        assert json.loads(other.requests[-1][1])["parameters"] == {"timeout": 50_000}
+        run("m", "--url", other.url, "--connections", "1", "--deadline", "50ms")
+        assert "parameters" not in json.loads(other.requests[-1][1])
+
+
+def test_an_overloaded_server_shows_with_the_client_library_too(server: Server) -> None:
+    arguments = ("--runtime-dir", str(server.runtime), "--json")
+    [load] = loads(run("dense", *arguments, "--rate", "50000", "--outstanding", "2"))
+    assert load["errors"]["unsent"] > 0
+    assert load["outstanding"] == 2
+    assert any(remark.startswith("2 requests were outstanding, and ") for remark in load["remarks"])
+    [load] = loads(run("dense", *arguments, "--rate", "2000", "--timeout", "1ms", "--warmup", "0s", "--rows", "32"))
+    assert set(load["errors"]) <= {"expired", "unsent"}
+    # What expired was waited for, and is among the latencies.
+    assert load["latency_s"]["max"] < 1.0
+
+
 @pytest.mark.parametrize("arguments", [("--connections", "1"), ("--connections", "8"), ("--rate", "200")])
 def test_the_client_library_is_measured_too(server: Server, arguments: tuple[str, ...]) -> None:
     [load] = loads(run("sums", "--runtime-dir", str(server.runtime), "--json", *arguments))
@@ -198,6 +218,7 @@ def test_a_model_that_the_client_library_does_not_find_is_a_sentence(server: Ser
         (["--duration", "0s"], "is not between 0.1"),
         (["--url", "https://h"], "is no http:// URL"),
         (["--url", "http://h", "--by", "client"], "--url and --encoding go with --by http"),
+        (["--tell-deadline"], "--tell-deadline goes with --deadline"),
         (["--server", "tcp://h:1", "--by", "http"], "--runtime-dir and --server go with --by client"),
     ],
 )
