@@ -23,12 +23,14 @@ class Setting(NamedTuple):
 
 
 class Point(NamedTuple):
-    """What a setting reached with so many connections. ``failed``: some requests had no answer."""
+    """What a setting reached with so many connections. ``failed``: some requests had no answer. ``busy``: the generator
+    may have been what limits."""
 
     connections: int
     requests_per_s: float
     p99_s: float
     failed: bool = False
+    busy: bool = False
 
     def within(self, limit_s: float) -> bool:
         return not self.failed and self.requests_per_s > 0 and self.p99_s <= limit_s

@@ -123,7 +123,7 @@ def tune(
             err=True,
         )
         sys.exit(1)
-    _finish(best, start, why, base, target, dry_run)
+    finish(best, start, why, base, target, dry_run)
 
 
 def find_model(path: Path) -> ModelFile:
@@ -254,7 +254,7 @@ class _Server:
     def climb(self, first: int) -> list[Point]:
         """Loads with more and more connections, as long as there is time. Raises LoadError."""
         from penstock.load.job import Job
-        from penstock.load.measure import measure
+        from penstock.load.measure import GENERATOR_BUSY, measure
 
         wish = self.wish
         points: list[Point] = []
@@ -273,7 +273,8 @@ class _Server:
                 seed=0,
             )
             figures = measure(job, 1, self.subject.account)
-            points.append(Point(connections, figures.requests_per_s, figures.p99_s, bool(figures.errors)))
+            busy = figures.generator > GENERATOR_BUSY
+            points.append(Point(connections, figures.requests_per_s, figures.p99_s, bool(figures.errors), busy))
         return points
 
 
@@ -397,12 +398,14 @@ def _blocks() -> bool:
     return True
 
 
-def _finish(
+def finish(
     best: tuple[Setting, Point], start: Setting, why: str, base: Path | None, target: Path | None, dry_run: bool
 ) -> None:
     setting, point = best
     reached = f"{point.requests_per_s:,.0f} requests/s with p99 {bench.milliseconds(point.p99_s)} ms"
     click.echo(f"best: {describe(setting)}: {reached} ({why})")
+    if point.busy:
+        click.echo("the generator used most of a core there: it may have been what limits, and the server may do more")
     values = changes(setting, start)
     if not values:
         click.echo("these are the present settings; nothing to write")

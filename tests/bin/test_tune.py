@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from penstock.bin.cli import cli
 from penstock.bin.search import Point, Setting
-from penstock.bin.tune import changes, describe, duration, lay_out, render, setting_of
+from penstock.bin.tune import changes, describe, duration, finish, lay_out, render, setting_of
 from penstock.worker.config import ModelConfig
 from penstock.worker.probe import load_and_probe
 from penstock.worker.repository import find_models
@@ -133,6 +133,28 @@ def test_the_frontier_is_a_table_and_bars() -> None:
     ]
     assert render({}, 0.05, False)[0].startswith("0 settings tried")
     assert all(line.isascii() for line in render(tried, 0.05, False))
+
+
+def test_what_is_written_elsewhere_is_made_from_the_models_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.toml").write_text(CONFIG)
+    best = (START._replace(max_batch_size=16), Point(8, 1000.0, 0.02, busy=True))
+    finish(best, START._replace(max_batch_size=1), "enough", tmp_path / "own.toml", tmp_path / "other.toml", False)
+    assert (tmp_path / "other.toml").read_text() == CONFIG.replace("= 1 ", "= 16 ")
+    assert (tmp_path / "own.toml").read_text() == CONFIG
+    finish(best, START, "enough", None, tmp_path / "new.toml", False)
+    assert (tmp_path / "new.toml").read_text() == "max_batch_size = 16\n"
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "best: batches of 16, delay 0ms, 1 instance, 1 thread: 1,000 requests/s with p99 20.0 ms (enough)\n"
+        "the generator used most of a core there"
+    )
+    with pytest.raises(SystemExit):
+        finish(best, START, "enough", None, tmp_path / "nowhere" / "new.toml", False)
+    assert "penstock: cannot write " in capsys.readouterr().err
+    finish((START, best[1]), START, "enough", None, tmp_path / "unwritten.toml", False)
+    assert not (tmp_path / "unwritten.toml").exists()
 
 
 @pytest.mark.parametrize("as_file", [True, False])

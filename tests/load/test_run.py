@@ -73,9 +73,9 @@ def test_the_time_that_a_stall_keeps_requests_waiting_is_in_their_latency() -> N
     gate = threading.Event()
 
     def stall(number: int) -> tuple[int, bytes]:
-        if number == 20:
+        if number == 60:
             threading.Timer(0.5, gate.set).start()
-        if 20 <= number < 1000 and not gate.is_set():
+        if 60 <= number < 1000 and not gate.is_set():
             gate.wait()
         return 200, b"{}"
 
