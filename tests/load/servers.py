@@ -19,9 +19,10 @@ class PlainServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, infer: Callable[[int], tuple[int, bytes]], extensions: list[str]) -> None:
+    def __init__(self, infer: Callable[[int], tuple[int, bytes]], extensions: list[str], metrics: str) -> None:
         self.infer = infer
         self.extensions = extensions
+        self.metrics = metrics
         self.requests: list[tuple[dict[str, str], bytes]] = []
         self._lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -49,7 +50,9 @@ class _Handler(BaseHTTPRequestHandler):
             "/v2": {"name": "plain", "version": "1", "extensions": self.server.extensions},
             "/v2/models/m": METADATA,
         }
-        if self.path in known:
+        if self.path == "/metrics" and self.server.metrics:
+            self._answer(200, self.server.metrics.encode())
+        elif self.path in known:
             self._answer(200, json.dumps(known[self.path]).encode())
         else:
             self._answer(404, b'{"error": "nothing here"}')
@@ -71,9 +74,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def plain_server(
-    infer: Callable[[int], tuple[int, bytes]] = lambda number: (200, b"{}"), extensions: tuple[str, ...] = ()
+    infer: Callable[[int], tuple[int, bytes]] = lambda number: (200, b"{}"),
+    extensions: tuple[str, ...] = (),
+    metrics: str = "",
 ) -> Iterator[PlainServer]:
-    with PlainServer(infer, list(extensions)) as server:
+    with PlainServer(infer, list(extensions), metrics) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, name="plain server")
         thread.start()
         try:

@@ -38,11 +38,12 @@ def test_shapes_are_read(text: str, shape: tuple[int, ...] | None) -> None:
     assert parse_shape(text) == shape
 
 
-@pytest.mark.parametrize("datatype", sorted(DTYPES))
-@pytest.mark.parametrize("binary", [True, False])
+# JSON does not carry the two halves to this server.
+@pytest.mark.parametrize(
+    ("datatype", "binary"),
+    [(each, True) for each in sorted(DTYPES)] + [(each, False) for each in sorted(DTYPES.keys() - {"FP16", "BF16"})],
+)
 def test_the_server_reads_what_was_made_up(datatype: str, binary: bool) -> None:
-    if not binary and datatype in ("FP16", "BF16"):
-        pytest.skip("JSON does not carry it to this server")
     specs = [TensorSpec("x", datatype, (-1, 3)), TensorSpec("y", datatype, (-1,))]
     inputs = choose("m", specs, 2, {}, {})
     body, length = write_body(inputs, specs, binary)

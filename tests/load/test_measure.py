@@ -10,6 +10,8 @@ import pytest
 from penstock.load.job import EXPIRED, LATE, OK, UNSENT, HttpTarget, Job, Tally
 from penstock.load.measure import Account, Figures, Look, figure, remarks, series
 from penstock.load.prometheus import Reading
+from penstock.load.server import HttpServer
+from tests.load.servers import plain_server
 
 MS = 1_000_000
 NOTHING = Reading({}, None, None)
@@ -90,6 +92,30 @@ def test_an_account_of_a_process_that_is_named() -> None:
     look = Account("m", [parent]).look()
     assert parent in look.cpu_s
     assert os.getpid() not in look.cpu_s
+
+
+def told(count: int) -> str:
+    """The metrics of a server that has so many processes."""
+    return "".join(f'penstock_process_cpu_seconds_total{{process="{each}"}} 2.5\n' for each in range(count))
+
+
+def test_what_a_server_tells_counts_where_not_all_of_its_processes_are_found() -> None:
+    """As when an init system has started each, or some run elsewhere."""
+    with plain_server(metrics=told(10_000)) as server:
+        asked, metrics = HttpServer(server.url, 5), HttpServer(f"{server.url}/metrics", 5)
+        asked.speaks_binary()
+        look = Account("m", server=asked, metrics=metrics).look()
+    assert len(look.cpu_s) == 10_000
+    assert set(look.cpu_s.values()) == {2.5}
+
+
+def test_processes_that_are_found_count_where_they_are_all() -> None:
+    with plain_server(metrics=told(1)) as server:
+        asked, metrics = HttpServer(server.url, 5), HttpServer(f"{server.url}/metrics", 5)
+        asked.speaks_binary()
+        look = Account("m", server=asked, metrics=metrics).look()
+    assert os.getpid() in look.cpu_s
+    assert len(look.metrics.cpu_s) == 1
 
 
 def test_an_account_of_nobody_says_so() -> None:
