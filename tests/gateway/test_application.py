@@ -374,7 +374,9 @@ def test_wrong_method_is_405(joined: Desk, method: str, url: str, allow: str) ->
     assert (answer.status, answer.headers["Allow"], answer.error) == (405, allow, "Method Not Allowed")
 
 
-@pytest.mark.parametrize("url", ["/", "/v1", "/v2/models", "/v2/models/double/versions", "/v2/models/double/stats"])
+@pytest.mark.parametrize(
+    "url", ["/favicon.ico", "/events/x", "/v1", "/v2/models", "/v2/models/double/versions", "/v2/models/double/stats"]
+)
 def test_unknown_path_is_404(joined: Desk, url: str) -> None:
     answer = joined.ask("GET", url)
     assert (answer.status, answer.error) == (404, "Not Found")
