@@ -71,6 +71,8 @@ def test_help_names_every_command(option: str) -> None:
         "gateway",
         "infer",
         "models",
+        "top",
+        "systemd",
     }
     assert all(len(line.split()) > 1 for line in commands), "each says what it is for"
 
