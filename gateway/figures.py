@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add, lt, sub
 from typing import Final, NamedTuple, TypeAlias
 
 from penstock.wire import errors
@@ -124,9 +125,7 @@ def rise(before: Number, after: Number) -> Number:
     if isinstance(after, tuple):
         if not isinstance(before, tuple) or len(before) != len(after):
             return after
-        if any(new < old for old, new in zip(before, after, strict=True)):
-            return after
-        return tuple(new - old for old, new in zip(before, after, strict=True))
+        return after if any(map(lt, after, before)) else tuple(map(sub, after, before))
     return after if isinstance(before, tuple) or after < before else after - before
 
 
@@ -163,10 +162,26 @@ def rises(before: Reading, after: Reading) -> dict[Key, Number]:
 
 
 class _Step(NamedTuple):
-    """From one reading to the next."""
+    """From one reading to the next. ``sums`` as ``gather`` has them."""
 
     seconds: float
-    rises: Mapping[Key, Number]
+    sums: Mapping[tuple[str, ...], Number]
+
+
+def gather(found: Mapping[Key, Number]) -> dict[tuple[str, ...], Number]:
+    """Rises added up: under (family,) altogether, under (family, process), and under (family, model, version); of
+    failures also under (family, "", "", reason)."""
+    sums: dict[tuple[str, ...], Number] = {}
+    for (process, family, labels), value in found.items():
+        keys: tuple[tuple[str, ...], ...] = ((family,), (family, process))
+        if labels:
+            keys = *keys, (family, *labels[:2])
+        if len(labels) > 2:
+            keys = *keys, (family, "", "", labels[-1])
+        for key in keys:
+            before = sums.get(key)
+            sums[key] = value if before is None else _plus(before, value)
+    return sums
 
 
 @dataclass(slots=True)
@@ -188,7 +203,7 @@ class Window:
         last, steps = self.last, self._steps
         self.last = reading
         if last is not None and 0 < reading.at - last.at <= WINDOW_S:
-            steps.append(_Step(reading.at - last.at, rises(last, reading)))
+            steps.append(_Step(reading.at - last.at, gather(rises(last, reading))))
             while len(steps) > 1 and sum(step.seconds for step in steps) > WINDOW_S + 0.5:
                 steps.popleft()
         else:
@@ -226,18 +241,12 @@ class _Sums:
 
     def __init__(self, steps: Iterable[_Step]) -> None:
         self.seconds = 0.0
-        self.failures: dict[str, float] = {}  # a second, by reason; the most frequent first
         self._sums: dict[tuple[str, ...], Number] = {}
-        failures: dict[str, float] = {}
         for step in steps:
             self.seconds += step.seconds
-            for (process, family, labels), value in step.rises.items():
-                for key in ((family,), (family, process), (family, *labels[:2])) if labels else ((family, process),):
-                    self._sums[key] = _plus(self._sums.get(key), value)
-                if family == "penstock_request_failures" and not isinstance(value, tuple):
-                    failures[labels[-1]] = failures.get(labels[-1], 0.0) + value
-        for reason, count in sorted(failures.items(), key=lambda item: -item[1]):
-            self.failures[reason] = count / self.seconds
+            for key, value in step.sums.items():
+                before = self._sums.get(key)
+                self._sums[key] = value if before is None else _plus(before, value)
 
     def rate(self, family: str, *whose: str) -> float:
         """A second. ``whose``: a process, a model's name and version, or nothing for all."""
@@ -249,13 +258,17 @@ class _Sums:
         value = self._sums.get((family, *whose))
         return value if isinstance(value, tuple) else (0.0,) * (len(FAMILIES[family].bounds) + 2)
 
+    def failures(self) -> dict[str, float]:
+        """A second, by reason; the most frequent first."""
+        family = "penstock_request_failures"
+        found = {key[3]: self.rate(*key) for key in self._sums if key[0] == family and len(key) == 4}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-def _plus(before: Number | None, value: Number) -> Number:
+
+def _plus(before: Number, value: Number) -> Number:
     if isinstance(before, tuple) and isinstance(value, tuple):
-        return tuple(a + b for a, b in zip(before, value, strict=True))
-    if before is None or isinstance(before, tuple) or isinstance(value, tuple):
-        return value
-    return before + value
+        return tuple(map(add, before, value))
+    return value if isinstance(before, tuple) or isinstance(value, tuple) else before + value
 
 
 class _Latency(NamedTuple):
@@ -285,7 +298,7 @@ def _view(reading: Reading, sums: _Sums, known: Mapping[str, _Known], gateway: s
     latency = _latency(sums.counts("penstock_request_seconds"))
     callers = sum(gauges.get("penstock_callers", {}).values())
     gateways = sum(1 for each in processes if each.role == GATEWAY and each.missing_s is None)
-    failures = sums.failures
+    failures = sums.failures()
     chosen = sorted(models, key=lambda model: (model.state == READY, -model.rate, model.name, model.version))
     return View(
         seconds=round(sums.seconds, 3),

@@ -238,6 +238,14 @@ def test_server_says_what_it_is_and_what_works(desk: Desk) -> None:
         }
 
 
+def test_the_dashboard_is_there_with_or_without_a_broker(desk: Desk) -> None:
+    answer = desk.ask("GET", "/")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'sha256-")
+    assert answer.body.startswith(b"<!doctype html>")
+    assert desk.meter("penstock_http_responses", "200") == 1
+
+
 def test_live_is_always_true(desk: Desk) -> None:
     assert desk.ask("GET", "/v2/health/live") == (200, {"Content-Length": "0"}, b"")
 
