@@ -1,4 +1,4 @@
-"""The routes and their handlers: the Open Inference Protocol v2 and /metrics.
+"""The routes and their handlers: the Open Inference Protocol v2, /metrics, and the dashboard.
 
 A handler answers its exchange, at once or from a callback. Errors are PenstockError, turned into statuses here and
 nowhere else.
@@ -21,15 +21,17 @@ from penstock.client.caller import Caller
 from penstock.client.events import Complete
 from penstock.gateway.compression import choose, compress, decompress
 from penstock.gateway.connection import Exchange
+from penstock.gateway.feed import Feed
 from penstock.gateway.inference import Parser, Query, render, render_body, wrap
 from penstock.gateway.options import GatewayOptions
+from penstock.gateway.page import load_page
 from penstock.gateway.reports import CONTENT_TYPE, Reports
 from penstock.gateway.routes import Route, RouteError, Routes
 from penstock.wire import errors
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import Payload
 from penstock.wire.metrics import Value
-from penstock.wire.models import READY, ModelSpec
+from penstock.wire.models import READY, ModelSpec, ModelState
 from penstock.wire.process import fields
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot
 from penstock.wire.tensors import Buffer
@@ -75,6 +77,8 @@ class Application:
         self.options = options
         self._reports = reports
         self.flush = flush
+        self._feed = Feed(loop, reports, lambda: caller.name, self._states)
+        self._page = load_page()
         self._parser = Parser()
         self._responses: dict[int, Value] = {}
         self._seconds = caller.meters.histogram("penstock_http_request_seconds")
@@ -84,6 +88,8 @@ class Application:
             Route("GET", "/v2/health/live", self._live),
             Route("GET", "/v2/health/ready", self._ready),
             Route("GET", "/metrics", self._metrics),
+            Route("GET", "/", self._dashboard),
+            Route("GET", "/events", self._events),
         ]
         for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             routes += [
@@ -177,11 +183,13 @@ class Application:
         if not caller.membership.joined:
             reason = "no broker answers"
         else:
-            states = [state for versions in (caller.models or {}).values() for state in versions.values()]
-            waits = [f"{state.name} ({state.state})" for state in states if state.state != READY]
+            waits = [f"{state.name} ({state.state})" for state in self._states() if state.state != READY]
             reason = f"not ready: {', '.join(waits[:10])}" if waits else "no worker has joined"
         self._count(503)
         exchange.answer_error(503, f"Server not ready: {reason}", b"Retry-After: 1\r\n")
+
+    def _states(self) -> list[ModelState]:
+        return [state for versions in (self.caller.models or {}).values() for state in versions.values()]
 
     def _find(self, target: Target) -> ModelSpec:
         return self.caller.find(target.model, target.version)
@@ -335,7 +343,15 @@ class Application:
         labels = (target.model, target.version if target.version in versions else "") if versions else ("", "")
         self.caller.meters.value("penstock_request_failures", *labels, code).value += 1
 
-    # --- metrics ---
+    # --- metrics, and the dashboard ---
+
+    def _dashboard(self, exchange: Exchange, target: Target) -> None:
+        self._count(200)
+        exchange.answer(200, self._page.body, b"text/html; charset=utf-8", self._page.headers)
+
+    def _events(self, exchange: Exchange, target: Target) -> None:
+        self._feed.join(exchange)
+        self._count(200)
 
     def _metrics(self, exchange: Exchange, target: Target) -> None:
         def report(text: bytes) -> None:

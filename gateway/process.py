@@ -151,6 +151,7 @@ class Coupling:
         self._loop = loop
         self.introduced = asyncio.Event()  # a broker has said what models there are
         self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
+        self._link.measure = self._measure
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
         application = Application(loop, self._link.caller, settings.options, reports, self._flush_soon)
         self.http = Http(loop, settings.options, application, self._link.slots)
@@ -199,7 +200,8 @@ class Coupling:
         self._link.say(say.message)
         return serial
 
-    def _snapshot(self) -> Snapshot:
+    def _measure(self) -> None:
+        """Bring the series that are not counted as things happen up to date."""
         caller = self._link.caller
         caller.meters.value("penstock_http_connections").value = len(self.http.wheel)
         caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
@@ -209,7 +211,10 @@ class Coupling:
             caller.meters.value("penstock_arena_used_bytes").value = slots.arena.allocator.used
             caller.meters.value("penstock_arena_waiting").value = slots.waiting
         measure(caller.meters)
-        return Snapshot(caller.name, caller.meters.samples())
+
+    def _snapshot(self) -> Snapshot:
+        self._measure()
+        return Snapshot(self._link.caller.name, self._link.caller.meters.samples())
 
     def close(self) -> None:
         self._loop.remove_reader(self._link.fileno())

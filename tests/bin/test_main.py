@@ -73,6 +73,7 @@ def test_help_names_every_command(option: str) -> None:
         "bench",
         "tune",
         "models",
+        "top",
         "systemd",
     }
     assert all(len(line.split()) > 1 for line in commands), "each says what it is for"
