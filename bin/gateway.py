@@ -20,7 +20,12 @@ def gateway(
     """Run a gateway: HTTP in, HTTP out. It takes a listening socket from systemd when there is one."""
     from penstock.bin.run import run
     from penstock.gateway.process import GatewayProcess, GatewaySettings
+    from penstock.gateway.tracing import Tracing, TracingError
 
-    address = options.broker_address(runtime_dir)
-    settings = GatewaySettings(broker=address, http=http, name=name, options=options.load_options(config).gateway)
+    address, limits = options.broker_address(runtime_dir), options.load_options(config).gateway
+    try:
+        tracing = Tracing(name) if limits.tracing else None
+    except TracingError as error:
+        raise click.UsageError(str(error)) from None
+    settings = GatewaySettings(broker=address, http=http, name=name, options=limits, tracing=tracing)
     run(name, log_format, log_level, parent, lambda: GatewayProcess(settings))

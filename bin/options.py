@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG: Final = 1
+
+_UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s|m)?", re.ASCII)
 
 EXIT_CANNOT_SERVE: Final = 2  # a file that cannot be served, or nothing that can; also click's code for bad usage
 
@@ -172,3 +176,23 @@ def end_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it has ended already
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """ "500ms", "10s" or "5m"; a number alone is seconds. Becomes seconds."""
+
+    name = "duration"
+
+    def __init__(self, least: float = 0.0, most: float = 86_400.0) -> None:
+        self._least = least
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        match = _DURATION.fullmatch(text)
+        if match is None:
+            self.fail(f"{text!r} is not a duration; write a number and a unit, such as 500ms, 10s or 5m", param, ctx)
+        seconds = float(match[1]) * _UNITS_S[match[2] or "s"]
+        if not self._least <= seconds <= self._most:
+            self.fail(f"{text!r} is not between {self._least:g} and {self._most:g} seconds", param, ctx)
+        return seconds

@@ -75,6 +75,8 @@ class Link:
         except EndpointError:
             self._epoll.close()
             raise
+        # Before they are told; an owner that has more to measure replaces it.
+        self.measure: Callable[[], None] = partial(measure, self.caller.meters)
         self._subscription = zmtp.subscription(number)
         self._workers: dict[str, Connection] = {}  # by endpoint
         self._handlers: dict[int, Callable[[int], None]] = {}  # by descriptor
@@ -167,7 +169,7 @@ class Link:
 
     def say(self, message: Message) -> None:
         if isinstance(message, Beat) and self.caller.identity.name:
-            measure(self.caller.meters)
+            self.measure()
             message.samples = self.caller.meters.samples()
         if not self.broker.full:
             self.broker.send((pack(message), *(message.frames if isinstance(message, Carrier) else ())))

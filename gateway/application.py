@@ -1,4 +1,4 @@
-"""The routes and their handlers: the Open Inference Protocol v2 and /metrics.
+"""The routes and their handlers: the Open Inference Protocol v2, /metrics, and the dashboard.
 
 A handler answers its exchange, at once or from a callback. Errors are PenstockError, turned into statuses here and
 nowhere else.
@@ -21,15 +21,18 @@ from penstock.client.caller import Caller
 from penstock.client.events import Complete
 from penstock.gateway.compression import choose, compress, decompress
 from penstock.gateway.connection import Exchange
+from penstock.gateway.feed import Feed
 from penstock.gateway.inference import Parser, Query, render, render_body, wrap
 from penstock.gateway.options import GatewayOptions
+from penstock.gateway.page import load_page
 from penstock.gateway.reports import CONTENT_TYPE, Reports
 from penstock.gateway.routes import Route, RouteError, Routes
+from penstock.gateway.tracing import Tracing
 from penstock.wire import errors
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import Payload
 from penstock.wire.metrics import Value
-from penstock.wire.models import READY, ModelSpec
+from penstock.wire.models import READY, ModelSpec, ModelState
 from penstock.wire.process import fields
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot
 from penstock.wire.tensors import Buffer
@@ -69,12 +72,18 @@ class Application:
         options: GatewayOptions,
         reports: Reports,
         flush: Callable[[], None],
+        tracing: Tracing | None = None,
     ) -> None:
+        self._inference: Callable[[Application, Exchange, Query], _Inference] = (
+            _Inference if tracing is None else partial(_TracedInference, tracing)
+        )
         self._loop = loop
         self.caller = caller
         self.options = options
         self._reports = reports
         self.flush = flush
+        self._feed = Feed(loop, reports, lambda: caller.name, self._states)
+        self._page = load_page()
         self._parser = Parser()
         self._responses: dict[int, Value] = {}
         self._seconds = caller.meters.histogram("penstock_http_request_seconds")
@@ -84,6 +93,8 @@ class Application:
             Route("GET", "/v2/health/live", self._live),
             Route("GET", "/v2/health/ready", self._ready),
             Route("GET", "/metrics", self._metrics),
+            Route("GET", "/", self._dashboard),
+            Route("GET", "/events", self._events),
         ]
         for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             routes += [
@@ -177,11 +188,13 @@ class Application:
         if not caller.membership.joined:
             reason = "no broker answers"
         else:
-            states = [state for versions in (caller.models or {}).values() for state in versions.values()]
-            waits = [f"{state.name} ({state.state})" for state in states if state.state != READY]
+            waits = [f"{state.name} ({state.state})" for state in self._states() if state.state != READY]
             reason = f"not ready: {', '.join(waits[:10])}" if waits else "no worker has joined"
         self._count(503)
         exchange.answer_error(503, f"Server not ready: {reason}", b"Retry-After: 1\r\n")
+
+    def _states(self) -> list[ModelState]:
+        return [state for versions in (self.caller.models or {}).values() for state in versions.values()]
 
     def _find(self, target: Target) -> ModelSpec:
         return self.caller.find(target.model, target.version)
@@ -229,7 +242,7 @@ class Application:
     def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:
             query, payload = self._parser.parse(self._find(target), body, target.header_length)
-            inference = _Inference(self, exchange, query)
+            inference = self._inference(self, exchange, query)
             if query.form.nbytes >= PLACED_MIN_BYTES:
                 placed = exchange.place(payload)
                 if placed is None:
@@ -335,7 +348,15 @@ class Application:
         labels = (target.model, target.version if target.version in versions else "") if versions else ("", "")
         self.caller.meters.value("penstock_request_failures", *labels, code).value += 1
 
-    # --- metrics ---
+    # --- metrics, and the dashboard ---
+
+    def _dashboard(self, exchange: Exchange, target: Target) -> None:
+        self._count(200)
+        exchange.answer(200, self._page.body, b"text/html; charset=utf-8", self._page.headers)
+
+    def _events(self, exchange: Exchange, target: Target) -> None:
+        self._feed.join(exchange)
+        self._count(200)
 
     def _metrics(self, exchange: Exchange, target: Target) -> None:
         def report(text: bytes) -> None:
@@ -401,3 +422,31 @@ class _Inference:
         """The client has hung up: nobody else wants the result."""
         self._application.caller.cancel(self._number)
         self._application.flush()
+
+
+class _TracedInference(_Inference):
+    """One whose spans are told."""
+
+    __slots__ = ("_tracing",)
+
+    def __init__(self, tracing: Tracing, application: Application, exchange: Exchange, query: Query) -> None:
+        super().__init__(application, exchange, query)
+        self._tracing = tracing
+
+    def complete(self, answer: Complete) -> None:
+        super().complete(answer)
+        self._ended(200, answer)
+
+    def fail(self, error: PenstockError) -> None:
+        super().fail(error)
+        self._ended(STATUSES[error.code], error=error)
+
+    def __call__(self) -> None:
+        super().__call__()
+        self._ended(STATUSES[errors.CANCELLED], error=PenstockError(errors.CANCELLED, "the client has left"))
+
+    def _ended(self, status: int, answer: Complete | None = None, error: PenstockError | None = None) -> None:
+        query = self._query
+        model = query.form.model, query.form.version
+        seconds = time.monotonic() - self._start
+        self._tracing.ended(self._exchange.request.head, model, seconds, status, query.id, answer, error)

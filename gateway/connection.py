@@ -20,7 +20,7 @@ from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reader import BODY, FULL, HEAD, IDLE, Budget, Head, HttpError, Reader, Request
 from penstock.gateway.waits import BoundedWait, too_large
 from penstock.gateway.wheel import Wheel
-from penstock.wire.errors import TOO_LARGE, PenstockError
+from penstock.wire.errors import DRAINING, OVERLOADED, TOO_LARGE, PenstockError
 from penstock.wire.messages import Payload
 from penstock.wire.slots import Slot, Slots
 from penstock.wire.tensors import Buffer
@@ -67,7 +67,8 @@ class Application(Protocol):
 
 
 class Exchange:
-    """A request and its one answer. ``gone`` is called when the client leaves before it has been answered."""
+    """A request and its one answer. ``gone`` is called when the client leaves before it has been answered, and when a
+    gateway that drains ends an answer that goes on."""
 
     __slots__ = ("_connection", "_response", "_sent", "_tail", "gone", "request", "status")
 
@@ -105,6 +106,13 @@ class Exchange:
 
     def answer_error(self, status: int, sentence: str, extra: bytes = b"") -> None:
         self.answer(status, error_body(sentence), extra=extra)
+
+    def begin(self, content_type: bytes, extra: bytes = b"") -> Stream:
+        """Answer with 200 and a body that goes on until it is finished. It is the last answer of its connection: what
+        the client has asked behind it is not answered. Raises PenstockError when there are too many of them, or the
+        gateway drains."""
+        assert self._connection is not None, "the client has left"
+        return self._connection.begin(self, content_type, extra)
 
     @property
     def abandoned(self) -> bool:
@@ -153,6 +161,48 @@ class Exchange:
         return True
 
 
+class Stream:
+    """An answer that goes on: ``push`` as often as there is something to say, then ``finish``. Nothing is kept for a
+    client that does not read: what is pushed while the last has not left is skipped, and the client has as long as for
+    any other answer. Both do nothing once the client has left."""
+
+    __slots__ = ("_chunked", "_connection", "_exchange", "_head")
+
+    def __init__(self, connection: Connection, exchange: Exchange, content_type: bytes, extra: bytes) -> None:
+        self._connection = connection
+        self._exchange = exchange
+        self._chunked = not exchange.request.head.http10  # which reads until the connection is closed
+        coding = b"Transfer-Encoding: chunked\r\n" if self._chunked else b""
+        self._head = b"%bContent-Type: %b\r\n%b%b\r\n" % (_STATUS_LINES[200], content_type, extra, coding)
+
+    def push(self, data: bytes) -> bool:
+        """Send a part that is not empty. False when it is skipped: the last one has not left, or an answer before this
+        one on its connection has not."""
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        return self._write(data)
+
+    def start(self) -> bool:
+        """Send the head alone, if it is this answer's turn; else it leaves with the first part."""
+        return self._write(b"")
+
+    def _write(self, data: bytes) -> bool:
+        transport = self._connection.ready(self._exchange)
+        if transport is None:
+            return False
+        if self._head:
+            data = _with_connection(self._head, b"close") + data
+            self._head = b""
+        if data:
+            transport.write(data)
+        return True
+
+    def finish(self) -> None:
+        """The body is whole."""
+        if not self._exchange.abandoned:
+            self._connection.finished(self._exchange, self._head, b"0\r\n\r\n" if self._chunked else b"")
+
+
 def _response(status: int, body: bytes, content_type: bytes, extra: bytes) -> bytes:
     kind = b"Content-Type: %b\r\n" % content_type if body else b""
     return b"%b%b%bContent-Length: %d\r\n\r\n%b" % (_STATUS_LINES[status], kind, extra, len(body), body)
@@ -181,6 +231,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writing_paused = False
         self._phase = IDLE  # the one that the deadline is for
         self._wait: BoundedWait | None = None  # for room for the body that has begun
+        self._stream: Stream | None = None  # the answer that goes on
 
     def wait(self, nbytes: int, lead: int, then: Callable[[Slot], None], late: Callable[[str], None]) -> BoundedWait:
         http, slots = self._http, self.slots()
@@ -208,6 +259,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._http.forget(self)
+        self._no_stream()
         self._wait_no_longer()
         self._reader.close()
         for exchange in self._exchanges:
@@ -396,6 +448,54 @@ class Connection(asyncio.BufferedProtocol):
             if self._reader.wants_continue:
                 self._enter(self._reader.phase)
 
+    # --- answers that go on ---
+
+    def begin(self, exchange: Exchange, content_type: bytes, extra: bytes) -> Stream:
+        """See ``Exchange.begin``."""
+        http = self._http
+        if http.draining:
+            raise PenstockError(DRAINING, "this gateway is about to end", 1.0)
+        if http.streams >= http.options.streams_max:
+            raise PenstockError(OVERLOADED, f"{http.streams} answers go on (streams_max); try again shortly", 5.0)
+        http.streams += 1
+        self._last = True
+        while (behind := self._exchanges[-1]) is not exchange:
+            self._exchanges.pop()
+            self._drop(behind)
+            if behind._response is None and behind.gone is not None:
+                behind.gone()
+            if behind._sent is not None:
+                behind._sent()
+        exchange.status = 200
+        self._http.budget.release(exchange.request)
+        self._stream = Stream(self, exchange, content_type, extra)
+        self._stream.start()
+        return self._stream
+
+    def ready(self, exchange: Exchange) -> asyncio.Transport | None:
+        """Where to write more of an answer that goes on: None while it is not its turn or something has not left."""
+        transport = self._transport
+        if transport is None or not self._exchanges or self._exchanges[0] is not exchange or transport.is_closing():
+            return None
+        return None if transport.get_write_buffer_size() else transport
+
+    def finished(self, exchange: Exchange, head: bytes, end: bytes) -> None:
+        """An answer that went on is whole but for ``end``, and for its head when it was not yet its turn."""
+        self._no_stream()
+        if head:
+            exchange.send(200, head + end)
+            return
+        assert self._transport is not None
+        self._exchanges.clear()
+        self._drop(exchange)
+        self._transport.write(end)
+        self._finish()
+
+    def _no_stream(self) -> None:
+        if self._stream is not None:
+            self._stream = None
+            self._http.streams -= 1
+
     def _all_sent(self) -> None:
         """All that was written has left, or never will."""
         unsent, self._unsent = self._unsent, []
@@ -448,9 +548,15 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def drain(self) -> None:
-        """The gateway is about to end: answer what has come, and close when there is nothing to answer any more."""
+        """The gateway is about to end: answer what has come, and close when there is nothing to answer any more. What
+        goes on ends now."""
         if self._exchanges:
             self._last = True
+        if self._stream is not None:
+            exchange = self._stream._exchange
+            self._stream.finish()
+            if exchange.gone is not None:
+                exchange.gone()
 
 
 def _with_connection(response: bytes, value: bytes) -> bytes:
@@ -477,6 +583,7 @@ class Http:
         self.budget = Budget(options.bodies_bytes_max)
         self.heads: dict[bytes, Head] = {}
         self.wheel: Wheel[Connection] = Wheel()
+        self.streams = 0  # answers that go on
         self.hangups = Hangups(loop)
         self.draining = False
         self.drained = asyncio.Event()  # draining, and no connection is left

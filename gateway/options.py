@@ -15,6 +15,7 @@ class GatewayOptions:
     arena_bytes: int = -1
     arena_wait_s: float = 1.0  # for room in it: 503
     connections_max: int = 10_000  # 503
+    streams_max: int = 100  # of them those whose answer goes on, such as the dashboard's: 503
     pipelined_max: int = 16  # requests of one connection that wait for an answer; more are not read
 
     head_timeout_s: float = 10.0  # from a request's first byte to the end of its head: 408
@@ -27,3 +28,5 @@ class GatewayOptions:
     request_timeout_s: float = 30.0  # a request that names none: 504
     report_timeout_s: float = 1.0  # for the broker's part of /metrics
     compress_bytes_min: int = 512  # smaller answers are sent as they are
+
+    tracing: bool = False  # OpenTelemetry spans of every request, see tracing.py

@@ -19,6 +19,7 @@ from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import Reports
+from penstock.gateway.tracing import Tracing
 from penstock.wire.arena import Arena, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
@@ -35,13 +36,15 @@ _SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
-    """Where a gateway listens and whom it asks. ``http``: ``HOST:PORT``, or ``fd://N`` for an inherited socket."""
+    """Where a gateway listens and whom it asks. ``http``: ``HOST:PORT``, or ``fd://N`` for an inherited socket.
+    ``tracing``: who is told what each request took; it is closed with the gateway."""
 
     broker: BrokerAddress
     http: str = "127.0.0.1:8000"
     name: str = "gateway"
     drain_s: float = 5.0
     options: GatewayOptions = field(default_factory=GatewayOptions)
+    tracing: Tracing | None = None
 
 
 def listen(http: str) -> socket.socket:
@@ -106,6 +109,8 @@ class GatewayProcess:
     def stop(self) -> None:
         if self._listener is not None:
             self._listener.close()
+        if self._settings.tracing is not None:
+            self._settings.tracing.close()
 
     async def _serve(self) -> None:
         assert self._listener is not None, "start comes before serve"
@@ -151,8 +156,11 @@ class Coupling:
         self._loop = loop
         self.introduced = asyncio.Event()  # a broker has said what models there are
         self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
+        self._link.measure = self._measure
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
-        application = Application(loop, self._link.caller, settings.options, reports, self._flush_soon)
+        application = Application(
+            loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing
+        )
         self.http = Http(loop, settings.options, application, self._link.slots)
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
@@ -199,7 +207,8 @@ class Coupling:
         self._link.say(say.message)
         return serial
 
-    def _snapshot(self) -> Snapshot:
+    def _measure(self) -> None:
+        """Bring the series that are not counted as things happen up to date."""
         caller = self._link.caller
         caller.meters.value("penstock_http_connections").value = len(self.http.wheel)
         caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
@@ -209,7 +218,10 @@ class Coupling:
             caller.meters.value("penstock_arena_used_bytes").value = slots.arena.allocator.used
             caller.meters.value("penstock_arena_waiting").value = slots.waiting
         measure(caller.meters)
-        return Snapshot(caller.name, caller.meters.samples())
+
+    def _snapshot(self) -> Snapshot:
+        self._measure()
+        return Snapshot(self._link.caller.name, self._link.caller.meters.samples())
 
     def close(self) -> None:
         self._loop.remove_reader(self._link.fileno())

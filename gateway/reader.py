@@ -44,6 +44,8 @@ _KNOWN: Final = {
         b"expect",
         b"host",
         b"inference-header-content-length",
+        b"traceparent",
+        b"tracestate",
         b"transfer-encoding",
     )
 }

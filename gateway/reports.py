@@ -1,4 +1,4 @@
-"""/metrics: the whole server's series as Prometheus text, from any gateway.
+"""The whole server's series, on any gateway: as Prometheus text for /metrics, and as they are for the dashboard.
 
 The broker holds the latest snapshot of every process; prometheus-client writes them down.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -20,6 +20,9 @@ from penstock.wire.metrics import COUNTER, FAMILIES, GAUGE, Family, Sample
 
 CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
 _WAITING_MAX: Final = 100  # scrapes at the same time; more get what this gateway knows by itself
+
+# What hears the snapshots of all processes, and whether the broker has answered; None when it was not asked.
+Hear: TypeAlias = "Callable[[Sequence[Snapshot], bool | None], None]"
 
 
 class Reports:
@@ -40,36 +43,44 @@ class Reports:
         self._ask_broker = ask_broker
         self._own = own
         self._timeout_s = timeout_s
-        self._waiting: dict[int, tuple[Callable[[bytes], None], asyncio.TimerHandle]] = {}
+        self._waiting: dict[int, tuple[Hear, asyncio.TimerHandle]] = {}
 
     def ask(self, report: Callable[[bytes], None]) -> None:
-        """Have ``report`` called with the text, at the latest after the timeout."""
+        """Have ``report`` called with Prometheus text, at the latest after the timeout."""
+        self.ask_snapshots(lambda snapshots, broker: report(render(snapshots, broker)))
+
+    def ask_snapshots(self, hear: Hear) -> None:
+        """Have ``hear`` called, at the latest after the timeout; without the broker there is this gateway's alone."""
         if len(self._waiting) >= _WAITING_MAX:
-            report(render([], self._own(), broker=None))
+            hear([self._own()], None)
             return
         serial = self._ask_broker()
         if serial is None:
-            report(render([], self._own(), broker=False))
+            hear([self._own()], False)
             return
-        self._waiting[serial] = report, self._loop.call_later(self._timeout_s, self._give_up, serial)
+        self._waiting[serial] = hear, self._loop.call_later(self._timeout_s, self._give_up, serial)
 
     def arrived(self, metrics: Metrics) -> None:
         waiting = self._waiting.pop(metrics.serial, None)
         if waiting is not None:
-            report, timer = waiting
+            hear, timer = waiting
             timer.cancel()
-            report(render(metrics.snapshots, self._own(), broker=True))
+            hear(merge(metrics.snapshots, self._own()), True)
 
     def _give_up(self, serial: int) -> None:
-        report, _ = self._waiting.pop(serial)
-        report(render([], self._own(), broker=False))
+        hear, _ = self._waiting.pop(serial)
+        hear([self._own()], False)
 
 
-def render(snapshots: Iterable[Snapshot], own: Snapshot, broker: bool | None) -> bytes:
-    """Prometheus text of all processes. ``own``: this gateway's, which is newer than what the broker has of it.
-    ``broker``: whether it answers, None when it was not asked."""
+def merge(snapshots: Iterable[Snapshot], own: Snapshot) -> list[Snapshot]:
+    """``own``: this gateway's, which is newer than what the broker has of it."""
+    return [*(each for each in snapshots if each.name != own.name), own]
+
+
+def render(snapshots: Sequence[Snapshot], broker: bool | None) -> bytes:
+    """Prometheus text of all processes. ``broker``: whether it answers, None when it was not asked."""
     registry = CollectorRegistry()
-    registry.register(_Collector([*(each for each in snapshots if each.name != own.name), own], broker))
+    registry.register(_Collector(snapshots, broker))
     return generate_latest(registry)
 
 

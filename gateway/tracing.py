@@ -6,9 +6,10 @@
     +-- batch                    from there to its end, on the worker
         +-- model                of that, in ONNX Runtime
 
-Only the gateway knows of OpenTelemetry: workers say with each answer how long each part took. When each began, on a clock
-of this host, is not told; what messages took to go and come is taken to be equal. Where spans go, how many are kept and
-under which name, OpenTelemetry's own variables say (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME).
+Only the gateway knows of OpenTelemetry: workers say with each answer how long each part took. When each began, on a
+clock of this host, is not told; what messages took to go and come is taken to be equal. Where spans go, how many are
+kept and under which name, OpenTelemetry's own variables say (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER,
+OTEL_SERVICE_NAME). A request that is refused before it is asked has none.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Tracing:
                 f"[gateway] tracing needs OpenTelemetry: pip install 'penstock[otel]' ({error})"
             ) from None
         # What the environment says comes first.
-        defaults = Resource({"service.name": "penstock", "service.instance.id": gateway})
+        defaults = Resource({"service.name": "penstock", "penstock.gateway": gateway})
         self._provider = TracerProvider(resource=defaults.merge(Resource.create()), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("penstock", version("penstock"))
@@ -116,7 +117,7 @@ class Tracing:
         batch = answer.batch
         parts = divide(start_ns, end_ns, answer.queue_us, batch.compute_us, batch.model_us)
         self._tracer.start_span("queue", parent, start_time=parts.queue[0]).end(parts.queue[1])
-        about = {
+        about: dict[str, Any] = {
             "penstock.batch.rows": batch.rows,
             "penstock.batch.reason": batch.reason,
             "penstock.batch.serial": batch.serial,

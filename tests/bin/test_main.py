@@ -70,12 +70,16 @@ def test_help_names_every_command(option: str) -> None:
         "worker",
         "gateway",
         "infer",
+        "bench",
+        "tune",
         "models",
+        "top",
+        "systemd",
     }
     assert all(len(line.split()) > 1 for line in commands), "each says what it is for"
 
 
-@pytest.mark.parametrize("command", ["up", "broker", "worker", "gateway", "infer", "models"])
+@pytest.mark.parametrize("command", ["up", "broker", "worker", "gateway", "infer", "bench", "models"])
 def test_help_of_a_command_names_its_options_and_hides_the_launchers_own(command: str) -> None:
     shown = CliRunner().invoke(cli, [command, "-h"], prog_name="penstock")
     assert shown.exit_code == 0

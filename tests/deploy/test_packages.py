@@ -68,7 +68,7 @@ def test_a_wheel_has_what_is_not_python_and_no_tests(packages: Path) -> None:
     [wheel] = packages.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"penstock/bin/models/digits/1/model.onnx", "penstock/deploy/systemd/penstock-worker@.service"} <= names
-    assert {"penstock/client/py.typed", "penstock/wire/py.typed"} <= names
+    assert {"penstock/client/py.typed", "penstock/wire/py.typed", "penstock/gateway/dashboard.html"} <= names
     assert not [name for name in names if "test_" in name or name.startswith(("tests", "bench", "penstock/bench"))]
 
 

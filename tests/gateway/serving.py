@@ -56,6 +56,26 @@ class Loop:
         assert self.errors == []
 
 
+class Chunks:
+    """The parts of an answer that goes on, as they come."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    def head(self) -> dict[str, str]:
+        """Its headers, by lower-case name; it has begun with 200."""
+        first, *lines = self._peer._hear_to(b"\r\n\r\n").decode().split("\r\n")
+        assert first == "HTTP/1.1 200 OK"
+        return {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+
+    def next(self) -> bytes:
+        """One part; empty when it has ended."""
+        count = int(self._peer._hear_to(b"\r\n"), 16)
+        data = self._peer.raw(count)
+        assert self._peer.raw(2) == b"\r\n"
+        return data
+
+
 class Response(NamedTuple):
     status: int
     headers: dict[str, str]

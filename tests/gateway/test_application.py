@@ -238,6 +238,14 @@ def test_server_says_what_it_is_and_what_works(desk: Desk) -> None:
         }
 
 
+def test_the_dashboard_is_there_with_or_without_a_broker(desk: Desk) -> None:
+    answer = desk.ask("GET", "/")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'sha256-")
+    assert answer.body.startswith(b"<!doctype html>")
+    assert desk.meter("penstock_http_responses", "200") == 1
+
+
 def test_live_is_always_true(desk: Desk) -> None:
     assert desk.ask("GET", "/v2/health/live") == (200, {"Content-Length": "0"}, b"")
 
@@ -374,7 +382,9 @@ def test_wrong_method_is_405(joined: Desk, method: str, url: str, allow: str) ->
     assert (answer.status, answer.headers["Allow"], answer.error) == (405, allow, "Method Not Allowed")
 
 
-@pytest.mark.parametrize("url", ["/", "/v1", "/v2/models", "/v2/models/double/versions", "/v2/models/double/stats"])
+@pytest.mark.parametrize(
+    "url", ["/favicon.ico", "/events/x", "/v1", "/v2/models", "/v2/models/double/versions", "/v2/models/double/stats"]
+)
 def test_unknown_path_is_404(joined: Desk, url: str) -> None:
     answer = joined.ask("GET", url)
     assert (answer.status, answer.error) == (404, "Not Found")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from penstock.gateway.connection import Exchange
+from penstock.gateway.connection import Exchange, Stream
 from penstock.wire.arena import Arena
+from penstock.wire.errors import PenstockError
 from penstock.wire.slots import Slot, Slots
-from tests.gateway.serving import Echo, Loop, Peer, Serving, pattern
+from tests.gateway.serving import Chunks, Echo, Loop, Peer, Serving, pattern
 
 Serve = Callable[..., Serving]
 
@@ -588,6 +589,232 @@ def test_what_is_encrypted_is_returned_at_once(lender: Lender, serve: Serve, cer
     peer.send(ask("/0/5000000"))
     assert peer.response().body == pattern(5_000_000)
     assert lender.returned == [b"/0/5000000"]
+
+
+# --- answers that go on ---
+
+
+class Source(Echo):
+    """Begins an answer that goes on for each request below ``/go``; the test pushes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.streams: list[Stream] = []
+
+    def tell(self, exchange: Exchange) -> None:
+        if not exchange.request.head.url.startswith(b"/go"):
+            super().tell(exchange)
+            return
+        try:
+            self.streams.append(exchange.begin(b"text/event-stream", b"Cache-Control: no-store\r\n"))
+        except PenstockError as error:
+            exchange.answer_error(503, error.message)
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+def test_answer_goes_on_in_chunks_until_it_is_finished(source: Source, serve: Serve) -> None:
+    serving = serve(source)
+    peer = serving.connect()
+    peer.send(ask("/go"))
+    chunks = Chunks(peer)
+    assert chunks.head() == {
+        "connection": "close",
+        "content-type": "text/event-stream",
+        "cache-control": "no-store",
+        "transfer-encoding": "chunked",
+    }
+    [stream] = source.streams
+    for data in (b"a", pattern(3000), b"\r\n"):
+        assert stream.push(data)
+        assert chunks.next() == data
+    assert serving.http.streams == 1
+    stream.finish()
+    assert chunks.next() == b""
+    assert peer.rest() == b""
+    assert (serving.http.streams, source.exchanges[0].status, source.gone) == (0, 200, [])
+    assert not stream.push(b"too late")
+    stream.finish()
+
+
+def test_http_1_0_is_told_by_the_end_of_the_connection(source: Source, serve: Serve) -> None:
+    peer = serve(source).connect()
+    peer.send(ask("/go", "Connection: keep-alive", version="1.0"))
+    headers = Chunks(peer).head()
+    assert (headers["connection"], "transfer-encoding" in headers) == ("close", False)
+    for data in (b"one ", b"two"):
+        assert source.streams[0].push(data)
+    source.streams[0].finish()
+    assert peer.rest() == b"one two"
+
+
+def test_answer_that_goes_on_leaves_behind_those_before(source: Source, serve: Serve) -> None:
+    source.hold = True
+    serving = serve(source)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/go"))
+    serving.loop.until(lambda: len(source.exchanges) == 2)
+    source.tell(source.exchanges[1])
+    [stream] = source.streams
+    assert not stream.push(b"before its turn")
+    source.tell(source.exchanges[0])
+    assert peer.response().body == b"GET /0 "
+    assert stream.push(b"x")
+    chunks = Chunks(peer)
+    assert chunks.head()["connection"] == "close"
+    assert chunks.next() == b"x"
+
+
+def test_answer_that_is_finished_before_its_turn_is_empty(source: Source, serve: Serve) -> None:
+    source.hold = True
+    serving = serve(source)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/go"))
+    serving.loop.until(lambda: len(source.exchanges) == 2)
+    source.tell(source.exchanges[1])
+    source.streams[0].finish()
+    source.tell(source.exchanges[0])
+    assert peer.response().body == b"GET /0 "
+    chunks = Chunks(peer)
+    assert chunks.head()["connection"] == "close"
+    assert chunks.next() == b""
+    assert peer.rest() == b""
+    assert serving.http.streams == 0
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_what_was_asked_behind_an_answer_that_goes_on_is_let_go(source: Source, serve: Serve, hold: bool) -> None:
+    source.hold = hold
+    serving = serve(source)
+    peer = serving.connect()
+    peer.send(ask("/go") + ask("/1", method="POST", body=b"x" * 100) + ask("/2"))
+    serving.loop.until(lambda: len(source.exchanges) == (3 if hold else 1))
+    if hold:
+        source.tell(source.exchanges[2])
+        source.tell(source.exchanges[0])
+    chunks = Chunks(peer)
+    chunks.head()
+    assert source.gone == [b"/1"] * hold
+    peer.send(ask("/3", method="POST", body=b"x" * 100), b"nonsense\r\n\r\n")
+    serving.loop.settle()
+    assert serving.http.budget.used == 0
+    assert source.streams[0].push(b"x")
+    assert chunks.next() == b"x"
+    assert source.refusals == []
+    source.streams[0].finish()
+    assert chunks.next() == b""
+
+
+@pytest.mark.parametrize("how", ["leave", "reset", "end"])
+def test_client_that_leaves_an_answer_that_goes_on_is_noticed(source: Source, serve: Serve, how: str) -> None:
+    serving = serve(source)
+    peer = serving.connect()
+    peer.send(ask("/go"))
+    Chunks(peer).head()
+    getattr(peer, how)()
+    serving.ended()
+    assert (source.gone, serving.http.streams) == ([b"/go"], 0)
+    assert source.exchanges[0].abandoned
+    assert not source.streams[0].push(b"x")
+    source.streams[0].finish()
+
+
+def test_parts_are_skipped_for_a_client_that_does_not_read(source: Source, serve: Serve) -> None:
+    serving = serve(source)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask("/go"))
+    chunks = Chunks(peer)
+    chunks.head()
+    [stream], [connection] = source.streams, serving.http.wheel.items()
+    assert stream.push(pattern(300_000))
+    held = connection._transport.get_write_buffer_size() if connection._transport else 0
+    assert held > 0
+    for _ in range(100):
+        assert not stream.push(pattern(300_000))
+    assert connection._transport is not None
+    assert connection._transport.get_write_buffer_size() <= held
+    assert chunks.next() == pattern(300_000)
+    serving.loop.until(lambda: stream.push(b"now"))
+    assert chunks.next() == b"now"
+
+
+def test_client_that_never_reads_an_answer_that_goes_on_is_cut_off(source: Source, serve: Serve) -> None:
+    serving = serve(source, write_timeout_s=0.05, body_bytes_per_s_min=1 << 30)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask("/go"))
+    Chunks(peer).head()
+    assert source.streams[0].push(pattern(3_000_000))
+    serving.turn()
+    serving.ended()
+    assert (source.gone, serving.http.streams) == ([b"/go"], 0)
+
+
+def test_answer_that_goes_on_has_no_deadline_while_it_is_read(source: Source, serve: Serve) -> None:
+    limits = {"keep_alive_s": 0.05, "head_timeout_s": 0.05, "write_timeout_s": 0.05}
+    serving = serve(source, **limits)
+    peer, idle = serving.connect(), serving.connect()
+    peer.send(ask("/go") + ask("/b")[:10])
+    chunks = Chunks(peer)
+    chunks.head()
+    serving.turn()
+    assert idle.rest() == b""
+    wait_for_timeout(serving)
+    assert source.streams[0].push(b"x")
+    assert chunks.next() == b"x"
+
+
+def test_too_many_answers_that_go_on_are_refused(source: Source, serve: Serve) -> None:
+    serving = serve(source, streams_max=2)
+    peers = [serving.connect() for _ in range(4)]
+    for peer in peers[:3]:
+        peer.send(ask("/go"))
+    for peer in peers[:2]:
+        Chunks(peer).head()
+    assert peers[2].response().status == 503
+    peers[2].send(ask("/a"))
+    assert peers[2].response().status == 200, "the connection goes on"
+    source.streams[0].finish()
+    peers[3].send(ask("/go"))
+    Chunks(peers[3]).head()
+    assert serving.http.streams == 2
+
+
+def test_draining_gateway_ends_what_goes_on(source: Source, serve: Serve) -> None:
+    serving = serve(source)
+    peer, idle = serving.connect(), serving.connect()
+    peer.send(ask("/go"))
+    chunks = Chunks(peer)
+    chunks.head()
+    assert source.streams[0].push(b"x")
+    serving.http.drain()
+    assert (source.gone, serving.http.streams) == ([b"/go"], 0)
+    assert (chunks.next(), chunks.next()) == (b"x", b"")
+    assert peer.rest() == b""
+    idle.send(ask("/go"))
+    response = idle.response()
+    assert (response.status, response.headers["connection"]) == (503, "close")
+    idle.rest()
+    serving.loop.run(serving.http.drained.wait())
+
+
+def test_answer_goes_on_through_tls(source: Source, serve: Serve, certificate: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    serving = serve(source, tls=context)
+    peer = SecurePeer(serving.connect(wait=False))
+    peer.send(ask("/go"))
+    chunks = Chunks(peer)
+    chunks.head()
+    for turn in range(3):
+        serving.loop.until(lambda turn=turn: source.streams[0].push(b"%d" % turn))  # type: ignore[misc]
+        assert chunks.next() == b"%d" % turn
+    source.streams[0].finish()
+    assert chunks.next() == b""
 
 
 # --- draining ---

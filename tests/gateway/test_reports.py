@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.gateway.reports import Reports, render
+from penstock.gateway.reports import Reports, merge, render
 from penstock.wire.messages import Metrics, Snapshot
 from penstock.wire.metrics import FAMILIES, ROWS, Meters, Sample
 from tests.gateway.serving import Loop
@@ -36,7 +36,7 @@ def test_series_of_all_processes_carry_their_labels() -> None:
         Snapshot("worker-0", (Sample("penstock_batches", ("m", "1", "full"), 3.0),)),
         Snapshot("worker-1", (Sample("penstock_batches", ("m", "1", "full"), 4.0),)),
     ]
-    text = render(snapshots, OWN, broker=True)
+    text = render(merge(snapshots, OWN), broker=True)
     assert value(text, "penstock_broker_up") == 1
     assert value(text, "penstock_requests_total", model="m", version="1") == 5
     assert value(text, "penstock_workers") == 2
@@ -48,7 +48,7 @@ def test_series_of_all_processes_carry_their_labels() -> None:
 def test_own_series_are_newer_than_what_the_broker_has_of_them() -> None:
     old = Snapshot("gateway-0", (Sample("penstock_http_responses", ("200",), 1.0),))
     other = Snapshot("gateway-1", (Sample("penstock_http_responses", ("200",), 2.0),))
-    text = render([old, other], OWN, broker=True)
+    text = render(merge([old, other], OWN), broker=True)
     assert value(text, "penstock_http_responses_total", code="200", gateway="gateway-0") == 7
     assert value(text, "penstock_http_responses_total", code="200", gateway="gateway-1") == 2
 
@@ -59,7 +59,7 @@ def test_buckets_are_cumulative() -> None:
     rows.observe(1, 3)
     rows.observe(3, 2)
     rows.observe(100_000)
-    text = render([Snapshot("w", meters.samples())], OWN, broker=True)
+    text = render([Snapshot("w", meters.samples())], broker=True)
     labels = {"model": "m", "version": "1", "worker": "w"}
     counts = [value(text, "penstock_batch_rows_bucket", le=str(bound), **labels) for bound in ROWS]
     assert counts == [3, 3, 5, 5, 5, 5, 5, 5, 5, 5]
@@ -70,7 +70,7 @@ def test_buckets_are_cumulative() -> None:
 
 def test_labels_that_are_no_plain_words_are_escaped() -> None:
     model = 'a"b\\c\nd é'
-    text = render([Snapshot("b", (Sample("penstock_requests", (model, "1"), 5.0),))], OWN, broker=True)
+    text = render([Snapshot("b", (Sample("penstock_requests", (model, "1"), 5.0),))], broker=True)
     assert value(text, "penstock_requests_total", model=model, version="1") == 5
 
 
@@ -79,7 +79,7 @@ def test_every_family_can_be_rendered(family: str) -> None:
     about = FAMILIES[family]
     labels = tuple(f"a {label}" for label in about.labels)
     sample = Sample(family, labels, tuple(map(float, range(len(about.bounds) + 2))) if about.bounds else 1.5)
-    text = render([Snapshot("p", (sample,))], Snapshot("own", ()), broker=True)
+    text = render([Snapshot("p", (sample,))], broker=True)
     [found] = [each for each in text_string_to_metric_families(text.decode()) if each.name == family]
     assert (found.type, found.documentation) == (about.kind, about.help)
     want = dict(zip(about.labels, labels, strict=True)) | ({about.process: "p"} if about.process else {})

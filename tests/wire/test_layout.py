@@ -20,7 +20,8 @@ OURS = {
     "worker": {"wire"},
     "client": {"wire"},
     "gateway": {"wire", "client"},
-    "bin": {"wire", "broker", "worker", "client", "gateway", "deploy"},
+    "load": {"wire", "client"},
+    "bin": {"wire", "broker", "worker", "client", "gateway", "load", "deploy"},
     "deploy": set[str](),
 }
 LIBRARIES = {"msgpack", "numpy"}
