@@ -32,7 +32,7 @@ def tune(*arguments: str) -> Result:
 def test_batches_are_found_for_a_model_that_gains_by_them_and_written(tmp_path: Path) -> None:
     """Its batches take the same time however many rows they have: so those of one row are the worst there are."""
     write(tmp_path, "slow", slow(20), config=CONFIG)
-    result = tune(str(tmp_path / "slow"), "--latency", "2s", "--budget", "30s")
+    result = tune(str(tmp_path / "slow"), "--latency", "2s", "--budget", "14s")
     assert result.exit_code == 0, result.output
     written = (tmp_path / "slow" / "model.toml").read_text()
     match = re.fullmatch(
