@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class WorkerOptions:
     # Shared memory for large outputs, of each worker. -1: an eighth of what is free, at most 256 MiB; 0: none.
     arena_bytes: int = -1
-    # Memory that models run in, beside their weights, of each worker. -1: half of what is free, at least 256 MiB.
+    # Memory that models run in, beside their weights, of each worker. -1: half of what is free, at least 256 MiB;
+    # 0: no limit.
     run_bytes_max: int = -1
     # Where models are prepared, once for all workers of this user; "": penstock/models in the user's cache.
     store: str = ""
