@@ -593,7 +593,7 @@ class Http:
         """For create_server."""
         return Connection(self)
 
-    def turn(self, turn_s: float = 0.5) -> None:
+    def turn(self, turn_s: float = 1.0) -> None:
         """End what is late, from now on and until ``stop``; the whole wheel is looked at once in ``turn_s`` seconds."""
         for connection in self.wheel.advance(self.loop.time()):
             connection.expire()
