@@ -61,7 +61,8 @@ from penstock.wire.messages import (
 )
 from penstock.wire.metrics import Meters
 
-_SWEEP_S: Final = 0.25
+_SWEEP_S: Final = 1.0  # between two looks at what need not be exact; each wakes an idle broker
+_SETTLE_S: Final = 0.25  # a dead process's files are all closed by then
 _BROKER: Final = "broker"  # its name among the peers'
 
 
@@ -284,6 +285,7 @@ class Core:
         held = self.ledger.worker_gone(worker)
         self._workers_changed = self._models_changed = True
         self._left_behind = True
+        self._sweep_at = min(self._sweep_at, now + _SETTLE_S)
         if reason:
             self._log("warning", "worker lost", worker=worker.name, reason=reason, requests_held=held)
         else:

@@ -19,7 +19,6 @@ from penstock.gateway.hangups import Hangups
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reader import BODY, FULL, HEAD, IDLE, Budget, Head, HttpError, Reader, Request
 from penstock.gateway.waits import BoundedWait, too_large
-from penstock.gateway.wheel import Wheel
 from penstock.wire.errors import DRAINING, OVERLOADED, TOO_LARGE, PenstockError
 from penstock.wire.messages import Payload
 from penstock.wire.slots import Slot, Slots
@@ -50,6 +49,7 @@ REASONS: Final = {
 _STATUS_LINES: Final = {status: f"HTTP/1.1 {status} {reason}\r\n".encode() for status, reason in REASONS.items()}
 
 
+_WATCH_S: Final = 1.0  # between two looks for connections that are late
 _NO_HEAD: Final = Head(b"", b"", {}, 0, False, False)  # of what could not be read
 
 
@@ -252,9 +252,9 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.set_write_buffer_limits(high=0)
         http = self._http
         self.deadline = http.loop.time() + http.options.keep_alive_s
-        http.wheel.add(self)
-        if len(http.wheel) > http.options.connections_max:
-            self._refuse(HttpError(503, f"{len(http.wheel) - 1} connections are open; try again shortly"))
+        http.connections.add(self)
+        if len(http.connections) > http.options.connections_max:
+            self._refuse(HttpError(503, f"{len(http.connections) - 1} connections are open; try again shortly"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -582,42 +582,45 @@ class Http:
         self.application = application
         self.budget = Budget(options.bodies_bytes_max)
         self.heads: dict[bytes, Head] = {}
-        self.wheel: Wheel[Connection] = Wheel()
+        self.connections: set[Connection] = set()
         self.streams = 0  # answers that go on
         self.hangups = Hangups(loop)
         self.draining = False
         self.drained = asyncio.Event()  # draining, and no connection is left
-        self._turning: asyncio.TimerHandle | None = None
+        self._watching: asyncio.TimerHandle | None = None
 
     def connection(self) -> Connection:
         """For create_server."""
         return Connection(self)
 
-    def turn(self, turn_s: float = 1.0) -> None:
-        """End what is late, from now on and until ``stop``; the whole wheel is looked at once in ``turn_s`` seconds."""
-        for connection in self.wheel.advance(self.loop.time()):
+    def watch(self, every_s: float = _WATCH_S) -> None:
+        """End what is late, from now on and until ``stop``. All connections share one timer: one each would cost more
+        than parsing a request does, and here a deadline is an attribute, set as often as one likes. The price is that
+        it is kept only to within ``every_s`` seconds."""
+        now = self.loop.time()
+        for connection in [connection for connection in self.connections if connection.deadline <= now]:
             connection.expire()
-        self._turning = self.loop.call_later(turn_s / self.wheel.spokes, self.turn, turn_s)
+        self._watching = self.loop.call_later(every_s, self.watch, every_s)
 
     def drain(self) -> None:
         """Close connections as soon as they have nothing under way; idle ones may still bring one request."""
         self.draining = True
-        for connection in self.wheel.items():
+        for connection in list(self.connections):
             connection.drain()
         self._note_drained()
 
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""
-        self.wheel.discard(connection)
+        self.connections.discard(connection)
         self._note_drained()
 
     def _note_drained(self) -> None:
-        if self.draining and not len(self.wheel):
+        if self.draining and not self.connections:
             self.drained.set()
 
     def stop(self) -> None:
-        if self._turning is not None:
-            self._turning.cancel()
-        for connection in self.wheel.items():
+        if self._watching is not None:
+            self._watching.cancel()
+        for connection in list(self.connections):
             connection.abort()
         self.hangups.close()

@@ -124,7 +124,7 @@ class GatewayProcess:
         coupling.pump()
         await _first_of(_PATIENCE_S, coupling.introduced, stopped)
         server = await loop.create_server(coupling.http.connection, sock=self._listener, backlog=_BACKLOG)
-        coupling.http.turn()
+        coupling.http.watch()
         await stopped.wait()
         notify("STOPPING=1")
         await self._drain(server, coupling.http)
@@ -134,10 +134,10 @@ class GatewayProcess:
         """Accept nothing more; answer what is under way, and wait for idle connections until the limit."""
         server.close()
         http.drain()
-        log.info("gateway draining", extra=fields(connections=len(http.wheel), limit_s=self._settings.drain_s))
+        log.info("gateway draining", extra=fields(connections=len(http.connections), limit_s=self._settings.drain_s))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(http.drained.wait(), self._settings.drain_s)
-        log.info("gateway stopped", extra=fields(connections_left=len(http.wheel)))
+        log.info("gateway stopped", extra=fields(connections_left=len(http.connections)))
         http.stop()
 
 
@@ -210,7 +210,7 @@ class Coupling:
     def _measure(self) -> None:
         """Bring the series that are not counted as things happen up to date."""
         caller = self._link.caller
-        caller.meters.value("penstock_http_connections").value = len(self.http.wheel)
+        caller.meters.value("penstock_http_connections").value = len(self.http.connections)
         caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
         slots = self._link.slots()
         if slots is not None:

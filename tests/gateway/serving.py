@@ -200,7 +200,7 @@ class Serving:
     def connect(self, receive_bytes: int = 0, wait: bool = True) -> Peer:
         """A new client. ``receive_bytes``: how much its kernel takes for it, 0 for the usual. ``wait``: until its
         connection has begun."""
-        before = len(self.http.wheel)
+        before = len(self.http.connections)
         channel = socket.socket()
         if receive_bytes:
             channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
@@ -208,21 +208,21 @@ class Serving:
         self._channels.append(channel)
         self.loop.run(self.loop.loop.sock_connect(channel, self.address))
         if wait:
-            self.loop.until(lambda: len(self.http.wheel) > before)
+            self.loop.until(lambda: len(self.http.connections) > before)
         return Peer(self.loop, channel)
 
-    def turn(self) -> None:
+    def watch(self) -> None:
         """End what is late, often."""
-        self.http.turn(0.02)
+        self.http.watch(0.02)
 
     def still(self) -> None:
         """End nothing any more, however late."""
-        assert self.http._turning is not None
-        self.http._turning.cancel()
+        assert self.http._watching is not None
+        self.http._watching.cancel()
 
     def ended(self) -> None:
         """Wait until there is no connection any more."""
-        self.loop.until(lambda: not len(self.http.wheel))
+        self.loop.until(lambda: not self.http.connections)
 
     def close(self) -> None:
         self._server.close()

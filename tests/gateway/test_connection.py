@@ -39,7 +39,7 @@ def test_connection_is_kept(echo: Echo, serve: Serve) -> None:
         response = peer.response()
         assert (response.status, response.body) == (200, b"POST /a %d" % turn)
         assert "connection" not in response.headers
-    assert len(serving.http.wheel) == 1
+    assert len(serving.http.connections) == 1
 
 
 def test_pipelined_requests_are_answered_in_order(echo: Echo, serve: Serve) -> None:
@@ -103,7 +103,7 @@ def wait_for_timeout(serving: Serving) -> None:
     """Until a head that begins now is refused for being late."""
     late = serving.connect()
     late.send(b"GET")
-    serving.turn()
+    serving.watch()
     assert late.response().status == 408
 
 
@@ -266,7 +266,7 @@ def test_head_that_does_not_come_is_refused(echo: Echo, serve: Serve) -> None:
     serving = serve(echo, head_timeout_s=0.05)
     peer = serving.connect()
     peer.send(ask("/a")[:10])
-    serving.turn()
+    serving.watch()
     response = peer.response()
     assert (response.status, response.headers["connection"]) == (408, "close")
     assert response.body == b'{"error":"the head did not come within 0.05 s"}'
@@ -279,7 +279,7 @@ def test_body_that_comes_too_slowly_is_refused(echo: Echo, serve: Serve, length:
     serving = serve(echo, body_timeout_s=0.05, body_bytes_per_s_min=1 << 30)
     peer = serving.connect()
     peer.send(ask("/a", f"Content-Length: {length}", method="POST") + b"abc")
-    serving.turn()
+    serving.watch()
     assert peer.response().status == 408
     assert peer.rest() == b""
     assert serving.http.budget.used == 0
@@ -290,7 +290,7 @@ def test_large_body_has_more_time(echo: Echo, serve: Serve) -> None:
     peer = serving.connect()
     peer.send(ask("/a", "Content-Length: 90000", method="POST"))
     serving.loop.until(lambda: serving.http.budget.used)
-    [connection] = serving.http.wheel.items()
+    [connection] = serving.http.connections
     assert connection.deadline == pytest.approx(serving.loop.loop.time() + 100, abs=5)
 
 
@@ -299,7 +299,7 @@ def test_connection_without_a_request_is_closed(echo: Echo, serve: Serve) -> Non
     fresh, used = serving.connect(), serving.connect()
     used.send(ask("/a"))
     used.response()
-    serving.turn()
+    serving.watch()
     assert (fresh.rest(), used.rest()) == (b"", b"")
     assert echo.refusals == []
 
@@ -310,7 +310,7 @@ def test_connection_that_waits_for_its_answer_has_no_deadline(echo: Echo, serve:
     peer, idle = serving.connect(), serving.connect()
     peer.send(ask("/a"))
     serving.loop.until(lambda: echo.exchanges)
-    serving.turn()
+    serving.watch()
     assert idle.rest() == b""
     echo.tell(echo.exchanges[0])
     assert peer.response().status == 200
@@ -322,7 +322,7 @@ def test_late_body_is_refused_behind_the_answers_before(echo: Echo, serve: Serve
     peer = serving.connect()
     peer.send(ask("/0") + ask("/1", "Content-Length: 5", method="POST") + b"ab")
     serving.loop.until(lambda: echo.exchanges)
-    serving.turn()
+    serving.watch()
     serving.loop.until(lambda: echo.refusals)
     serving.still()
     peer.send(b"cde" + ask("/2") + b"nonsense\r\n\r\n")
@@ -342,7 +342,7 @@ def test_client_that_never_reads_is_cut_off(echo: Echo, serve: Serve, lines: tup
     peer = serving.connect(receive_bytes=4096)
     fill_send_buffer(serving)
     peer.send(ask(f"/large/{count}", *lines))
-    serving.turn()
+    serving.watch()
     serving.ended()
 
 
@@ -352,7 +352,7 @@ def test_client_that_reads_a_large_answer_slowly_has_more_time(echo: Echo, serve
     fill_send_buffer(serving)
     peer.send(ask("/large/1000000", "Connection: close"))
     serving.loop.settle()
-    [connection] = serving.http.wheel.items()
+    [connection] = serving.http.connections
     assert connection.deadline == pytest.approx(serving.loop.loop.time() + 105, abs=15)
     assert peer.response().body == pattern(1_000_000)
 
@@ -371,7 +371,7 @@ def test_large_answer_is_read_to_its_end_though_more_was_sent(echo: Echo, serve:
 
 def fill_send_buffer(serving: Serving) -> None:
     """Make the kernel take little from the only connection there is."""
-    [connection] = serving.http.wheel.items()
+    [connection] = serving.http.connections
     assert connection._transport is not None
     channel = connection._transport.get_extra_info("socket")
     channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -419,7 +419,7 @@ def test_client_that_never_stops_sending_is_cut_off(echo: Echo, serve: Serve) ->
     peer = serving.connect()
     peer.send(b"nonsense\r\n\r\n")
     assert peer.response().status == 400
-    serving.turn()
+    serving.watch()
     serving.ended()
 
 
@@ -458,9 +458,9 @@ def test_one_connection_too_many_is_refused(echo: Echo, serve: Serve) -> None:
         peer.send(ask("/a"))
         assert peer.response().status == 200
     peers[2].leave()
-    serving.loop.until(lambda: len(serving.http.wheel) == 2)
+    serving.loop.until(lambda: len(serving.http.connections) == 2)
     peers[0].leave()
-    serving.loop.until(lambda: len(serving.http.wheel) == 1)
+    serving.loop.until(lambda: len(serving.http.connections) == 1)
     late = serving.connect()
     late.send(ask("/a"))
     assert late.response().status == 200
@@ -729,7 +729,7 @@ def test_parts_are_skipped_for_a_client_that_does_not_read(source: Source, serve
     peer.send(ask("/go"))
     chunks = Chunks(peer)
     chunks.head()
-    [stream], [connection] = source.streams, serving.http.wheel.items()
+    [stream], [connection] = source.streams, serving.http.connections
     assert stream.push(pattern(300_000))
     held = connection._transport.get_write_buffer_size() if connection._transport else 0
     assert held > 0
@@ -749,7 +749,7 @@ def test_client_that_never_reads_an_answer_that_goes_on_is_cut_off(source: Sourc
     peer.send(ask("/go"))
     Chunks(peer).head()
     assert source.streams[0].push(pattern(3_000_000))
-    serving.turn()
+    serving.watch()
     serving.ended()
     assert (source.gone, serving.http.streams) == ([b"/go"], 0)
 
@@ -761,7 +761,7 @@ def test_answer_that_goes_on_has_no_deadline_while_it_is_read(source: Source, se
     peer.send(ask("/go") + ask("/b")[:10])
     chunks = Chunks(peer)
     chunks.head()
-    serving.turn()
+    serving.watch()
     assert idle.rest() == b""
     wait_for_timeout(serving)
     assert source.streams[0].push(b"x")
@@ -863,7 +863,7 @@ def test_half_a_request_behind_the_last_is_ignored(echo: Echo, serve: Serve, par
         echo.refusals.clear()
         echo.tell(echo.exchanges[0])
     else:
-        serving.turn()
+        serving.watch()
     response = peer.response()
     assert (response.body, response.headers["connection"]) == (b"GET /a ", "close")
     assert peer.rest() == b""
@@ -884,7 +884,7 @@ def test_stop_ends_every_connection(echo: Echo, serve: Serve) -> None:
     peer, idle = serving.connect(), serving.connect()
     peer.send(ask("/a"))
     serving.loop.until(lambda: echo.exchanges)
-    serving.turn()
+    serving.watch()
     serving.http.stop()
     serving.ended()
     assert echo.gone == [b"/a"]
@@ -952,7 +952,7 @@ def test_body_that_waits_stays_with_its_client(echo: Echo, serve: Serve, loop: L
     body = pattern(60 << 20)
     sending = loop.loop.create_task(loop.loop.sock_sendall(peer._channel, large("/a", body=body)))
     loop.until(lambda: slots.waiting)
-    [connection] = serving.http.wheel.items()
+    [connection] = serving.http.connections
     loop.settle()
     held = sum(map(len, connection._reader._body))
     assert held <= 256 * 1024, "what came with the head"
@@ -1020,7 +1020,7 @@ def test_client_that_leaves_does_not_wait_for_room(
     second = begin(serving, slots, large("/b"))
     getattr(first, how)()
     serving.loop.until(lambda: slots.waiting == 1)
-    serving.loop.until(lambda: len(serving.http.wheel) == 1)
+    serving.loop.until(lambda: len(serving.http.connections) == 1)
     assert serving.http.budget.used == len(BODY)
     whole.give_back()
     assert second.response().body == b"POST /b " + BODY
@@ -1040,7 +1040,7 @@ def test_client_is_not_late_while_its_body_waits(echo: Echo, serve: Serve, slots
 def test_client_is_late_once_its_body_need_not_wait(echo: Echo, serve: Serve, slots: Slots, whole: Slot) -> None:
     serving = serve(echo, slots=slots, arena_wait_s=60, body_timeout_s=0.05, body_bytes_per_s_min=1 << 30)
     peer = begin(serving, slots, large("/a")[:-1])
-    serving.turn()
+    serving.watch()
     whole.give_back()
     assert (peer.response().status, echo.refusals) == (408, [(408, "the body came too slowly")])
 
@@ -1096,7 +1096,7 @@ def test_body_behind_the_last_request_does_not_wait(echo: Echo, serve: Serve, sl
     assert slots.waiting == 0
     echo.tell(echo.exchanges[0])
     assert peer.response().body == b"GET /0 "
-    serving.turn()
+    serving.watch()
     assert peer.rest() in (b"", b"(reset)")
     serving.ended()
     assert echo.refusals == []
@@ -1112,7 +1112,7 @@ def test_body_that_waits_behind_the_last_request_of_a_draining_gateway(
     echo.tell(echo.exchanges[0])
     assert peer.response().headers["connection"] == "close"
     assert slots.waiting == 0
-    serving.turn()
+    serving.watch()
     assert peer.rest() in (b"", b"(reset)")
     serving.loop.run(serving.http.drained.wait())
 
@@ -1123,7 +1123,7 @@ def test_room_for_a_client_that_does_not_read_gives_it_no_more_time(
     serving = serve(echo, slots=slots, arena_wait_s=60)
     request = large("/1")
     peer = begin(serving, slots, ask("/large/30000000") + request[:1000])
-    [connection] = serving.http.wheel.items()
+    [connection] = serving.http.connections
     assert connection._writing_paused
     deadline = connection.deadline
     whole.give_back()
@@ -1150,7 +1150,7 @@ def test_gateway_that_stops_leaves_nobody_waiting(echo: Echo, serve: Serve, slot
     serving = serve(echo, slots=slots, arena_wait_s=60)
     begin(serving, slots, large("/a"))
     begin(serving, slots, large("/b"))
-    serving.turn()
+    serving.watch()
     serving.http.stop()
     serving.ended()
     assert slots.waiting == 0
