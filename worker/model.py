@@ -54,6 +54,9 @@ ORT_ERRORS: Final[tuple[type[Exception], ...]] = tuple(
 )
 # What Model.run may raise: also errors of numpy and of the binding, as for a model's strings that are not UTF-8.
 RUN_ERRORS: Final[tuple[type[Exception], ...]] = (*ORT_ERRORS, ValueError, RuntimeError, MemoryError)
+# What ONNX Runtime says when memory is short: of the shared arena's limit, and of the system's.
+_ARENA_IS_FULL: Final = "is smaller than requested bytes"
+_HEAP_IS_FULL: Final = "Failed to allocate memory"
 
 # In an ONNX Runtime error: its number, the file's name once more, and where in its source it was raised.
 _NOISE: Final = re.compile(
@@ -191,8 +194,8 @@ class Model:
             return self.run(feeds)
         try:
             return staging.run(rows, feeds)
-        except RUN_ERRORS:
-            return self._run_unbound(feeds)
+        except RUN_ERRORS as error:
+            return self._run_unbound(feeds, error)
 
     def run_into(
         self,
@@ -211,17 +214,19 @@ class Model:
                 binding = bind_inputs(self._session, self.spec, feeds)
                 bind_outputs(binding, self.spec, shapes, address)
                 self._session.run_with_iobinding(binding)
-        except RUN_ERRORS:
-            self._run_unbound(feeds)
+        except RUN_ERRORS as error:
+            self._run_unbound(feeds, error)
             return False
         return True
 
-    def _run_unbound(self, feeds: Sequence[Array]) -> list[Array]:
-        """After a bound run has failed: raises too, unless it was the binding, which is not tried again."""
+    def _run_unbound(self, feeds: Sequence[Array], error: Exception) -> list[Array]:
+        """After a bound run has failed: raises too, unless it was the binding, which is not tried again, or a want of
+        memory that has passed."""
         outputs = self.run(feeds)
-        self._binds = False
-        self._stagings.clear()
-        self._known_shapes.clear()
+        if not _is_want_of_memory(error):
+            self._binds = False
+            self._stagings.clear()
+            self._known_shapes.clear()
         return outputs
 
     def _run_values(self, feeds: Sequence[Array]) -> list[Array]:
@@ -293,6 +298,10 @@ def interface(session: Any) -> list[list[tuple[str, str, list[int | str | None]]
     return [[(each.name, each.type, list(each.shape)) for each in ports] for ports in kinds]
 
 
+def _is_want_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in (_ARENA_IS_FULL, _HEAP_IS_FULL))
+
+
 def brief(error: Exception) -> str:
     """What an error of ONNX Runtime says to a user, in one line."""
     # What is said of a file may hold bytes that are no text: Python 3.11.2 then has the error without its words, later
@@ -301,7 +310,7 @@ def brief(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError) and error.object.startswith(b"[ONNXRuntimeError]"):
         text = error.object.decode("utf-8", "replace")
     told = " ".join(_NOISE.sub("", text).split())[:1000] or type(error).__name__
-    if "is smaller than requested bytes" in told:  # the shared arena's limit
+    if _ARENA_IS_FULL in told:
         told += "; raise [worker] run_bytes_max, or lower the model's max_batch_size"
     return told
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -76,18 +76,31 @@ def warm_up(model: Model, size: int) -> None:
     start = time.monotonic()
     give_back()
     before = heap_bytes()
+    failed: dict[int, str] = {}
     try:
         feeds = sample(model, rows, size)
-        while rows and time.monotonic() - start < _WARM_UP_MAX_S:
-            _run(model, rows, feeds)
-            model.run_bytes = max(model.run_bytes, heap_bytes() - before)
-            rows -= 1
     except FAILURES as error:
-        log.warning("model not warmed up", extra=fields(model=model.spec.name, rows=rows, reason=brief(error)))
-    else:
-        if rows:
-            log.warning("model warmed up in part", extra=fields(model=model.spec.name, cold_up_to_rows=rows))
+        failed[rows], rows = brief(error), 0
+    while rows and time.monotonic() - start < _WARM_UP_MAX_S:
+        try:
+            _run(model, rows, feeds)
+        except FAILURES as error:
+            failed[rows] = brief(error)
+        model.run_bytes = max(model.run_bytes, heap_bytes() - before)
+        rows -= 1
+    if failed or rows:
+        log.warning(
+            "model warmed up in part", extra=fields(model=model.spec.name, cold_up_to_rows=rows, **_tell(failed))
+        )
     give_back()
+
+
+def _tell(failed: Mapping[int, str]) -> dict[str, object]:
+    """Of batches that could not run, by their rows: how many, and the reason of the smallest."""
+    if not failed:
+        return {}
+    rows = min(failed)
+    return {"sizes_failed": len(failed), "rows": rows, "reason": failed[rows]}
 
 
 def _run(model: Model, rows: int, feeds: Sequence[Array]) -> None:

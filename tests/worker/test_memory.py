@@ -97,6 +97,31 @@ def test_a_run_that_takes_more_than_the_limit_fails_and_says_what_to_change(mode
     assert sums == pytest.approx(16 * np.sin(1.0))
 
 
+def test_a_want_of_memory_that_passes_does_not_cost_the_model_its_binding(model: Path) -> None:
+    staged, bound, sums = tell(
+        model,
+        """
+        assert one.stage()
+        try:
+            run(one, 400)
+        except RUN_ERRORS as error:
+            want = error
+        def fail(rows, feeds):
+            raise want
+        with one.staging() as staging:
+            bound = staging.run
+            staging.run = fail
+            sums = float(one.run_in(staging, 2, [np.ones((2, 1), np.float32)])[0].sum())
+            staging.run = bound
+        with one.staging() as staging:
+            staged = staging is not None
+        print(json.dumps([staged, bool(one.foresee([np.ones((2, 1), np.float32)], [0]).nbytes), sums]))
+        """,
+    )
+    assert (staged, bound) == (True, True)
+    assert sums == pytest.approx(2 * np.sin(1.0))
+
+
 def test_it_is_given_back_while_models_run(model: Path) -> None:
     wrong = tell(
         model,

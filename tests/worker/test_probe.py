@@ -276,13 +276,17 @@ def test_a_model_that_runs_alone_is_warmed_up_once(workshop: Workshop, monkeypat
     assert sizes.seen == [3]
 
 
-def test_a_size_that_cannot_run_ends_the_warming_up_and_is_told(
-    workshop: Workshop, caplog: pytest.LogCaptureFixture
+def test_sizes_that_cannot_run_are_left_out_and_told(
+    workshop: Workshop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows in pairs only: five of them cannot be."""
     nodes = [node("Reshape", ["x", "pairs"], ["p"]), node("Reshape", ["p", "rows"], ["y"])]
     shapes = {"pairs": np.array([-1, 8], np.int64), "rows": np.array([-1, 4], np.int64)}
     model = make(workshop, *nodes, constants=shapes, max_batch_size=6)
+    sizes = Sizes(model, monkeypatch)
     warm_up(model, 8)
-    [record] = [record for record in caplog.records if record.message == "model not warmed up"]
-    assert record.fields["rows"] == 5  # type: ignore[attr-defined]
+    assert sizes.seen == [6, 5, 4, 3, 2, 1]
+    [record] = [record for record in caplog.records if record.message == "model warmed up in part"]
+    told = record.fields  # type: ignore[attr-defined]
+    assert (told["sizes_failed"], told["rows"], told["cold_up_to_rows"]) == (3, 1, 0)
+    assert "Reshape" in told["reason"]
