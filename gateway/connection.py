@@ -25,6 +25,7 @@ from penstock.wire.slots import Slot, Slots
 from penstock.wire.tensors import Buffer
 
 _SHARED: Final = memoryview(bytearray(256 * 1024))
+_SHARED_START: Final = _SHARED[:4096]  # for a head, and little of the body that is to be received elsewhere
 
 REASONS: Final = {
     200: "OK",
@@ -274,8 +275,10 @@ class Connection(asyncio.BufferedProtocol):
             self._http.application.sent()
 
     def get_buffer(self, hint: int) -> memoryview:
-        direct = self._reader.direct
-        return _SHARED if direct is None else direct
+        reader = self._reader
+        if reader.direct is not None:
+            return reader.direct
+        return _SHARED_START if reader.expects_large and reader.phase is not BODY else _SHARED
 
     def buffer_updated(self, count: int) -> None:
         if self._lingering:

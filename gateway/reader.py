@@ -124,8 +124,9 @@ class Budget:
 class Reader:
     """One connection's input. After ``feed`` or ``filled``: take ``requests``, then look at ``error``.
 
-    ``direct``: where the rest of a large body goes, instead of through ``feed``. ``wants_continue``: the client waits
-    for "100 Continue" before it sends its body.
+    ``direct``: where the rest of a large body goes, instead of through ``feed``. ``expects_large``: the last one went
+    there, and as the next probably will, as little as possible of it should come through ``feed``, which copies it.
+    ``wants_continue``: the client waits for "100 Continue" before it sends its body.
 
     A large body that holds its tensors as they are is received where workers read them. While there is no room, the
     phase is FULL, and ``wanted`` the slot that ``place`` needs: its bytes, and how many of them lie before the tensors.
@@ -150,6 +151,7 @@ class Reader:
         self.phase = IDLE
         self.body_left = 0  # bytes of the body that are still to come, as far as known
         self.direct: memoryview | None = None
+        self.expects_large = False
         self.wanted = 0, 0
         self.wants_continue = False
         self._charged = 0
@@ -172,17 +174,48 @@ class Reader:
         end = raw.find(b"\r\n\r\n") + 4
         key = raw[:end]
         head = self._heads.get(key)
-        if head is not None and len(raw) == end + head.length and self._budget.take(head.length):
-            self.requests.append(Request(head, raw[end:], head.length))
-            return
+        if head is not None:
+            if len(raw) == end + head.length and self._budget.take(head.length):
+                self.requests.append(Request(head, raw[end:], head.length))
+                return
+            if end + head.length - len(raw) >= _DIRECT_MIN_BYTES:
+                self._begin(head, raw[end:])
+                return
         self._parse(raw)
-        # Only what was one whole request, with nothing before or behind it, is sure to mean the same next time.
-        if self.phase is IDLE and len(self.requests) == 1 and key[:1].isupper() and end <= _HEAD_BYTES_MAX:
+        if key[:1].isupper() and end <= _HEAD_BYTES_MAX:
+            self._remember(key, len(raw) - end)
+
+    def _remember(self, key: bytes, rest: int) -> None:
+        """After a read that began with ``key``, with so many bytes behind it: only where that was one request, whole or
+        with a body that is received elsewhere, and nothing before or behind it, is it sure to mean the same again."""
+        if self.phase is IDLE and len(self.requests) == 1:
             head = self.requests[0].head
-            if head.keep_alive and head.length >= 0 and len(raw) == end + head.length:
-                if len(self._heads) >= _HEADS_MAX:
-                    self._heads.clear()
-                self._heads[key] = head
+        elif (
+            self.phase in (BODY, FULL)
+            and self.body_left >= _DIRECT_MIN_BYTES
+            and not (self.requests or self.wants_continue)
+        ):
+            head, rest = self._head, rest + self.body_left
+        else:
+            return
+        if head.keep_alive and rest == head.length:
+            if len(self._heads) >= _HEADS_MAX:
+                self._heads.clear()
+            self._heads[key] = head
+
+    def _begin(self, head: Head, start: bytes) -> None:
+        """Go on behind a head that is known, with the start of a body that is to be received elsewhere."""
+        try:
+            self._check_fits(head.length, _lead(head.headers))
+            self._charge(head.length)
+        except HttpError as error:
+            self._break(error)
+            return
+        self.phase = BODY
+        self._head, self._headers = head, head.headers
+        self._body = [start]
+        self.body_left = head.length - len(start)
+        self._receive_directly()
 
     def _parse(self, data: memoryview | bytes) -> None:
         headers, shown = self._headers, self._head_bytes + self._charged
@@ -222,6 +255,7 @@ class Reader:
             self._parser = httptools.HttpRequestParser(self)
             slot, self._slot = self._slot, None
             self._complete(self._whole, slot)
+            self.expects_large = True
             del self._whole
 
     def close(self) -> None:
@@ -379,7 +413,7 @@ class Reader:
 
     def _complete(self, body: Buffer, slot: Slot | None = None) -> None:
         self.phase = IDLE
-        self.wants_continue = False
+        self.wants_continue = self.expects_large = False
         charged, self._charged = self._charged, 0
         self.requests.append(Request(self._head, body, charged, slot))
 

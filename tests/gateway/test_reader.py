@@ -380,6 +380,32 @@ def test_large_body_lands_intact_whatever_the_reads(size: int, first: int, sizes
     assert said.charged == [size, 5]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(65_000, 90_000), min_size=1, max_size=4), st.lists(st.integers(0, 20_000), max_size=9))
+def test_large_requests_whose_heads_are_known_mean_the_same(lengths: list[int], places: list[int]) -> None:
+    heads: dict[bytes, Head] = {}
+    raws = [head(*PLAIN, b"Content-Length: %d" % size) for size in lengths]
+    for raw in raws:
+        Conversation(heads=heads).hear(raw)
+    stream = b"".join(raw + bytes([65 + at]) * size for at, (raw, size) in enumerate(zip(raws, lengths, strict=True)))
+    starts = [0]
+    for raw, size in zip(raws, lengths, strict=True):
+        starts.append(starts[-1] + len(raw) + size)
+    cuts = sorted({start + place for start, place in zip(starts[:-1] * 3, places, strict=False)} | set(starts))
+    known, fresh = Conversation(heads=heads).hear(*cut(stream, cuts)), Conversation().hear(stream)
+    assert known.said() == fresh.said()
+    assert known.charged == lengths
+
+
+def test_a_body_that_was_large_lets_the_next_be_expected_so() -> None:
+    said = hear(LARGE_HEAD)
+    expected = [said.reader.expects_large]
+    for read in (b"a" * 100_000, GET, LARGE_HEAD, b"a" * 100_000, POST):
+        said.hear(read)
+        expected.append(said.reader.expects_large)
+    assert expected == [False, True, False, False, True, False]
+
+
 def test_rest_of_a_large_body_goes_straight_into_its_buffer() -> None:
     said = hear(head(*PLAIN, b"Content-Length: 100000") + b"a" * 1000)
     assert said.reader.direct is not None
@@ -454,6 +480,56 @@ def test_head_is_not_remembered(raw: bytes) -> None:
 
 def test_head_of_a_request_in_several_reads_is_not_remembered() -> None:
     assert hear(POST[:10], POST[10:], GET[:-2], GET[-2:]).heads == {}
+
+
+LARGE_HEAD = head(*PLAIN, b"Content-Length: 100000")
+
+
+def test_second_large_request_with_the_same_head_is_not_parsed() -> None:
+    said = hear(
+        LARGE_HEAD + b"a" * 1000, b"b" * 99_000, LARGE_HEAD + b"c" * 10, b"d" * 99_990, LARGE_HEAD, b"e" * 100_000, GET
+    )
+    assert said.found[0] is said.found[1] is said.found[2]
+    assert [len(body) for body in said.bodies] == [100_000, 100_000, 100_000, 0]
+    assert bytes(said.bodies[1]) == b"c" * 10 + b"d" * 99_990
+    assert said.charged == [100_000, 100_000, 100_000, 0]
+
+
+def test_known_large_head_with_nearly_all_of_its_body() -> None:
+    """What is left is not worth a buffer of its own."""
+    size = 70_000
+    raw = head(*PLAIN, b"Content-Length: %d" % size)
+    said = hear(raw, b"a" * size, raw + b"b" * 8000, b"c" * (size - 8000))
+    assert [len(body) for body in said.bodies] == [size, size]
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [GET + LARGE_HEAD],
+        [b"\r\n" + LARGE_HEAD],
+        [LARGE_HEAD[:10], LARGE_HEAD[10:]],
+        [head(*PLAIN, b"Content-Length: 100000", b"Connection: close")],
+        [head(*PLAIN, b"Content-Length: 100000", b"Expect: 100-continue")],
+        [head(*PLAIN, b"Content-Length: 100000", b"X: " + b"y" * 2048)],
+        [head(*PLAIN, b"Transfer-Encoding: chunked") + b"186a0\r\n"],
+        [head(*PLAIN, b"Content-Length: 60000")],
+        [head(b"POST / HTTP/1.0", b"Content-Length: 100000")],
+        [head(b"POST / HTTP/1.1", b"Content-Length: 100000")],
+    ],
+)
+def test_large_head_is_not_remembered(reads: list[bytes]) -> None:
+    assert hear(*reads).heads == {}
+
+
+def test_known_large_head_over_what_is_left_of_the_budget_is_refused() -> None:
+    heads: dict[bytes, Head] = {}
+    Conversation(heads=heads).hear(LARGE_HEAD)
+    assert len(heads) == 1
+    said = Conversation(budget=Budget(150_000), heads=heads)
+    assert said.budget.take(60_000)
+    said.hear(LARGE_HEAD + b"a")
+    assert (said.status, said.budget.used) == (503, 60_000)
 
 
 def test_only_so_many_heads_are_remembered() -> None:
