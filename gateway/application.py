@@ -25,7 +25,7 @@ from penstock.gateway.feed import Feed
 from penstock.gateway.inference import Parser, Query, render, render_body, wrap
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.page import load_page
-from penstock.gateway.reports import CONTENT_TYPE, Reports
+from penstock.gateway.reports import Reports, form_for
 from penstock.gateway.routes import Route, RouteError, Routes
 from penstock.gateway.tracing import Tracing
 from penstock.wire import errors
@@ -86,7 +86,7 @@ class Application:
         self._page = load_page()
         self._parser = Parser()
         self._responses: dict[int, Value] = {}
-        self._seconds = caller.meters.histogram("penstock_http_request_seconds")
+        self.seconds = caller.meters.histogram("penstock_http_request_seconds")
         self._server = {"name": "penstock", "version": version("penstock"), "extensions": ["binary_tensor_data"]}
         routes: list[Route[Handler]] = [
             Route("GET", "/v2", self._metadata),
@@ -144,7 +144,7 @@ class Application:
             logging.WARNING if status >= 500 else logging.INFO,
             "request failed",
             extra=fields(
-                request_id=identifier or (f"{self.caller.identity.id.hex()}:{number}" if number else ""),
+                request_id=self.name(identifier, number),
                 url=exchange.request.head.url.decode("latin-1"),
                 status=status,
                 code=error.code,
@@ -159,6 +159,11 @@ class Application:
         sentence = f"[request id: {identifier}] {error.message}" if identifier else error.message
         self._count(status)
         exchange.answer_error(status, sentence, extra)
+
+    def name(self, identifier: str, number: int) -> str:
+        """By which the log and the metrics name a request. ``identifier``: its own id, ``number``: the broker's for
+        it."""
+        return identifier or (f"{self.caller.identity.id.hex()}:{number}" if number else "")
 
     def _count(self, status: int) -> None:
         counter = self._responses.get(status)
@@ -272,9 +277,8 @@ class Application:
 
         exchange.wait(len(payload), partial(self._later, exchange, start), partial(self._later, exchange, fail))
 
-    def finish(self, exchange: Exchange, query: Query, answer: Complete, seconds: float) -> None:
+    def finish(self, exchange: Exchange, query: Query, answer: Complete) -> None:
         """Answer an inference request with its result."""
-        self._seconds.observe(seconds)
         encoding = exchange.request.head.target.accepts
         try:
             if encoding:
@@ -359,11 +363,13 @@ class Application:
         self._count(200)
 
     def _metrics(self, exchange: Exchange, target: Target) -> None:
+        form = form_for(exchange.request.head.headers.get("accept", b""))
+
         def report(text: bytes) -> None:
             self._count(200)
-            exchange.answer(200, text, CONTENT_TYPE)
+            exchange.answer(200, text, form.content_type)
 
-        self._reports.ask(report)
+        self._reports.ask(report, form)
 
 
 class Target:
@@ -413,7 +419,10 @@ class _Inference:
         self._exchange.gone = self
 
     def complete(self, answer: Complete) -> None:
-        self._application.finish(self._exchange, self._query, answer, time.monotonic() - self._start)
+        application, query, seconds = self._application, self._query, time.monotonic() - self._start
+        if application.seconds.observe_one(seconds):
+            application.seconds.exemplify(seconds, application.name(query.id, self._number))
+        application.finish(self._exchange, query, answer)
 
     def fail(self, error: PenstockError) -> None:
         self._application.fail(self._exchange, error, self._query.id, self._number)

@@ -152,8 +152,8 @@ def rises(before: Reading, after: Reading) -> dict[Key, Number]:
     for name, series in after.snapshots:
         if name not in known:
             continue
-        old = {(family, labels): value for family, labels, value in known[name] if family in _COUNTED}
-        for family, labels, value in series:
+        old = {(family, labels): value for family, labels, value, _ in known[name] if family in _COUNTED}
+        for family, labels, value, _ in series:
             if family in _COUNTED:
                 last = old.get((family, labels), 0.0)
                 if value != last and value:
@@ -288,7 +288,7 @@ def _mean(counts: Sequence[float]) -> float | None:
 def _view(reading: Reading, sums: _Sums, known: Mapping[str, _Known], gateway: str) -> View:
     gauges: dict[str, dict[tuple[str, ...], float]] = {}
     for name, series in reading.snapshots:
-        for family, labels, value in series:
+        for family, labels, value, _ in series:
             if not isinstance(value, tuple):
                 gauges.setdefault(family, {})[(*labels, name)] = value
     processes = _processes(reading, sums, known, gauges)

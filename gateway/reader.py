@@ -36,6 +36,7 @@ _KNOWN_READ_BYTES_MAX: Final = 8192  # a larger read is not looked up
 _KNOWN: Final = {
     name: name.decode()
     for name in (
+        b"accept",
         b"accept-encoding",
         b"connection",
         b"content-encoding",

@@ -7,19 +7,41 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, exposition
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 from penstock.gateway.triton import triton_metrics
+from penstock.wire import metrics
 from penstock.wire.messages import Metrics, Snapshot
 from penstock.wire.metrics import COUNTER, FAMILIES, GAUGE, Family, Sample
 
-CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
 _WAITING_MAX: Final = 100  # scrapes at the same time; more get what this gateway knows by itself
+
+
+class Exposition(NamedTuple):
+    """A way to write series down."""
+
+    content_type: bytes
+    write: Callable[[Collector], bytes]
+
+
+PLAIN: Final = Exposition(exposition.CONTENT_TYPE_PLAIN_0_0_4.encode(), exposition.generate_latest)
+# Has exemplars, too. Without a version, the library writes 1.0.
+OPENMETRICS: Final = Exposition(
+    b"application/openmetrics-text; version=1.0.0; charset=utf-8", openmetrics.generate_latest
+)
+
+
+def form_for(accept: bytes) -> Exposition:
+    """What a scraper gets that sends this header."""
+    return OPENMETRICS if b"application/openmetrics-text" in accept.lower() else PLAIN
+
 
 # What hears the snapshots of all processes, and whether the broker has answered; None when it was not asked.
 Hear: TypeAlias = "Callable[[Sequence[Snapshot], bool | None], None]"
@@ -45,9 +67,9 @@ class Reports:
         self._timeout_s = timeout_s
         self._waiting: dict[int, tuple[Hear, asyncio.TimerHandle]] = {}
 
-    def ask(self, report: Callable[[bytes], None]) -> None:
-        """Have ``report`` called with Prometheus text, at the latest after the timeout."""
-        self.ask_snapshots(lambda snapshots, broker: report(render(snapshots, broker)))
+    def ask(self, report: Callable[[bytes], None], form: Exposition = PLAIN) -> None:
+        """Have ``report`` called with the text, at the latest after the timeout."""
+        self.ask_snapshots(lambda snapshots, broker: report(render(snapshots, broker, form)))
 
     def ask_snapshots(self, hear: Hear) -> None:
         """Have ``hear`` called, at the latest after the timeout; without the broker there is this gateway's alone."""
@@ -77,11 +99,11 @@ def merge(snapshots: Iterable[Snapshot], own: Snapshot) -> list[Snapshot]:
     return [*(each for each in snapshots if each.name != own.name), own]
 
 
-def render(snapshots: Sequence[Snapshot], broker: bool | None) -> bytes:
-    """Prometheus text of all processes. ``broker``: whether it answers, None when it was not asked."""
+def render(snapshots: Sequence[Snapshot], broker: bool | None, form: Exposition = PLAIN) -> bytes:
+    """The series of all processes. ``broker``: whether it answers, None when it was not asked."""
     registry = CollectorRegistry()
     registry.register(_Collector(snapshots, broker))
-    return generate_latest(registry)
+    return form.write(registry)
 
 
 class _Collector(Collector):
@@ -111,21 +133,24 @@ def _metric(family: str, about: Family, samples: Sequence[tuple[str, Sample]]) -
         metric = GaugeMetricFamily(family, about.help, labels=labels)
     else:
         metric = HistogramMetricFamily(family, about.help, labels=labels)
-    for process, (_, values, value) in samples:
+    for process, (_, values, value, exemplars) in samples:
         full = [*values, process] if about.process else list(values)
         if isinstance(value, tuple):
             assert isinstance(metric, HistogramMetricFamily)
-            metric.add_metric(full, _buckets(about.bounds, value), value[-1])
+            metric.add_metric(full, _buckets(about.bounds, value, exemplars), value[-1])
         else:
             assert not isinstance(metric, HistogramMetricFamily)
             metric.add_metric(full, value)
     return metric
 
 
-def _buckets(bounds: Sequence[float], value: Sequence[float]) -> list[tuple[str, float]]:
+def _buckets(
+    bounds: Sequence[float], value: Sequence[float], exemplars: Sequence[metrics.Exemplar]
+) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
     """Cumulative counts by upper bound, as Prometheus wants them."""
-    total, buckets = 0.0, []
-    for bound, count in zip([*map(str, bounds), "+Inf"], value[:-1], strict=True):
+    told = {each.bucket: Exemplar({"request_id": each.request}, each.value, each.at) for each in exemplars}
+    total, buckets = 0.0, list[tuple[str, float] | tuple[str, float, Exemplar]]()
+    for at, (bound, count) in enumerate(zip([*map(str, bounds), "+Inf"], value[:-1], strict=True)):
         total += count
-        buckets.append((bound, total))
+        buckets.append((bound, total, told[at]) if at in told else (bound, total))
     return buckets

@@ -1,17 +1,18 @@
 """What every process counts, and how a snapshot of it travels.
 
-A process adds to plain integers and short lists; twice a second it sends the whole of them to the broker, which keeps
+A process adds to plain integers and short lists; once a second it sends the whole of them to the broker, which keeps
 the latest of each process, so that any gateway can report the whole server. prometheus-client only writes the text:
 its own counters take a lock and some microseconds for each request.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from typing import Any, Final, NamedTuple
 
 from penstock.wire.errors import BadMessage
-from penstock.wire.fields import Check, number, sequence, text
+from penstock.wire.fields import Check, brief, integer, number, record, sequence, text
 
 COUNTER: Final = "counter"
 GAUGE: Final = "gauge"
@@ -25,6 +26,8 @@ ROWS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
 MAX_SAMPLES: Final = 100_000  # series in one process's snapshot
 MAX_LABEL: Final = 256
+# Of a request, beside the label's own name: OpenMetrics allows 128 characters for both.
+MAX_EXEMPLAR: Final = 100
 
 
 class Family(NamedTuple):
@@ -96,20 +99,53 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 
 
-class Histogram:
-    """Counts of observations per bucket. ``counts`` has one place more than ``bounds``: what is above the last."""
+class Exemplar(NamedTuple):
+    """A request that was observed. ``bucket``: the index of its bucket; ``at``: Unix time, seconds."""
 
-    __slots__ = ("bounds", "counts", "total")
+    bucket: int
+    request: str
+    value: float
+    at: float
+
+
+class Histogram:
+    """Counts of observations per bucket. ``counts`` has one place more than ``bounds``: what is above the last.
+
+    ``exemplars``: by bucket, a request of those that came last into it: one between two samples, as each costs time.
+    """
+
+    __slots__ = ("_wanting", "bounds", "counts", "exemplars", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
+        self.exemplars: dict[int, Exemplar] = {}
+        self._wanting = [True] * len(self.counts)
 
     def observe(self, value: float, count: int = 1) -> None:
         """Count a value, ``count`` times."""
         self.counts[bisect_left(self.bounds, value)] += count
         self.total += value * count
+
+    def observe_one(self, value: float) -> bool:
+        """Count a value. Whether its request would make an exemplar: then ``exemplify``."""
+        at = bisect_left(self.bounds, value)
+        self.counts[at] += 1
+        self.total += value
+        return self._wanting[at]
+
+    def exemplify(self, value: float, request: str) -> None:
+        """``request``: by which the log names it. One that is too long for an exemplar is left out."""
+        at = bisect_left(self.bounds, value)
+        if len(request) <= MAX_EXEMPLAR:
+            self._wanting[at] = False
+            self.exemplars[at] = Exemplar(at, request, value, time.time())
+
+    def sample(self, family: str, labels: tuple[str, ...]) -> Sample:
+        """What there is to say of it, after which each bucket wants another exemplar."""
+        self._wanting = [True] * len(self.counts)
+        return Sample(family, labels, (*map(float, self.counts), self.total), tuple(self.exemplars.values()))
 
 
 class Value:
@@ -127,6 +163,7 @@ class Sample(NamedTuple):
     family: str
     labels: tuple[str, ...]
     value: float | tuple[float, ...]
+    exemplars: tuple[Exemplar, ...] = ()
 
 
 class Meters:
@@ -156,11 +193,7 @@ class Meters:
 
     def samples(self) -> tuple[Sample, ...]:
         return tuple(
-            Sample(
-                family,
-                labels,
-                series.value if isinstance(series, Value) else (*map(float, series.counts), series.total),
-            )
+            Sample(family, labels, series.value) if isinstance(series, Value) else series.sample(family, labels)
             for (family, labels), series in self._series.items()
         )
 
@@ -170,18 +203,24 @@ def _value(value: Any) -> float | tuple[float, ...]:
 
 
 def _sample(value: Any) -> Sample:
-    if type(value) is not tuple or len(value) != 3:
-        raise BadMessage("a sample is [family, labels, value]")
-    sample = Sample(_name(value[0]), _labels(value[1]), _value(value[2]))
+    if type(value) is not tuple or len(value) != 4:
+        raise BadMessage("a sample is [family, labels, value, exemplars]")
+    sample = Sample(_name(value[0]), _labels(value[1]), _value(value[2]), _exemplars(value[3]))
     about = FAMILIES.get(sample.family)
     if about is None or len(about.labels) != len(sample.labels):
         raise BadMessage(f"unknown metric {sample.family} with {len(sample.labels)} labels")
     width = len(sample.value) if isinstance(sample.value, tuple) else 0
     if width != (len(about.bounds) + 2 if about.kind == HISTOGRAM else 0):
         raise BadMessage(f"a {about.kind} does not have {width} values")
+    buckets = [each.bucket for each in sample.exemplars]
+    if len(set(buckets)) != len(buckets) or max(buckets, default=-1) >= max(0, width - 1):
+        raise BadMessage(f"a {about.kind} does not have exemplars of its buckets {brief(buckets)}")
     return sample
 
 
 _name: Final[Check] = text(100)
 _labels: Final[Check] = sequence(text(MAX_LABEL), 8)
+_exemplars: Final[Check] = sequence(
+    record(Exemplar, integer(0, 100), text(MAX_EXEMPLAR), number, number), len(SECONDS) + 1
+)
 check_samples: Final[Check] = sequence(_sample, MAX_SAMPLES)

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ class Prometheus:
             f"scrape_configs: [{{job_name: penstock, static_configs: [{{targets: ['{target}']}}]}}]\n"
         )
         arguments = ["--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=warn"]
+        arguments.append("--enable-feature=exemplar-storage")
         self.process = subprocess.Popen(
             ["prometheus", *arguments, f"--web.listen-address={self.url.removeprefix('http://')}"], cwd=directory
         )
@@ -140,6 +142,17 @@ def test_every_panel_has_something_to_show(prometheus: Prometheus, title: str, e
     found = prometheus.query(expression)
     if "failures" not in expression and "retries" not in expression and "bad_messages" not in expression:
         assert found, f"'{title}' is empty"
+
+
+@needs_prometheus
+def test_slow_requests_can_be_found_by_their_ids(prometheus: Prometheus) -> None:
+    now = time.time()
+    times = {"start": str(now - 100), "end": str(now + 100)}
+    [found, *_] = prometheus.get("query_exemplars", query="penstock_http_request_seconds_bucket", **times)
+    assert found["seriesLabels"]["gateway"].startswith("gateway")
+    for each in found["exemplars"]:
+        assert re.fullmatch(r"[0-9a-f]{16}:\d+", each["labels"]["request_id"])
+        assert 0 < float(each["value"]) < 100
 
 
 @needs_prometheus

@@ -713,6 +713,25 @@ def test_metrics_are_the_whole_servers(joined: Desk) -> None:
     assert b"\npenstock_workers 2.0\n" in answer.body
 
 
+def test_metrics_name_the_requests_that_they_count(joined: Desk) -> None:
+    joined.infer()
+    joined.infer(INFER | {"id": "mine"})
+    joined.sent()
+    joined.double(1, X)
+    joined.application.seconds.sample("", ())
+    joined.double(2, X)
+    told = {each.request for each in joined.application.seconds.exemplars.values()}
+    number = joined.caller.identity.id.hex() + ":1"
+    assert "mine" in told <= {"mine", number}
+    exchange = joined.begin("GET", "/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    own = Snapshot("gateway-0", joined.caller.meters.samples())
+    joined.reports.arrived(Metrics(EPOCH, joined.serials[0], (own,)))
+    answer = said(exchange)
+    assert answer.headers["Content-Type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    assert b'# {request_id="mine"}' in answer.body
+    assert answer.body.endswith(b"# EOF\n")
+
+
 def test_metrics_without_a_broker_are_the_own(desk: Desk) -> None:
     assert b"penstock_broker_up 0.0" in desk.ask("GET", "/metrics").body
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.gateway.reports import Reports, merge, render
+from penstock.gateway.reports import OPENMETRICS, PLAIN, Exposition, Reports, form_for, merge, render
 from penstock.wire.messages import Metrics, Snapshot
 from penstock.wire.metrics import FAMILIES, ROWS, Meters, Sample
 from tests.gateway.serving import Loop
@@ -68,21 +70,66 @@ def test_buckets_are_cumulative() -> None:
     assert value(text, "penstock_batch_rows_sum", **labels) == 3 + 6 + 100_000
 
 
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        (b"", PLAIN),
+        (b"*/*", PLAIN),
+        (b"text/plain;version=0.0.4;q=0.3,*/*;q=0.1", PLAIN),
+        (b"application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3", OPENMETRICS),
+        (b"Application/OpenMetrics-Text", OPENMETRICS),
+        (b"application/openmetrics-text; version=\xff", OPENMETRICS),
+    ],
+)
+def test_a_scraper_gets_what_it_asks_for(accept: bytes, form: Exposition) -> None:
+    assert form_for(accept) is form
+
+
+def test_openmetrics_has_the_same_series_and_exemplars() -> None:
+    meters = Meters()
+    seconds = meters.histogram("penstock_http_request_seconds")
+    for value, request in ((0.002, 'a "b"\\\nc é'), (0.0001, "0123:7"), (99.0, "slow")):
+        assert seconds.observe_one(value)
+        seconds.exemplify(value, request)
+    seconds.observe(0.3)
+    full = [
+        *(Snapshot("p", (_made_up(family),)) for family in FAMILIES if family != "penstock_http_request_seconds"),
+        Snapshot("gateway-0", meters.samples()),
+    ]
+    text = render(full, broker=True, form=OPENMETRICS).decode()
+    plain = series(render(full, broker=True))
+    families = list(parse_openmetrics(text))  # type: ignore[no-untyped-call]
+    samples = [sample for family in families for sample in family.samples]
+    assert {(each.name, frozenset(each.labels.items())): each.value for each in samples} == plain
+    exemplars = {each.labels["le"]: each.exemplar for each in samples if each.exemplar is not None}
+    assert {le: (each.labels, each.value) for le, each in exemplars.items()} == {
+        "0.0001": ({"request_id": "0123:7"}, 0.0001),
+        "0.0025": ({"request_id": 'a "b"\\\nc é'}, 0.002),
+        "+Inf": ({"request_id": "slow"}, 99.0),
+    }
+    assert all(abs(time.time() - float(each.timestamp)) < 100 for each in exemplars.values())
+
+
 def test_labels_that_are_no_plain_words_are_escaped() -> None:
     model = 'a"b\\c\nd é'
     text = render([Snapshot("b", (Sample("penstock_requests", (model, "1"), 5.0),))], broker=True)
     assert value(text, "penstock_requests_total", model=model, version="1") == 5
 
 
+def _made_up(family: str) -> Sample:
+    about = FAMILIES[family]
+    labels = tuple(f"a {label}" for label in about.labels)
+    return Sample(family, labels, tuple(map(float, range(len(about.bounds) + 2))) if about.bounds else 1.5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_rendered(family: str) -> None:
     about = FAMILIES[family]
-    labels = tuple(f"a {label}" for label in about.labels)
-    sample = Sample(family, labels, tuple(map(float, range(len(about.bounds) + 2))) if about.bounds else 1.5)
+    sample = _made_up(family)
     text = render([Snapshot("p", (sample,))], broker=True)
     [found] = [each for each in text_string_to_metric_families(text.decode()) if each.name == family]
     assert (found.type, found.documentation) == (about.kind, about.help)
-    want = dict(zip(about.labels, labels, strict=True)) | ({about.process: "p"} if about.process else {})
+    want = dict(zip(about.labels, sample.labels, strict=True)) | ({about.process: "p"} if about.process else {})
     assert all(want.items() <= each.labels.items() for each in found.samples)
 
 

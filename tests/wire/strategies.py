@@ -54,7 +54,7 @@ from penstock.wire.messages import (
     WorkerModels,
     Workers,
 )
-from penstock.wire.metrics import FAMILIES, HISTOGRAM, Sample
+from penstock.wire.metrics import FAMILIES, HISTOGRAM, Exemplar, Sample
 from penstock.wire.models import READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
 from penstock.wire.tensors import DATATYPES, MAX_ELEMENTS
 
@@ -101,7 +101,9 @@ def samples(draw: st.DrawFn) -> Sample:
     labels = tuple(draw(names) for _ in about.labels)
     if about.kind == HISTOGRAM:
         width = len(about.bounds) + 2
-        return Sample(name, labels, tuple(draw(st.lists(numbers, min_size=width, max_size=width))))
+        buckets = draw(st.lists(st.integers(0, width - 2), max_size=3, unique=True))
+        exemplars = tuple(Exemplar(bucket, draw(names), draw(numbers), draw(numbers)) for bucket in buckets)
+        return Sample(name, labels, tuple(draw(st.lists(numbers, min_size=width, max_size=width))), exemplars)
     return Sample(name, labels, draw(numbers))
 
 

@@ -39,6 +39,30 @@ def test_a_histogram_travels_as_its_counts_and_their_total() -> None:
     assert check_samples((tuple(sample),)) == (sample,)
 
 
+def test_a_bucket_has_one_exemplar_between_two_samples() -> None:
+    histogram = Histogram(SECONDS)
+    assert histogram.observe_one(0.002)
+    histogram.exemplify(0.002, "first")
+    assert not histogram.observe_one(0.0021)
+    assert histogram.observe_one(100.0), "another bucket's is still wanted"
+    histogram.exemplify(100.0, "slow")
+    told = histogram.sample("penstock_http_request_seconds", ())
+    assert [each[:3] for each in told.exemplars] == [(4, "first", 0.002), (len(SECONDS), "slow", 100.0)]
+    assert sum(histogram.counts) == 3
+    assert histogram.total == pytest.approx(100.0041)
+    assert check_samples(((*told[:3], tuple(map(tuple, told.exemplars))),)) == (told,)
+    assert histogram.observe_one(0.0022)
+    histogram.exemplify(0.0022, "second")
+    told = histogram.sample("penstock_http_request_seconds", ())
+    assert [each.request for each in told.exemplars] == ["second", "slow"], "the last one stays until there is another"
+
+
+def test_an_exemplar_that_is_too_long_is_left_out() -> None:
+    histogram = Histogram(SECONDS)
+    histogram.exemplify(0.002, "x" * 101)
+    assert (histogram.exemplars, histogram.observe_one(0.002)) == ({}, True)
+
+
 def test_series_are_used_as_their_family_says() -> None:
     meters = Meters()
     with pytest.raises(AssertionError, match="is a histogram"):
@@ -61,16 +85,21 @@ def test_a_family_has_what_its_kind_needs(name: str) -> None:
 @pytest.mark.parametrize(
     ("sample", "sentence"),
     [
-        (("penstock_nonsense", (), 1), "unknown metric penstock_nonsense with 0 labels"),
-        (("penstock_workers", ("m",), 1), "unknown metric penstock_workers with 1 labels"),
-        (("penstock_workers", (), (1.0,)), "a gauge does not have 1 values"),
-        (("penstock_batch_rows", ("m", "1"), 1.0), "a histogram does not have 0 values"),
-        (("penstock_batch_rows", ("m", "1"), (1.0,) * 11), "a histogram does not have 11 values"),
-        (("penstock_workers", (), float("nan")), "nan is not a finite number"),
-        (("penstock_workers", (), True), "True is not a finite number"),
-        (("penstock_workers", (), "1"), "'1' is not a finite number"),
+        (("penstock_nonsense", (), 1, ()), "unknown metric penstock_nonsense with 0 labels"),
+        (("penstock_workers", ("m",), 1, ()), "unknown metric penstock_workers with 1 labels"),
+        (("penstock_workers", (), (1.0,), ()), "a gauge does not have 1 values"),
+        (("penstock_batch_rows", ("m", "1"), 1.0, ()), "a histogram does not have 0 values"),
+        (("penstock_batch_rows", ("m", "1"), (1.0,) * 11, ()), "a histogram does not have 11 values"),
+        (("penstock_workers", (), 1.0, ((0, "r", 1.0, 1.0),)), "a gauge does not have exemplars"),
+        (("penstock_batch_rows", ("m", "1"), (1.0,) * 12, ((11, "r", 1.0, 1.0),)), "exemplars of its buckets"),
+        (("penstock_batch_rows", ("m", "1"), (1.0,) * 12, ((1, "r", 1.0, 1.0),) * 2), "exemplars of its buckets"),
+        (("penstock_batch_rows", ("m", "1"), (1.0,) * 12, ((1, "r" * 101, 1.0, 1.0),)), "text of at most 100"),
+        (("penstock_batch_rows", ("m", "1"), (1.0,) * 12, ((1, "r", 1.0),)), "sequence of 4 fields"),
+        (("penstock_workers", (), float("nan"), ()), "nan is not a finite number"),
+        (("penstock_workers", (), True, ()), "True is not a finite number"),
+        (("penstock_workers", (), "1", ()), "'1' is not a finite number"),
         (("penstock_workers", ()), "a sample is"),
-        (("penstock_requests", ("m", "1" * 257), 1), "is not a text of at most 256"),
+        (("penstock_requests", ("m", "1" * 257), 1, ()), "is not a text of at most 256"),
         (None, "a sample is"),
     ],
 )
