@@ -60,7 +60,11 @@ def systemd(to: Path | None, install: bool, models: Path) -> None:
         click.echo(path)
     if not install:
         return
-    for arguments in (["systemd-sysusers"], ["systemd-tmpfiles", "--create"], ["systemctl", "daemon-reload"]):
+    for arguments in (
+        ["systemd-sysusers", "penstock.conf"],
+        ["systemd-tmpfiles", "--create", "penstock.conf"],
+        ["systemctl", "daemon-reload"],
+    ):
         try:
             subprocess.run(arguments, check=True)
         except (OSError, subprocess.CalledProcessError) as error:

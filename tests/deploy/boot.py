@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +25,7 @@ from urllib.request import Request, urlopen
 from penstock.bin.systemd import command, render
 
 ROOT = Path(__file__).parents[2]
+PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 UNITS = ("penstock.target", "penstock-gateway@1", "penstock-gateway@2", "penstock-worker@cpu")
 SERVICES = ("penstock-broker", "penstock-gateway@1", "penstock-gateway@2", "penstock-worker@cpu")
 MANAGER = Path("/lib/systemd/systemd")
@@ -96,11 +100,40 @@ def main() -> None:
         manager = subprocess.Popen([str(MANAGER), "--user", "--log-target=console"], stdout=log, stderr=log)
     try:
         wait_for(lambda: (runtime / "systemd" / "private").exists(), "the manager")
-        print(json.dumps(boot(url)))
+        print(json.dumps({**boot(url), "installed": install_below_etc(directory, runtime)}))
     finally:
         control("stop", "penstock.target", check=False)
         manager.send_signal(signal.SIGTERM)
         manager.wait(PATIENCE_S)
+
+
+def install_below_etc(directory: Path, runtime: Path) -> dict[str, Any]:
+    """``penstock systemd --install`` as a user types it, below a copy of /etc, where the manager is the system's."""
+    shutil.copytree("/etc", directory / "etc", symlinks=True)
+    subprocess.run(["mount", "--bind", directory / "etc", "/etc"], check=True)
+    # Where services can see it; the tests' own interpreter may lie anywhere.
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/srv"], check=True)
+    python = Path("/srv/python")
+    python.mkdir()
+    subprocess.run(["mount", "--bind", sys.base_prefix, python], check=True)
+    Path("/run/systemd/private").symlink_to(runtime / "systemd" / "private")
+    ended = subprocess.run(
+        [python / "bin" / PYTHON, "-m", "penstock.bin", "systemd", "--install", "--models", "/srv/models"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "namespace"), *sys.path[1:]])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode:
+        raise RuntimeError(ended.stdout + ended.stderr)
+    user = pwd.getpwnam("penstock")
+    found = Path("/run/penstock").stat()
+    return {
+        "said": ended.stdout.splitlines()[-1],
+        "started by": re.findall(r"ExecStart=(\S+)", Path("/etc/systemd/system/penstock-broker.service").read_text()),
+        "may log in": not user.pw_shell.endswith("nologin"),
+        "owned": (found.st_uid, found.st_gid, found.st_mode & 0o777) == (user.pw_uid, user.pw_gid, 0o700),
+    }
 
 
 def boot(url: str) -> dict[str, Any]:

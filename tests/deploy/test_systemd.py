@@ -180,12 +180,19 @@ def why_no_manager() -> str:
 
 @pytest.mark.skipif(bool(why_no_manager()), reason=why_no_manager())
 def test_systemd_starts_watches_and_stops_them(tmp_path: Path) -> None:
-    """Also after a kill -9, and after a hang that only the watchdog sees; one gateway stands in for the other."""
+    """Also after a kill -9, and after a hang that only the watchdog sees; one gateway stands in for the other. Then
+    they are installed as for a system."""
     command = ["unshare", "--mount", "--propagation", "private", sys.executable, boot.__file__, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
     manager = tmp_path / "manager.log"
     assert ended.returncode == 0, ended.stderr + (manager.read_text() if manager.exists() else "")
     told = json.loads(ended.stdout)
+    assert told.pop("installed") == {
+        "said": "now: systemctl enable --now penstock.target penstock-gateway@1 penstock-worker@cpu",
+        "started by": [f"/srv/python/bin/{boot.PYTHON}"],
+        "may log in": False,
+        "owned": True,
+    }
     assert set(told.pop("active").values()) == {"active"}
     assert set(told.pop("results").values()) == {"success"}
     assert told == {"answer": 7, "after a kill": 7, "after a hang": 7, "with one gateway": 7, "left": []}
