@@ -18,15 +18,17 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from penstock.bin.cpus import format_cpus
+from penstock.bin.devices import VISIBLE, Device
 from penstock.gateway.process import listen, url_of
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
 from penstock.wire.process import StopSignal, fields
+from penstock.worker.gpus import EXIT_GPU_LOST
 
 log = logging.getLogger("penstock.launcher")
 
@@ -52,9 +54,9 @@ class Plan:
 
     models: Path
     http: str
-    workers: int
+    workers: int  # on each device
     gateways: int
-    device: str
+    devices: Sequence[Device]
     shares: Sequence[Collection[int]]  # cores of each worker; empty: any
     bind: str
     config: Path | None
@@ -70,6 +72,7 @@ class Child:
     name: str
     arguments: list[str]
     inherits: tuple[int, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)  # more than the launcher's own
     process: subprocess.Popen[bytes] | None = None
     pidfd: int = -1
     ready: bool = False
@@ -77,6 +80,30 @@ class Child:
     started: float = 0.0
     backoff_s: float = 0.0
     start_at: float = field(default=float("inf"))
+
+
+class WorkerPlan(NamedTuple):
+    """A worker to start: its name, what the command line says beside what all workers are told, its environment."""
+
+    name: str
+    arguments: list[str]
+    environment: dict[str, str]
+
+
+def plan_workers(devices: Sequence[Device], each: int, shares: Sequence[Collection[int]] = ()) -> list[WorkerPlan]:
+    """``each``: workers on each device; ``shares``: the cores of each worker, or nothing. Of all GPUs a worker sees its
+    own alone, before it begins."""
+    found: list[WorkerPlan] = []
+    for device in devices:
+        for number in range(each):
+            name = device.name if device.uuid and each == 1 else f"{device.name}-{number}"
+            arguments = [f"--device={device.name}", f"--name={name}"]
+            if device.uuid:
+                arguments.append(f"--gpu={device.uuid}")
+            if shares:
+                arguments.append(f"--cpus={format_cpus(shares[len(found)])}")
+            found.append(WorkerPlan(name, arguments, {VISIBLE: device.uuid} if device.uuid else {}))
+    return found
 
 
 def next_backoff(before_s: float, ran_s: float) -> float:
@@ -144,18 +171,18 @@ class Launcher:
         if not self._wait([broker]):
             return False
         results = ["--bind=tcp://127.0.0.1:0"] if plan.bind else []
-        arguments = ["worker", f"--device={plan.device}", *options, *config, *results]
         models = ["--", str(plan.models)]  # a name may begin with a hyphen
-        pins = [[f"--cpus={format_cpus(share)}"] for share in plan.shares] or [[]] * plan.workers
-        names = [f"{plan.device}-{number}" for number in range(plan.workers)]
+        wanted = plan_workers(plan.devices, plan.workers, plan.shares)
+        workers: list[Child] = []
         # The first alone: what is wrong with a model is then said once.
-        for numbers in range(1), range(1, plan.workers):
-            workers = [
-                self._start(names[each], [*arguments, f"--name={names[each]}", *pins[each], *models])
-                for each in numbers
-            ]
+        for some in wanted[:1], wanted[1:]:
+            for name, arguments, environment in some:
+                command = ["worker", *options, *config, *results, *arguments, *models]
+                workers.append(self._start(name, command, environment=environment))
             if not self._wait(workers):
                 return False
+        if not any(worker.ready for worker in workers):
+            raise LaunchError("", EXIT_GPU_LOST)
         try:
             listener.listen()
         except OSError as error:  # a port that is only bound is not yet ours alone
@@ -169,16 +196,22 @@ class Launcher:
             )
         return self._wait(gateways) and self._wait_until(lambda: _answers(url_of(listener)))
 
-    def _start(self, name: str, arguments: Sequence[str], inherits: tuple[int, ...] = ()) -> Child:
+    def _start(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        inherits: tuple[int, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Child:
         command, *options = arguments
         start = [sys.executable, "-m", "penstock.bin", command, f"--parent={os.getpid()}"]
-        child = Child(name, [*start, *options], inherits)
+        child = Child(name, [*start, *options], inherits, environment or {})
         self._children.append(child)
         self._spawn(child)
         return child
 
     def _spawn(self, child: Child) -> None:
-        environment = os.environ | {"NOTIFY_SOCKET": str(self._plan.runtime.path / "launcher.sock")}
+        environment = os.environ | child.environment | {"NOTIFY_SOCKET": str(self._plan.runtime.path / "launcher.sock")}
         child.process = subprocess.Popen(
             child.arguments,
             env=environment,
@@ -192,8 +225,9 @@ class Launcher:
         self._poll.register(child.pidfd, select.POLLIN)
 
     def _wait(self, children: Sequence[Child]) -> bool:
-        """Until all are ready. False: told to stop meanwhile. LaunchError: a process has ended instead."""
-        return self._wait_until(lambda: all(child.ready for child in children))
+        """Until all are ready, or have lost their GPU: the others do without them. False: told to stop meanwhile.
+        LaunchError: a process has ended for another reason."""
+        return self._wait_until(lambda: all(child.ready or child.exit_code == EXIT_GPU_LOST for child in children))
 
     def _wait_until(self, condition: Callable[[], bool]) -> bool:
         while not condition():
@@ -201,7 +235,7 @@ class Launcher:
             if self._stop_signal.received:
                 return False
             for child in self._children:
-                if child.exit_code is not None:
+                if child.exit_code is not None and child.exit_code != EXIT_GPU_LOST:
                     _give_up(child.name, child.exit_code)
         return True
 

@@ -15,10 +15,12 @@ import click
 
 from penstock.bin import logs
 from penstock.bin.cpus import format_cpus, parse_cpus, usable_cpus
+from penstock.bin.devices import CPU, VISIBLE, Device, DeviceError, choose, choose_one
 from penstock.broker.options import BrokerOptions
 from penstock.gateway.options import GatewayOptions
 from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
 from penstock.worker.config import ConfigError, convert, read_toml
+from penstock.worker.gpus import Gpu, Gpus, list_gpus
 from penstock.worker.options import WorkerOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -93,7 +95,9 @@ bind = click.option(
     default="",
     help="Also listen on TCP, for workers and clients that do not share this host's runtime directory. Loopback only.",
 )
-workers = click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True)
+workers = click.option(
+    "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="How many on each device."
+)
 gateways = click.option("--gateways", type=click.IntRange(1, 256), default=1, show_default=True)
 cpus = click.option(
     "--cpus",
@@ -103,7 +107,12 @@ cpus = click.option(
     help="Cores to run on, such as 0-3,6.  [default: all that this process may use]",
 )
 pin = click.option("--pin", is_flag=True, help="Give each worker cores of its own: an equal share of all there are.")
-device = click.option("--device", default="cpu", show_default=True, help="What models run on.")
+device = click.option(
+    "--device",
+    metavar="LIST",
+    default=None,
+    help="What models run on: cpu, or GPUs such as cuda:0,cuda:1.  [default: every GPU, else the CPU]",
+)
 # The launcher's own: end when it does, however it ends.
 parent = click.option("--parent", type=int, default=0, hidden=True)
 
@@ -123,11 +132,27 @@ def broker_address(given: Path | str | None) -> BrokerAddress:
         raise click.UsageError(str(error)) from None
 
 
-def check_device(device: str) -> str:
-    """Raises click.UsageError for what models cannot run on yet."""
-    if device != "cpu":
-        raise click.UsageError(f"--device {device}: this version runs models on the CPU only; leave it out")
-    return device
+def find_devices(asked: str | None) -> list[Device]:
+    """What ``--device`` names on this machine. Raises click.UsageError. The driver is asked only when a GPU may be
+    meant."""
+    gpus = Gpus([], "") if asked == CPU.name else list_gpus()
+    try:
+        return choose(asked, gpus.found, os.environ.get(VISIBLE), gpus.absent)
+    except DeviceError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def find_device(asked: str | None, uuid: str) -> Device:
+    """What one worker runs on. ``uuid``: of the GPU that the launcher has chosen, which alone is visible then, and goes
+    by the name that is ``asked`` for. Raises click.UsageError."""
+    gpus = Gpus([], "") if asked == CPU.name else list_gpus()
+    if uuid and asked:
+        gpu = next((gpu for gpu in gpus.found if gpu.uuid == uuid), Gpu(0, uuid))
+        return Device(asked, uuid, gpu.pci, gpu.unusable)
+    try:
+        return choose_one(asked, gpus.found, os.environ.get(VISIBLE), gpus.absent)
+    except DeviceError as error:
+        raise click.UsageError(str(error)) from None
 
 
 class Options(NamedTuple):

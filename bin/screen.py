@@ -16,7 +16,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from penstock.gateway.figures import BROKER, ModelFigures, ProcessFigures, View
+from penstock.gateway.figures import BROKER, GpuFigures, ModelFigures, ProcessFigures, View
 from penstock.wire.models import LOADING, READY
 
 T = TypeVar("T")
@@ -118,6 +118,12 @@ class Screen:
         models = sorted(view.models, key=lambda each: (each.state == READY, -each.rate, each.name, each.version))
         # What is above takes a line for each problem, and some more; tables have a heading each and a line between.
         left = None if height is None else max(2, height - 12 - len(view.problems))
+        if view.gpus:
+            gpus = sorted(view.gpus, key=lambda each: not each.lost)
+            most = None if left is None else max(1, min(len(gpus), left // 3))
+            yield from _table(_GPU_COLUMNS, gpus, width, most)
+            yield Text()
+            left = None if left is None or most is None else max(2, left - most - 2)
         share = None if left is None else max(1, min(len(processes), left // 2), left - len(models))
         yield from _table(_process_columns(view), processes, width, share)
         yield Text()
@@ -221,6 +227,35 @@ def _process_columns(view: View) -> Sequence[Column[ProcessFigures]]:
         Column("p50", lambda each: duration(each.p50_s), 90),
         Column("p95", lambda each: duration(each.p95_s), 80),
     )
+
+
+def _gpu_state(gpu: GpuFigures) -> Text:
+    if gpu.lost:
+        return Text("lost", style=_BAD)
+    return plain(", ".join(gpu.throttles), "yellow") if gpu.throttles else Text("up", style=_GOOD)
+
+
+def _gpu_memory(gpu: GpuFigures) -> str:
+    if gpu.memory_used_bytes is None or gpu.memory_total_bytes is None:
+        return _NOTHING
+    return f"{size(gpu.memory_used_bytes)} of {size(gpu.memory_total_bytes)}"
+
+
+def _gpu_power(gpu: GpuFigures) -> str:
+    if gpu.power_w is None:
+        return _NOTHING
+    return f"{gpu.power_w:.0f} W" if gpu.power_limit_w is None else f"{gpu.power_w:.0f} of {gpu.power_limit_w:.0f} W"
+
+
+_GPU_COLUMNS: Final[Sequence[Column[GpuFigures]]] = (
+    Column("GPU of", lambda gpu: plain(", ".join(gpu.workers)), number=False),
+    Column("State", _gpu_state, number=False),
+    Column("Busy", lambda gpu: _NOTHING if gpu.utilization is None else f"{gpu.utilization:.0%}"),
+    Column("Memory", _gpu_memory, 60),
+    Column("Temperature", lambda gpu: _NOTHING if gpu.temperature_c is None else f"{gpu.temperature_c:.0f} °C", 80),
+    Column("Power", _gpu_power, 90),
+    Column("UUID", lambda gpu: plain(gpu.uuid), 140, number=False),
+)
 
 
 def _table(

@@ -29,7 +29,7 @@ def up(
     http: str,
     workers: int,
     gateways: int,
-    device: str,
+    device: str | None,
     pin: bool,
     bind: str,
     config: Path | None,
@@ -51,10 +51,10 @@ def up(
     address = options.broker_address(runtime_dir)
     if address.runtime is None:
         raise click.UsageError("--runtime-dir is a directory; a TCP address goes with --bind")
-    options.check_device(device)
-    shares = _shares(workers) if pin else []
     options.load_options(config)  # what is wrong with it is said once, here
     logs.set_up("launcher", log_format, log_level)
+    devices = options.find_devices(device)
+    shares = _shares(workers * len(devices)) if pin else []
     try:
         files = find_models(models)
         if all(file.problem for file in files):
@@ -64,7 +64,7 @@ def up(
             http=http,
             workers=workers,
             gateways=gateways,
-            device=device,
+            devices=devices,
             shares=shares,
             bind=bind,
             config=config,

@@ -22,6 +22,7 @@ _REMEMBERED_S: Final = 300.0  # a process that has left is missed so long
 _MODELS_MAX: Final = 200  # in a view: those that are not ready, then the busiest
 _REASON_MAX: Final = 500  # characters of why a model is not served
 _NAMED_MAX: Final = 5  # models that are named among the problems
+_ORDINARY: Final = "power"  # a busy GPU often is at the limit of its power
 _FULL: Final = 0.9  # of shared memory, from which on it is a problem
 
 BROKER: Final = "broker"
@@ -97,6 +98,23 @@ class ProcessFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuFigures:
+    """A GPU or a slice of one, by its UUID; what it does not tell is None. ``utilization``: 0 to 1. ``throttles``: what
+    holds its clocks down."""
+
+    uuid: str
+    workers: list[str]
+    lost: bool
+    utilization: float | None
+    memory_used_bytes: int | None
+    memory_total_bytes: int | None
+    temperature_c: float | None
+    power_w: float | None
+    power_limit_w: float | None
+    throttles: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """The whole server. ``seconds``: what rates and quantiles are over; 0: there is nothing yet to compare with, and
     they mean nothing. ``batches``: how many had at most ``bounds`` rows each, and more than the last."""
@@ -118,6 +136,7 @@ class View:
     models: list[ModelFigures]
     models_left_out: int
     processes: list[ProcessFigures]
+    gpus: list[GpuFigures] = field(default_factory=list)
 
 
 def rise(before: Number, after: Number) -> Number:
@@ -296,6 +315,7 @@ def _view(reading: Reading, sums: _Sums, known: Mapping[str, _Known], gateway: s
     models = [_model(state, serving[state.name, state.version], sums, gauges) for state in reading.models]
     batches = sums.counts("penstock_batch_rows")
     latency = _latency(sums.counts("penstock_request_seconds"))
+    gpus = _gpus(gauges)
     callers = sum(gauges.get("penstock_callers", {}).values())
     gateways = sum(1 for each in processes if each.role == GATEWAY and each.missing_s is None)
     failures = sums.failures()
@@ -304,7 +324,7 @@ def _view(reading: Reading, sums: _Sums, known: Mapping[str, _Known], gateway: s
         seconds=round(sums.seconds, 3),
         broker=reading.broker,
         gateway=gateway,
-        problems=_problems(reading, processes, models, failures),
+        problems=_problems(reading, processes, models, failures, gpus),
         rate=sums.rate("penstock_requests"),
         failures=failures,
         queue=int(sum(gauges.get("penstock_queue_requests", {}).values())),
@@ -318,6 +338,7 @@ def _view(reading: Reading, sums: _Sums, known: Mapping[str, _Known], gateway: s
         models=sorted(chosen[:_MODELS_MAX], key=lambda model: (model.name, model.version)),
         models_left_out=len(models) - len(chosen[:_MODELS_MAX]),
         processes=processes,
+        gpus=gpus,
     )
 
 
@@ -381,11 +402,43 @@ def _processes(
     return sorted(found, key=lambda process: (_ORDER.index(process.role), process.name))
 
 
+def _gpus(gauges: Mapping[str, Mapping[tuple[str, ...], float]]) -> list[GpuFigures]:
+    """Every GPU once, also when several workers are on it: they tell the same, a moment apart."""
+    workers: dict[str, list[str]] = {}
+    for uuid, worker in sorted(gauges.get("penstock_gpu_lost", {})):
+        workers.setdefault(uuid, []).append(worker)
+    found = []
+    for uuid, names in workers.items():
+
+        def told(what: str, key: tuple[str, str] = (uuid, names[0])) -> float | None:
+            return gauges.get(f"penstock_gpu_{what}", {}).get(key)
+
+        throttled = gauges.get("penstock_gpu_throttled", {})
+        held = {key[1] for key, on in throttled.items() if on and (key[0], key[2]) == (uuid, names[0])}
+        used, total = told("memory_used_bytes"), told("memory_total_bytes")
+        found.append(
+            GpuFigures(
+                uuid=uuid,
+                workers=names,
+                lost=any(gauges["penstock_gpu_lost"][uuid, name] for name in names),
+                utilization=told("utilization"),
+                memory_used_bytes=None if used is None else int(used),
+                memory_total_bytes=None if total is None else int(total),
+                temperature_c=told("temperature_celsius"),
+                power_w=told("power_watts"),
+                power_limit_w=told("power_limit_watts"),
+                throttles=sorted(held),
+            )
+        )
+    return sorted(found, key=lambda gpu: gpu.workers)
+
+
 def _problems(
     reading: Reading,
     processes: Sequence[ProcessFigures],
     models: Sequence[ModelFigures],
     failures: Mapping[str, float],
+    gpus: Sequence[GpuFigures],
 ) -> list[str]:
     """What somebody should know at three in the morning, the worst first."""
     found = []
@@ -396,6 +449,7 @@ def _problems(
         for each in processes
         if each.missing_s is not None and each.role != BROKER
     ]
+    found += [f"the GPU of {', '.join(each.workers)} is lost: {each.uuid}" for each in gpus if each.lost]
     if reading.broker and not any(each.role == WORKER and each.missing_s is None for each in processes):
         found.append("no worker has joined")
     waiting = [model for model in models if model.state != READY]
@@ -413,5 +467,10 @@ def _problems(
         f"the shared memory of {each.name} is {each.shared_used_bytes / each.shared_bytes:.0%} full"
         for each in processes
         if each.shared_bytes and each.shared_used_bytes >= _FULL * each.shared_bytes
+    ]
+    found += [
+        f"the GPU of {', '.join(each.workers)} is held down by {' and '.join(words)}: {each.uuid}"
+        for each in gpus
+        if (words := [word for word in each.throttles if word != _ORDINARY])
     ]
     return found

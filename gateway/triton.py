@@ -2,7 +2,7 @@
 
 https://github.com/triton-inference-server/server/blob/main/docs/user_guide/metrics.md has them. As there, durations are
 microseconds added up over requests: each request counts the whole of the batch that it was in. Left out is what is not
-measured apart here: the copying into and out of a batch, which is within ``compute_infer``, and what GPUs report.
+measured apart here: the copying into and out of a batch, which is within ``compute_infer``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,15 @@ _HELP: Final = {
     "nv_inference_compute_infer_duration_us": "From the start of its batch to its end, of all requests",
 }
 
+_GPU: Final = {
+    "nv_gpu_utilization": ("penstock_gpu_utilization", "Share of the time that something ran on the GPU, 0 to 1"),
+    "nv_gpu_memory_total_bytes": ("penstock_gpu_memory_total_bytes", "Memory of the GPU"),
+    "nv_gpu_memory_used_bytes": ("penstock_gpu_memory_used_bytes", "Memory of the GPU that is taken"),
+    "nv_gpu_power_usage": ("penstock_gpu_power_watts", "Power that the GPU draws, in watts"),
+    "nv_gpu_power_limit": ("penstock_gpu_power_limit_watts", "Power that the GPU may draw, in watts"),
+    "nv_energy_consumption": ("penstock_gpu_energy_joules", "Energy since the driver was loaded, in joules"),
+}
+
 _Labels = tuple[str, ...]
 _Sums = dict[_Labels, float]
 
@@ -70,6 +79,13 @@ def triton_metrics(samples: Iterable[Sample]) -> Iterator[Metric]:
             for labels, value in sorted(sums.items()):
                 metric.add_sample(name, dict(zip(("model", "version", "reason"), labels, strict=False)), value)
             yield metric
+    for name, (family, about) in _GPU.items():
+        found = told.once(family)
+        if found:
+            metric = Metric(name, about, "unknown")
+            for (gpu,), value in sorted(found.items()):
+                metric.add_sample(name, {"gpu_uuid": gpu}, value)
+            yield metric
 
 
 class _Told:
@@ -90,6 +106,10 @@ class _Told:
                 value = sum(value[:-1]) if count else value[-1]
             found[sample.labels] = found.get(sample.labels, 0.0) + value
         return found
+
+    def once(self, family: str) -> _Sums:
+        """By labels, from whichever process tells it: several workers on one GPU tell the same."""
+        return {each.labels: each.value for each in self._samples.get(family, ()) if not isinstance(each.value, tuple)}
 
     def failures(self) -> _Sums:
         """By model, version and Triton's reason."""

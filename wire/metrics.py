@@ -42,6 +42,7 @@ class Family(NamedTuple):
 
 
 _MODEL: Final = ("model", "version")
+_GPU: Final = ("gpu",)
 
 FAMILIES: Final[dict[str, Family]] = {
     # The broker's.
@@ -74,6 +75,21 @@ FAMILIES: Final[dict[str, Family]] = {
     "penstock_batches": Family(COUNTER, "Batches, by why they were closed", (*_MODEL, "reason"), "worker"),
     "penstock_model_ready": Family(GAUGE, "1 when the worker serves the model", _MODEL, "worker"),
     "penstock_unacknowledged_bytes": Family(GAUGE, "Results kept until acknowledged", (), "worker"),
+    # A worker's for a GPU, as NVML tells. ``gpu``: its UUID. Several workers on one GPU tell the same of it.
+    "penstock_gpu_utilization": Family(GAUGE, "Share of the time that something ran on it, 0 to 1", _GPU, "worker"),
+    "penstock_gpu_memory_used_bytes": Family(GAUGE, "Memory of the GPU that is taken, by anyone", _GPU, "worker"),
+    "penstock_gpu_memory_total_bytes": Family(GAUGE, "Memory of the GPU", _GPU, "worker"),
+    "penstock_gpu_temperature_celsius": Family(GAUGE, "Temperature of the GPU", _GPU, "worker"),
+    "penstock_gpu_power_watts": Family(GAUGE, "Power that the GPU draws", _GPU, "worker"),
+    "penstock_gpu_power_limit_watts": Family(GAUGE, "Power that the GPU may draw", _GPU, "worker"),
+    "penstock_gpu_energy_joules": Family(COUNTER, "Energy since the driver was loaded", _GPU, "worker"),
+    "penstock_gpu_throttled": Family(
+        GAUGE, "1 while clocks are held down, by heat, power, power_brake or hardware", (*_GPU, "reason"), "worker"
+    ),
+    "penstock_gpu_ecc_errors": Family(
+        COUNTER, "Errors of its memory that could not be corrected, since the worker began", _GPU, "worker"
+    ),
+    "penstock_gpu_lost": Family(GAUGE, "1 when nothing can run on it; the worker ends", _GPU, "worker"),
     # A gateway's.
     "penstock_http_responses": Family(COUNTER, "HTTP responses", ("code",), "gateway"),
     "penstock_http_request_seconds": Family(

@@ -43,8 +43,9 @@ from penstock.wire.messages import (
 from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.metrics import Meters
 from penstock.wire.models import READY, ModelState
+from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
 from penstock.worker.batcher import Batch, Batcher, ModelKey, Rules
-from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import Command, DeviceLost, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import Executed, Publication, failure_answers
 from penstock.worker.lots import ENDED, RUNNING, WAITING, Lot
 from penstock.worker.model import Model
@@ -142,6 +143,8 @@ class Core:
                     self._arena_came(caller, self._arrivals.came(caller, serial, arena))
             case Loaded(state, model):
                 self._loaded(state, model)
+            case DeviceLost(reason):
+                self._device_lost(reason)
             case Subscribed(caller):
                 self._subscribed(caller)
             case Unsubscribed(caller):
@@ -516,6 +519,14 @@ class Core:
             rules = Rules(spec.max_batch_size, config.max_queue_delay_s, config.instances, window, spec.batchable)
             self._batcher.set_rules(key, rules)
         self.meters.value("penstock_model_ready", *key).value = int(state.state == READY)
+        if self.membership.joined:
+            self._tell_models()
+
+    def _device_lost(self, reason: str) -> None:
+        """The broker keeps the reason, and gives what this worker holds to others when it ends."""
+        for key, state in self.states.items():
+            self.states[key] = state._replace(state=UNAVAILABLE_STATE, reason=reason)
+            self.meters.value("penstock_model_ready", *key).value = 0
         if self.membership.joined:
             self._tell_models()
 

@@ -35,6 +35,13 @@ class Loaded:
 
 
 @dataclass(slots=True)
+class DeviceLost:
+    """Nothing can run here any more, and the process is about to end."""
+
+    reason: str
+
+
+@dataclass(slots=True)
 class Run:
     """Run a batch; ``Executed`` comes back."""
 
@@ -59,6 +66,7 @@ Event: TypeAlias = (
     | Subscribed
     | Unsubscribed
     | Loaded
+    | DeviceLost
     | Garbage
     | Tick
     | Drain

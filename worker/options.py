@@ -12,6 +12,8 @@ class WorkerOptions:
     # Memory that models run in, beside their weights, of each worker. -1: half of what is free, at least 256 MiB;
     # 0: no limit.
     run_bytes_max: int = -1
+    # Whether a worker for a GPU keeps to the cores and the memory next to it, unless it is given cores.
+    numa: bool = True
     # Where models are prepared, once for all workers of this user; "": penstock/models in the user's cache.
     store: str = ""
     # Models with less weights are not prepared: each worker loads its own.

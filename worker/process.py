@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import zmq
 
@@ -31,7 +31,8 @@ from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.slots import Slots
 from penstock.wire.sockets import Socket
 from penstock.worker.core import Core, Identity
-from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import Command, DeviceLost, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.gpus import EXIT_GPU_LOST, GpuWatch, Watching, measure_gpu
 from penstock.worker.instances import Instances
 from penstock.worker.memory import GiveBackRule, give_back, heap_bytes, share_arena
 from penstock.worker.model import LoadError
@@ -46,17 +47,22 @@ _ROUND_MESSAGES: Final = 64
 _HIGH_WATER: Final = 100_000  # messages that may wait for one caller; what a worker keeps for it is far below
 _LINGER_MS: Final = 200  # for what was said last
 _CONTROL_AGAIN_S: Final = 0.05  # between two looks for a broker's control socket
+_LOST_S: Final = 20.0  # that a worker whose GPU is lost when it begins tells so; less than the launcher's _STEADY_S
 _SWITCH_INTERVAL_S: Final = 0.0005  # the talking thread gets the GIL back within this from a compute thread's Python
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """What a worker serves and for whom. ``bind``: "" or ``tcp://HOST:PORT``, where callers on other hosts hear it."""
+    """What a worker serves and for whom. ``device``: "cpu" or "cuda:N", by which it goes; ``gpu``: the UUID of that GPU
+    or slice, the only one that this process sees; ``gpu_unusable``: why nothing can run on it, or "". ``bind``: "" or
+    ``tcp://HOST:PORT``, where callers on other hosts hear it."""
 
     broker: BrokerAddress
     models: Path
     name: str = ""
     device: str = "cpu"
+    gpu: str = ""
+    gpu_unusable: str = ""
     bind: str = ""
     drain_s: float = 10.0
     options: WorkerOptions = field(default_factory=WorkerOptions)
@@ -127,7 +133,12 @@ def _find_store(options: WorkerOptions) -> Store | None:
 
 class WorkerProcess:
     """``start`` opens, ``serve`` runs until a signal and drains, ``stop`` closes. ``serve`` returns whether any model
-    could be loaded. RepositoryError, EndpointError, ArenaError: cannot start."""
+    could be loaded. RepositoryError, EndpointError, ArenaError: cannot start.
+
+    A GPU that is lost while models are on it ends the process at once, with EXIT_GPU_LOST. One that is lost when the
+    process begins is told to the broker for a while, before ``serve`` returns and ``lost`` says why: so the reason is
+    in health and metrics while whoever started this process does so again and again, and does it slowly.
+    """
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
@@ -137,7 +148,9 @@ class WorkerProcess:
         self._control_at = 0.0
         self._give_back = GiveBackRule()
         self._watchdog = Watchdog()
+        self._gpu: Watching | None = None
         self.failures: list[str] = []  # a sentence for each model that could not be loaded
+        self.lost = ""  # why the GPU cannot be used
 
     def start(self) -> None:
         settings, opened = self._settings, self._opened
@@ -178,7 +191,19 @@ class WorkerProcess:
         sockets = self._results.fileno(), self._broker.fileno()
         for readable in (*sockets, self._instances.fileno(), self._loader.wake, self._stop_signal.fileno()):
             self._poll.register(readable, select.POLLIN)
-        self._loader.start()
+        self._watch_gpu()
+        if not self.lost:
+            self._loader.start()
+
+    def _watch_gpu(self) -> None:
+        settings = self._settings
+        if settings.gpu_unusable:
+            self.lost = settings.gpu_unusable
+        elif settings.gpu:
+            self._gpu = Watching(GpuWatch(settings.gpu))
+            self._poll.register(self._gpu.fileno(), select.POLLIN)
+            self._opened.callback(self._gpu.stop)
+            self.lost = self._gpu.latest.lost
 
     def _bind(self, number: bytes) -> Iterable[str]:
         runtime, bind = self._settings.broker.runtime, self._settings.bind
@@ -189,6 +214,9 @@ class WorkerProcess:
             yield bind_results(bind or "tcp://127.0.0.1:0", self._results)
 
     def serve(self) -> bool:
+        if self.lost:
+            self._tell_lost()
+            return False
         while self._loader.left and not self._stop_signal.received:
             self._turn(float("inf"))
         ready = sum(state.state == READY for state in self._core.states.values())
@@ -210,6 +238,30 @@ class WorkerProcess:
             self._turn(until)
         self._broker.send((pack(Bye(self._core.membership.epoch)),))
         log.info("worker stopped", extra=fields(drained=self._core.holds_nothing))
+
+    def _tell_lost(self) -> None:
+        """Have the broker know why this worker serves nothing, for a while."""
+        self._hear_lost(self.lost)
+        until = time.monotonic() + _LOST_S
+        while not self._stop_signal.received and time.monotonic() < until:
+            self._turn(until)
+        self._broker.send((pack(Bye(self._core.membership.epoch)),))
+
+    def _hear_lost(self, reason: str) -> None:
+        settings = self._settings
+        log.error("GPU lost", extra=fields(device=settings.device, gpu=settings.gpu, reason=reason))
+        self._core.meters.value("penstock_gpu_lost", settings.gpu or settings.device).value = 1
+        self._hear(DeviceLost(f"{settings.device} ({settings.gpu or 'a GPU'}) is lost: {reason}"[:MAX_SENTENCE]))
+
+    def _end(self, reason: str) -> NoReturn:
+        """The GPU is lost: what it was to compute is given elsewhere once the broker knows. An orderly end would wait
+        for threads that hang in the driver."""
+        self._hear_lost(reason)
+        self._broker.send((pack(Bye(self._core.membership.epoch)),))
+        self._results.close(_LINGER_MS)
+        self._broker.close(_LINGER_MS)
+        self._context.term()  # when all has been sent, or that time is over
+        os._exit(EXIT_GPU_LOST)
 
     def stop(self) -> None:
         """Close what has been opened, in whatever state; what was said last is still delivered."""
@@ -242,6 +294,8 @@ class WorkerProcess:
                 os.eventfd_read(readable)
             elif readable == self._stop_signal.fileno():
                 self._stop_signal.clear()
+            elif self._gpu is not None and readable == self._gpu.fileno():
+                self._end(self._gpu.latest.lost)
             else:
                 self._read_control()
 
@@ -305,6 +359,8 @@ class WorkerProcess:
                 meters.value("penstock_arena_bytes").value = self._slots.arena.size
                 meters.value("penstock_arena_used_bytes").value = self._slots.arena.allocator.used
             meters.value("penstock_heap_bytes").value = heap_bytes()
+            if self._gpu is not None:
+                measure_gpu(meters, self._gpu.uuid, self._gpu.latest)
             measure(meters)
             message.samples = meters.samples()
         assert not isinstance(message, Carrier)

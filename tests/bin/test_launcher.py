@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.bin.launcher import next_backoff
+from penstock.bin.devices import CPU, Device
+from penstock.bin.launcher import next_backoff, plan_workers
 from tests.system.models import dense, slow, write
 from tests.system.servers import Process, Server, wait_for
 
@@ -98,6 +99,31 @@ def test_a_process_that_dies_again_and_again_is_started_again_more_and_more_slow
     wait_for(lambda: len(restarts()) == 2, "the second end to be noticed")
     assert restarts() == [("cpu-0", -signal.SIGKILL, 0.2), ("cpu-0", 0, 0.4)]
     server.check_clean_end()
+
+
+# --- who starts ---
+
+GPU = Device("cuda:0", "GPU-1", "0000:3b:00.0")
+OTHER = Device("cuda:1", "MIG-2", "0000:86:00.0")
+
+
+def test_a_worker_sees_its_own_gpu_alone() -> None:
+    assert plan_workers([GPU, OTHER], 1) == [
+        ("cuda:0", ["--device=cuda:0", "--name=cuda:0", "--gpu=GPU-1"], {"CUDA_VISIBLE_DEVICES": "GPU-1"}),
+        ("cuda:1", ["--device=cuda:1", "--name=cuda:1", "--gpu=MIG-2"], {"CUDA_VISIBLE_DEVICES": "MIG-2"}),
+    ]
+
+
+def test_several_workers_on_each_device_are_numbered() -> None:
+    planned = plan_workers([GPU, CPU], 2)
+    assert [each.name for each in planned] == ["cuda:0-0", "cuda:0-1", "cpu-0", "cpu-1"]
+    assert {each.environment.get("CUDA_VISIBLE_DEVICES") for each in planned[:2]} == {"GPU-1"}
+    assert plan_workers([CPU], 1) == [("cpu-0", ["--device=cpu", "--name=cpu-0"], {})]
+
+
+def test_shares_of_cores_are_those_of_all_workers() -> None:
+    planned = plan_workers([GPU, CPU], 2, [{number} for number in range(4)])
+    assert [each.arguments[-1] for each in planned] == ["--cpus=0", "--cpus=1", "--cpus=2", "--cpus=3"]
 
 
 # --- giving up ---

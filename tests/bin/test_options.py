@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 
 from penstock.bin import options
 from penstock.bin.cli import cli
+from penstock.bin.devices import CPU, Device
 from penstock.broker.options import BrokerOptions
 from penstock.gateway.options import GatewayOptions
+from penstock.worker.gpus import Gpu, Gpus
 from penstock.worker.options import WorkerOptions
+from tests.system.servers import PENSTOCK
 
 
 def refusal(*arguments: str) -> str:
@@ -82,14 +85,40 @@ def test_where_the_broker_is_when_nobody_says(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("command", ["up", "worker"])
-def test_a_device_that_models_cannot_run_on_is_refused(command: str) -> None:
-    assert refusal(command, "--device=cuda:0") == (
-        "--device cuda:0: this version runs models on the CPU only; leave it out"
-    )
+def test_a_device_that_is_not_there_is_refused(command: str, tmp_path: Path) -> None:
+    """In a process of its own, which begins to log before it asks for GPUs."""
+    asked = [command, "--device=cuda:4000", f"--runtime-dir={tmp_path / 'run'}", "--log-level=debug"]
+    ended = subprocess.run([*PENSTOCK, *asked], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (options.EXIT_CANNOT_SERVE, "")
+    assert "Error: --device cuda:4000: " in ended.stderr
+    if "no NVIDIA driver answers" in ended.stderr:  # as on most machines that test
+        assert ended.stderr.count("no GPU is looked for reason=") == 1
 
 
-def test_the_device_that_models_run_on_is_taken() -> None:
-    assert options.check_device("cpu") == "cpu"
+def test_the_driver_is_asked_only_when_a_gpu_may_be_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Gpus] = []
+
+    def absent() -> Gpus:
+        asked.append(Gpus([], "none"))
+        return asked[-1]
+
+    monkeypatch.setattr(options, "list_gpus", absent)
+    assert options.find_devices("cpu") == [CPU] == [options.find_device("cpu", "")]
+    assert not asked
+    assert options.find_devices(None) == [CPU] == [options.find_device(None, "")]
+    assert len(asked) == 2
+
+
+def test_the_launchers_gpu_goes_by_the_name_that_the_launcher_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it is the second, and here the only one that is visible."""
+    gpus = [Gpu(0, "GPU-1", pci="0000:01:00.0"), Gpu(1, "GPU-2", pci="0000:02:00.0")]
+    monkeypatch.setattr(options, "list_gpus", lambda: Gpus(gpus, ""))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-2")
+    assert options.find_device("cuda:1", "GPU-2") == Device("cuda:1", "GPU-2", "0000:02:00.0")
+    assert options.find_device("cuda:1", "GPU-3") == Device("cuda:1", "GPU-3"), "it is lost, as will be found"
+    assert options.find_device(None, "") == Device("cuda:0", "GPU-2", "0000:02:00.0")
+    with pytest.raises(click.UsageError, match="this machine has 2 GPUs, of which"):
+        options.find_device("cuda:1", "")
 
 
 @pytest.mark.parametrize("command", ["up", "broker", "worker", "gateway"])

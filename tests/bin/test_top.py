@@ -33,7 +33,7 @@ from rich.console import Console
 from penstock.bin.cli import cli
 from penstock.bin.listen import Listener, ListenError, parse
 from penstock.bin.screen import Screen, bars, duration, number
-from penstock.gateway.figures import ModelFigures, ProcessFigures, View
+from penstock.gateway.figures import GpuFigures, ModelFigures, ProcessFigures, View
 from penstock.wire.metrics import ROWS
 from tests.system.servers import DEADLINE_S, PENSTOCK, Process, Server, wait_for
 
@@ -118,6 +118,35 @@ def test_before_there_is_anything_to_compare_there_are_no_rates() -> None:
     text = "\n".join(shown(Screen(fresh, "here")))
     assert "requests/s -" in text
     assert "1,234" not in text
+
+
+GPUS = [
+    GpuFigures("GPU-1", ["cuda:0"], False, 0.934, 20 << 30, 80 << 30, 61.0, 512.3, 700.0, ["heat", "power"]),
+    GpuFigures("MIG-2", ["cuda:1"], False, None, 1 << 30, 40 << 30, None, 90.0, None, []),
+    GpuFigures("GPU-3", ["cuda:2"], True, None, None, None, None, None, None, []),
+]
+
+
+def test_gpus_have_a_table_of_their_own_where_there_are_any() -> None:
+    assert "GPU of" not in "\n".join(shown(Screen(VIEW, "here", whole=True)))
+    lines = shown(Screen(replace(VIEW, gpus=GPUS), "here", whole=True), width=160)
+    at = next(number for number, line in enumerate(lines) if line.startswith("GPU of"))
+    assert [re.split(r"  +", line.strip()) for line in lines[at : at + 4]] == [
+        ["GPU of", "State", "Busy", "Memory", "Temperature", "Power", "UUID"],
+        ["cuda:2", "lost", "-", "-", "-", "-", "GPU-3"],
+        ["cuda:0", "heat, power", "93%", "20 GiB of 80 GiB", "61 °C", "512 of 700 W", "GPU-1"],
+        ["cuda:1", "up", "-", "1.0 GiB of 40 GiB", "-", "90 W", "MIG-2"],
+    ]
+
+
+@pytest.mark.parametrize("height", [8, 14, 24, 50])
+def test_gpus_leave_room_for_the_rest(height: int) -> None:
+    many = [replace(GPUS[0], uuid=f"GPU-{number}", workers=[f"cuda:{number}"]) for number in range(16)]
+    lines = shown(Screen(replace(VIEW, gpus=many), "here"), height=height)
+    assert len(lines) <= height
+    if height >= 24:
+        assert any(line.startswith("dense") for line in lines)
+        assert any(line.startswith("and ") for line in lines)
 
 
 def test_why_nothing_new_comes_is_said_beside_the_last_view() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.gateway.figures import WINDOW_S, Reading, View, Window, quantile, rise, rises
+from penstock.gateway.figures import WINDOW_S, GpuFigures, Reading, View, Window, quantile, rise, rises
 from penstock.wire.messages import Snapshot
 from penstock.wire.metrics import ROWS, SECONDS, Histogram, Meters, Sample
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
@@ -301,3 +301,48 @@ def test_of_many_models_those_that_need_a_look_are_shown() -> None:
 def test_a_reason_without_end_is_cut() -> None:
     [model] = view_of(well(0, models=[ModelState("b", "1", UNAVAILABLE, "x" * 10_000, None)])).models
     assert len(model.reason) == 500
+
+
+# --- GPUs ---
+
+
+def gpu_worker(name: str, uuid: str, lost: float = 0, *throttles: str, **told: float) -> Snapshot:
+    meters = Meters()
+    meters.value("penstock_gpu_lost", uuid).value = lost
+    for what, value in told.items():
+        meters.value(f"penstock_gpu_{what}", uuid).value = value
+    for word in ("heat", "power", "power_brake", "hardware"):
+        meters.value("penstock_gpu_throttled", uuid, word).value = int(word in throttles)
+    return Snapshot(name, meters.samples())
+
+
+def test_a_gpu_is_shown_once_with_all_its_workers() -> None:
+    about = {
+        "utilization": 0.9,
+        "memory_used_bytes": 2.0**30,
+        "memory_total_bytes": 2.0**33,
+        "temperature_celsius": 70.0,
+        "power_watts": 250.0,
+        "power_limit_watts": 300.0,
+    }
+    first, second = (gpu_worker(f"cuda:1-{each}", "GPU-b", 0, "power", **about) for each in range(2))
+    other = gpu_worker("cuda:0", "GPU-c")
+    view = view_of(reading(0, second, first, other))
+    assert view.gpus == [
+        GpuFigures("GPU-c", ["cuda:0"], False, None, None, None, None, None, None, []),
+        GpuFigures("GPU-b", ["cuda:1-0", "cuda:1-1"], False, 0.9, 1 << 30, 1 << 33, 70, 250, 300, ["power"]),
+    ]
+    assert view.problems == [], "a busy GPU is often at the limit of its power"
+
+
+def test_without_gpus_there_are_none_in_the_view() -> None:
+    assert view_of(well(0, "cpu-0")).gpus == []
+
+
+def test_a_gpu_that_is_lost_or_too_hot_is_a_problem() -> None:
+    lost = gpu_worker("cuda:0", "GPU-a", 1)
+    hot = gpu_worker("cuda:1", "GPU-b", 0, "heat", "hardware", "power")
+    assert view_of(reading(0, lost, hot)).problems == [
+        "the GPU of cuda:0 is lost: GPU-a",
+        "the GPU of cuda:1 is held down by hardware and heat: GPU-b",
+    ]

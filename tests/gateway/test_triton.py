@@ -9,6 +9,10 @@ from penstock.wire.errors import BAD_INPUT, CANCELLED, MODEL_FAILED, OVERLOADED
 from penstock.wire.metrics import Meters, Sample
 
 KEY = ("m", "1")
+GPU = {
+    *("nv_gpu_utilization", "nv_gpu_memory_total_bytes", "nv_gpu_memory_used_bytes"),
+    *("nv_gpu_power_usage", "nv_gpu_power_limit", "nv_energy_consumption"),
+}
 
 
 def told(*processes: Meters) -> dict[tuple[str, ...], float]:
@@ -18,7 +22,8 @@ def told(*processes: Meters) -> dict[tuple[str, ...], float]:
     for metric in triton_metrics(samples):
         assert metric.documentation
         for sample in metric.samples:
-            assert list(sample.labels) == ["model", "version", "reason"][: len(sample.labels)]
+            labels = ["gpu_uuid"] if sample.name in GPU else ["model", "version", "reason"]
+            assert list(sample.labels) == labels[: len(sample.labels)]
             found[sample.name, *sample.labels.values()] = sample.value
     return found
 
@@ -61,3 +66,17 @@ def test_reasons_are_those_that_triton_knows() -> None:
 
 def test_nothing_is_said_of_what_has_not_been_measured() -> None:
     assert told(Meters()) == {}
+
+
+def test_a_gpu_is_there_once_also_with_several_workers_on_it() -> None:
+    processes = []
+    for uuid, watts in (("GPU-1", 300.0), ("GPU-1", 300.0), ("GPU-2", 80.0)):
+        meters = Meters()
+        for what in ("utilization", "memory_used_bytes", "memory_total_bytes", "power_limit_watts", "energy_joules"):
+            meters.value(f"penstock_gpu_{what}", uuid).value = 0.5
+        meters.value("penstock_gpu_power_watts", uuid).value = watts
+        processes.append(meters)
+    values = told(*processes)
+    assert {key[0] for key in values} == GPU
+    assert len(values) == 2 * len(GPU)
+    assert (values["nv_gpu_power_usage", "GPU-1"], values["nv_gpu_power_usage", "GPU-2"]) == (300, 80)
