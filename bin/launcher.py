@@ -76,6 +76,7 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     pidfd: int = -1
     ready: bool = False
+    failed: bool = False  # it says that it cannot do its work, and will end
     exit_code: int | None = None
     started: float = 0.0
     backoff_s: float = 0.0
@@ -220,14 +221,14 @@ class Launcher:
             start_new_session=True,  # Ctrl-C in a terminal is for the launcher, which stops the others in their order
         )
         child.pidfd = os.pidfd_open(child.process.pid)
-        child.ready, child.exit_code = False, None
+        child.ready, child.failed, child.exit_code = False, False, None
         child.started, child.start_at = time.monotonic(), float("inf")
         self._poll.register(child.pidfd, select.POLLIN)
 
     def _wait(self, children: Sequence[Child]) -> bool:
-        """Until all are ready, or have lost their GPU: the others do without them. False: told to stop meanwhile.
+        """Until all are ready, or have no GPU to work on: the others do without them. False: told to stop meanwhile.
         LaunchError: a process has ended for another reason."""
-        return self._wait_until(lambda: all(child.ready or child.exit_code == EXIT_GPU_LOST for child in children))
+        return self._wait_until(lambda: all(child.ready or child.failed for child in children))
 
     def _wait_until(self, condition: Callable[[], bool]) -> bool:
         while not condition():
@@ -273,13 +274,16 @@ class Launcher:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
                 pid, _, _ = _CREDENTIALS.unpack(content[: _CREDENTIALS.size])
                 for child in self._children:
-                    if child.process is not None and child.process.pid == pid and b"READY=1" in data.split(b"\n"):
-                        child.ready = True
+                    if child.process is not None and child.process.pid == pid:
+                        lines = data.split(b"\n")
+                        child.ready |= b"READY=1" in lines
+                        child.failed |= any(line.startswith(b"ERRNO=") for line in lines)
 
     def _reap(self, pidfd: int) -> None:
         child = next(child for child in self._children if child.pidfd == pidfd)
         assert child.process is not None
         child.exit_code = child.process.wait()
+        child.failed |= child.exit_code == EXIT_GPU_LOST
         self._poll.unregister(pidfd)
         os.close(pidfd)
         child.pidfd = -1
@@ -337,5 +341,5 @@ def _answers(url: str) -> bool:
         connection.close()
     if response.status == 200:
         return True
-    reason = json.loads(body)["error"]
+    reason = json.loads(body)["error"].partition("; because ")[0]
     return "(UNAVAILABLE)" in reason and "(LOADING)" not in reason

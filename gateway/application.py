@@ -53,6 +53,7 @@ STATUSES: Final = {
     errors.MODEL_FAILED: 500,
     errors.INTERNAL: 500,
 }
+_REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
 _JOIN_MAX_BYTES: Final = 64 * 1024  # a larger payload is written behind the head instead of being copied
 _ASIDE_MIN_BYTES: Final = 128 * 1024  # what is larger is compressed and expanded on a thread
@@ -193,8 +194,12 @@ class Application:
         if not caller.membership.joined:
             reason = "no broker answers"
         else:
-            waits = [f"{state.name} ({state.state})" for state in self._states() if state.state != READY]
-            reason = f"not ready: {', '.join(waits[:10])}" if waits else "no worker has joined"
+            waits = [state for state in self._states() if state.state != READY]
+            named = ", ".join(f"{state.name} ({state.state})" for state in waits[:10])
+            reason = f"not ready: {named}" if waits else "no worker has joined"
+            # Often one for all, such as a GPU that is lost.
+            why = list(dict.fromkeys(state.reason for state in waits if state.reason))
+            reason += f"; because {'; '.join(why[:_REASONS_MAX])}" if why else ""
         self._count(503)
         exchange.answer_error(503, f"Server not ready: {reason}", b"Retry-After: 1\r\n")
 

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -242,6 +243,7 @@ class WorkerProcess:
     def _tell_lost(self) -> None:
         """Have the broker know why this worker serves nothing, for a while."""
         self._hear_lost(self.lost)
+        notify(f"ERRNO={errno.ENODEV}\nSTATUS=GPU lost: {self.lost}")
         until = time.monotonic() + _LOST_S
         while not self._stop_signal.received and time.monotonic() < until:
             self._turn(until)

@@ -261,7 +261,11 @@ def test_ready_when_every_model_is(joined: Desk) -> None:
         ([ready(), ModelState("b", "1", LOADING, "", None)], "not ready: b (LOADING)"),
         (
             [ModelState("b", "1", UNAVAILABLE, "bad", spec("b")), ModelState("b", "2", LOADING, "", None)],
-            "not ready: b (UNAVAILABLE), b (LOADING)",
+            "not ready: b (UNAVAILABLE), b (LOADING); because bad",
+        ),
+        (
+            [ModelState(name, "1", UNAVAILABLE, "the GPU is lost", None) for name in "bc"],
+            "not ready: b (UNAVAILABLE), c (UNAVAILABLE); because the GPU is lost",
         ),
     ],
 )

@@ -1,0 +1,164 @@
+"""A server on GPUs that are made up: NVIDIA's library is a stand-in in every process, and models run on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.worker.config import ModelConfig
+from penstock.worker.gpus import EXIT_GPU_LOST
+from tests.system.models import dense, slow, write
+from tests.system.servers import Process, Server, StartServer, wait_for
+
+ROOT = Path(__file__).parents[2]
+# Python imports it before anything else. A file by the name of a GPU says that this one is lost.
+STAND_IN = """
+import sys
+from pathlib import Path
+from typing import Any
+from tests.worker.nvml import Card, Nvml, error, h100
+
+class Losable(Card):
+    def ask(self, what: str) -> Any:
+        if what == "Temperature" and Path({lost!r}, self.uuid).exists():
+            raise error("GPU_IS_LOST")
+        return super().ask(what)
+
+sys.modules["pynvml"] = Nvml(*[Losable(uuid, h100().known) for uuid in ("GPU-1", "GPU-2")])
+"""
+ROW = {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [2.0]}]}
+
+
+@pytest.fixture
+def lost(tmp_path: Path) -> Path:
+    path = tmp_path / "lost"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def environment(tmp_path: Path, lost: Path) -> dict[str, str]:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(STAND_IN.format(lost=str(lost)))
+    paths = [str(tmp_path / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> str:
+    config = 'providers = ["cpu"]\n' if "providers" in ModelConfig.__struct_fields__ else ""
+    write(tmp_path / "models", "slow", slow(50), config=config)
+    write(tmp_path / "models", "dense", dense(), config=config)
+    return str(tmp_path / "models")
+
+
+def visible(pid: int) -> str:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return b"".join(each for each in variables if each.startswith(b"CUDA_VISIBLE_DEVICES=")).decode().partition("=")[2]
+
+
+def logged(server: Server, event: str) -> list[dict[str, Any]]:
+    return [line for line in server.log() if line["event"] == event]
+
+
+def test_every_gpu_has_a_worker_that_sees_it_alone(
+    start_server: StartServer, models: str, environment: dict[str, str]
+) -> None:
+    server = start_server(models, environment=environment)
+    assert sorted(visible(pid) for pid in server.children("worker")) == ["GPU-1", "GPU-2"]
+    joined = {(line["worker"], line["device"]) for line in logged(server, "worker joined")}
+    assert joined == {("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")}
+    metrics = wait_for(
+        lambda: (told := server.metrics()).get('nv_gpu_utilization{gpu_uuid="GPU-2"}') and told, "figures of GPUs"
+    )
+    assert metrics['penstock_gpu_power_watts{gpu="GPU-2",worker="cuda:1"}'] == 512.345
+    assert metrics['nv_gpu_power_usage{gpu_uuid="GPU-2"}'] == 512.345
+    assert metrics['penstock_gpu_throttled{gpu="GPU-2",reason="power",worker="cuda:1"}'] == 1
+
+
+def test_an_inherited_list_of_gpus_is_kept_to(
+    start_server: StartServer, models: str, environment: dict[str, str]
+) -> None:
+    server = start_server(models, "--workers=2", environment=environment | {"CUDA_VISIBLE_DEVICES": "1"})
+    assert [visible(pid) for pid in server.children("worker")] == ["GPU-2", "GPU-2"]
+    assert {line["worker"] for line in logged(server, "worker joined")} == {"cuda:0-0", "cuda:0-1"}
+    server = start_server(models, environment=environment | {"CUDA_VISIBLE_DEVICES": ""})
+    assert {line["worker"] for line in logged(server, "worker joined")} == {"cpu-0"}
+
+
+def test_a_gpu_that_is_lost_takes_its_worker_alone(
+    start_server: StartServer, models: str, environment: dict[str, str], lost: Path
+) -> None:
+    """What its worker held is run elsewhere, and whoever looks finds out why there is one less."""
+    server = start_server(models, "--device=cuda", environment=environment)
+    statuses: list[int] = []
+    enough = threading.Event()
+
+    def ask() -> None:
+        while not enough.is_set():
+            statuses.append(server.infer("slow", ROW)[0])
+
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    try:
+        wait_for(lambda: len(statuses) > 20, "answers")
+        (lost / "GPU-1").touch()
+        wait_for(lambda: logged(server, "process ended; it is started again"), "a worker to end")
+        before = len(statuses)
+        wait_for(lambda: len(statuses) > before + 20, "answers of the other")
+        wait_for(
+            lambda: server.metrics().get('penstock_gpu_lost{gpu="GPU-1",worker="cuda:0"}') == 1,
+            "the worker that was started again to say why it serves nothing",
+        )
+    finally:
+        enough.set()
+        for asker in askers:
+            asker.join()
+    assert set(statuses) == {200}
+    [ended] = logged(server, "process ended; it is started again")
+    assert (ended["about_process"], ended["exit_code"]) == ("cuda:0", EXIT_GPU_LOST)
+    assert {(line["device"], line["gpu"], line["reason"]) for line in logged(server, "GPU lost")} == {
+        ("cuda:0", "GPU-1", "GPU is lost")
+    }
+    assert server.request("GET", "/v2/health/ready")[0] == 200
+    metrics = server.metrics()
+    assert metrics['penstock_model_ready{model="slow",version="1",worker="cuda:0"}'] == 0
+    assert metrics['penstock_model_ready{model="slow",version="1",worker="cuda:1"}'] == 1
+
+
+def test_health_says_that_the_only_gpu_is_lost(
+    start_server: StartServer, models: str, environment: dict[str, str], lost: Path
+) -> None:
+    server = start_server(models, "--device=cuda:1", environment=environment)
+    (lost / "GPU-2").touch()
+    wait_for(lambda: server.request("GET", "/v2/health/ready")[0] == 503, "the server to say that it is not ready")
+    said = json.loads(server.request("GET", "/v2/health/ready")[2])["error"]
+    assert re.search(r"cuda:1 \(GPU-2\) is lost: GPU is lost", said)
+
+
+def test_a_server_starts_without_a_gpu_that_is_lost_already(
+    start_server: StartServer, models: str, environment: dict[str, str], lost: Path
+) -> None:
+    """It is listed, and lost when its worker begins."""
+    (lost / "GPU-2").touch()
+    server = start_server(models, environment=environment)
+    assert server.infer("slow", ROW)[0] == 200
+    assert logged(server, "GPU lost")[0]["gpu"] == "GPU-2"
+
+
+def test_a_server_whose_only_gpu_is_lost_does_not_start(
+    tmp_path: Path, models: str, environment: dict[str, str], lost: Path
+) -> None:
+    (lost / "GPU-1").touch()
+    arguments = ["up", models, "--device=cuda:0", "--http=127.0.0.1:0", f"--runtime-dir={tmp_path / 'run'}"]
+    server = Process(arguments, environment)
+    assert server.wait() == EXIT_GPU_LOST
+    assert "penstock: cuda:0 is lost: GPU is lost" in server.errors
+    assert list((tmp_path / "run").iterdir()) == []
