@@ -54,6 +54,23 @@ def test_systemd_has_nothing_to_say_of_them(units: Path) -> None:
 
 
 @needs_systemd
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_worker_for_each_device_is_an_instance(units: Path, device: str) -> None:
+    template = units / "penstock-worker@.service"
+    command = ["systemd-analyze", "verify", "--man=no", f"{template}:penstock-worker@{device}.service"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
+    assert " --name %i --device %i " in template.read_text()
+
+
+def test_a_worker_may_use_gpus_and_no_other_service_does(units: Path) -> None:
+    """char-nvidia*: the names in /proc/devices are nvidia or nvidia-frontend, nvidia-uvm and nvidia-caps."""
+    allowed = {name: re.findall(r"^DeviceAllow=(.*)$", (units / name).read_text(), re.M) for name in SERVICES}
+    assert allowed.pop("penstock-worker@.service") == ["char-nvidia* rw"]
+    assert set(map(tuple, allowed.values())) == {()}
+
+
+@needs_systemd
 @pytest.mark.parametrize("service", SERVICES)
 def test_little_is_exposed(units: Path, service: str) -> None:
     shown = subprocess.run(

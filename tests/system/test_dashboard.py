@@ -78,6 +78,7 @@ def send(browser: Browser) -> tuple[str, str]:
 def test_everything_there_is_is_shown(server: Server, browser: Browser) -> None:
     browser.open(server.url + "/")
     browser.until("document.querySelectorAll('#models tbody tr').length === 9", "all models")
+    assert browser.evaluate("document.getElementById('gpus-card').offsetHeight") == 0, "nothing is said of GPUs"
     names = browser.evaluate(
         "[...document.querySelectorAll('#models tbody tr')].map((row) => row.cells[0].textContent)"
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 
 from penstock.worker.config import ModelConfig
 from penstock.worker.gpus import EXIT_GPU_LOST
+from tests.system.chromium import Browser
 from tests.system.models import dense, slow, write
-from tests.system.servers import Process, Server, StartServer, wait_for
+from tests.system.servers import PENSTOCK, Process, Server, StartServer, wait_for
 
 ROOT = Path(__file__).parents[2]
 # Python imports it before anything else. A file by the name of a GPU says that this one is lost.
@@ -80,6 +83,32 @@ def test_every_gpu_has_a_worker_that_sees_it_alone(
     assert metrics['penstock_gpu_power_watts{gpu="GPU-2",worker="cuda:1"}'] == 512.345
     assert metrics['nv_gpu_power_usage{gpu_uuid="GPU-2"}'] == 512.345
     assert metrics['penstock_gpu_throttled{gpu="GPU-2",reason="power",worker="cuda:1"}'] == 1
+
+
+def test_the_page_and_top_show_gpus(
+    start_server: StartServer,
+    models: str,
+    environment: dict[str, str],
+    tmp_path: Path,
+    require_command: Callable[[str, str], str],
+) -> None:
+    server = start_server(models, environment=environment)
+    wait_for(lambda: 'nv_gpu_utilization{gpu_uuid="GPU-2"}' in server.metrics(), "figures of GPUs")
+    top = [*PENSTOCK, "top", "--once", f"--url={server.url}"]
+    said = subprocess.run(top, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "160"}).stdout
+    assert re.search(r"cuda:1 +power +93% +20 GiB of 80 GiB +61 °C +512 of 700 W +GPU-2", said)
+    browser = Browser(require_command("chromium", "chromium"), tmp_path / "profile")
+    try:
+        browser.open(server.url + "/")
+        row = "document.querySelectorAll('#gpus tbody tr')[1]"
+        browser.until(row, "GPUs on the page")
+        cells = browser.evaluate(f"[...{row}.cells].map((cell) => cell.textContent)")
+        assert cells == [
+            *("cuda:1", "held down by power", "93 %", "20\u00a0GiB of 80\u00a0GiB", "61 °C", "512 of 700 W", "GPU-2")
+        ]
+        assert not browser.evaluate("document.getElementById('gpus-card').hidden")
+    finally:
+        browser.close()
 
 
 def test_an_inherited_list_of_gpus_is_kept_to(

@@ -34,7 +34,7 @@ from penstock.wire.messages import (
 from penstock.wire.models import LOADING, READY, ModelState
 from penstock.wire.models import UNAVAILABLE as NOT_LOADED
 from penstock.worker import core
-from penstock.worker.events import Command, Loaded, Publish, Unsubscribed
+from penstock.worker.events import Command, DeviceLost, Loaded, Publish, Unsubscribed
 from penstock.worker.model import Model
 
 if TYPE_CHECKING:
@@ -822,3 +822,26 @@ def test_validate_says_what_is_wrong(
     break_it(talk.core)
     with pytest.raises(AssertionError, match=complaint):
         talk.core.validate()
+
+
+# --- the device is lost ---
+
+
+def test_no_model_is_served_on_a_device_that_is_lost(talk: Talk) -> None:
+    [told] = talk.said(talk.hear(DeviceLost("cuda:0 (GPU-1) is lost")), WorkerModels)
+    assert {(state.state, state.reason) for state in told.models} == {("UNAVAILABLE", "cuda:0 (GPU-1) is lost")}
+    assert all(state.spec is not None for state in told.models), "what it is stays known"
+    assert count(talk, "penstock_model_ready", "double", "1") == 0
+
+
+def test_a_broker_that_comes_later_is_told_so_with_the_hello(start_talk: StartTalk, double: Model) -> None:
+    talk = start_talk(double)
+    assert talk.said(talk.hear(DeviceLost("gone")), WorkerModels) == []
+    [hello] = talk.said(talk.hear(BrokerFound()), WorkerHello)
+    assert [(state.state, state.reason) for state in hello.models] == [("UNAVAILABLE", "gone")]
+
+
+def test_what_ran_when_the_device_was_lost_may_still_end(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.hear(DeviceLost("gone"))
+    assert ids(talk, talk.finish()) == [1]
