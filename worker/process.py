@@ -282,6 +282,8 @@ class WorkerProcess:
             self._hear(executed)
         if self._loader.changes:
             self._take_loaded()
+        if self._gpu is not None and self._gpu.latest.lost and not self.lost:
+            self._end(self._gpu.latest.lost)
         self._watchdog.feed(time.monotonic())
         if time.monotonic() >= self._core.due():
             self._hear(Tick())
@@ -297,7 +299,7 @@ class WorkerProcess:
             elif readable == self._stop_signal.fileno():
                 self._stop_signal.clear()
             elif self._gpu is not None and readable == self._gpu.fileno():
-                self._end(self._gpu.latest.lost)
+                pass  # woken is all that it takes
             else:
                 self._read_control()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,23 @@ def test_memory_is_asked_for_where_there_is_some() -> None:
 def test_a_node_that_cannot_be_is_refused(node: int) -> None:
     with pytest.raises(OSError, match=f"memory of node {node}"):
         prefer_memory(node)
+
+
+PROGRAM = """
+import os, sys
+from penstock.bin import worker
+from penstock.bin.numa import Place
+worker.place_of = lambda pci: Place(0, frozenset(map(int, sys.argv[1].split(",")))) if pci == "0000:3b:00.0" else None
+worker._stay_near(sys.argv[2])
+print(*sorted(os.sched_getaffinity(0)))
+"""
+
+
+@pytest.mark.parametrize("pci", [PCI, "0000:01:00.0", ""])
+@pytest.mark.parametrize("foreign", [True, False])
+def test_a_worker_keeps_to_the_cores_next_to_its_gpu(pci: str, foreign: bool) -> None:
+    own = sorted(os.sched_getaffinity(0))
+    near = [60_000] if foreign else [own[-1], 60_000]
+    command = [sys.executable, "-c", PROGRAM, ",".join(map(str, near)), pci]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert [int(cpu) for cpu in said.split()] == ([own[-1]] if pci == PCI and not foreign else own)

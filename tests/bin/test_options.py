@@ -148,10 +148,12 @@ def test_without_a_file_every_limit_has_its_default() -> None:
 
 def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
     path = tmp_path / "penstock.toml"
-    path.write_text("[broker]\nattempts_max = 5\n[gateway]\nkeep_alive_s = 10\n[worker]\narena_bytes = 0\n")
+    path.write_text(
+        "[broker]\nattempts_max = 5\n[gateway]\nkeep_alive_s = 10\n[worker]\narena_bytes = 0\nnuma = false\n"
+    )
     broker, worker, gateway = options.load_options(path)
     assert broker == BrokerOptions(attempts_max=5)
-    assert worker == WorkerOptions(arena_bytes=0)
+    assert worker == WorkerOptions(arena_bytes=0, numa=False)
     assert gateway == GatewayOptions(keep_alive_s=10.0)
     path.write_text("")
     assert options.load_options(path) == options.Options()
@@ -173,6 +175,7 @@ def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
         ("[broker]\nsilence_max_s = nan\n", "[broker]: key 'silence_max_s': it is 0 or more, not nan"),
         ("[broker]\nattempts_max = -1\n", "[broker]: key 'attempts_max': it is 0 or more, not -1"),
         ("[gateway]\narena_bytes = -2\n", "[gateway]: key 'arena_bytes': it is -1 or more, not -2"),
+        ("[worker]\nnuma = 1\n", "[worker]: key 'numa': Expected `bool`, got `int`"),
         ("[broker\n", ""),
         (b"\xff", ""),
     ],
