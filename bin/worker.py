@@ -108,5 +108,5 @@ def _stay_near(pci: str) -> None:
             pin(cores)
         prefer_memory(place.node)
     except OSError as error:
-        log.debug("not bound to the memory next to the GPU", extra=fields(node=place.node, reason=error.strerror))
+        log.debug("not bound to the memory next to the GPU", extra=fields(node=place.node, reason=str(error)))
     log.info("near its GPU", extra=fields(node=place.node, cores=format_cpus(usable_cpus())))
