@@ -79,14 +79,15 @@ class BrokerProcess:
             opened.callback(Guard(path).release)
         opened.callback(runtime.sweep)
         runtime.sweep()
+        # It is closed last: whoever sees its end has been told already that the broker leaves.
+        self._control = ControlServer(runtime.control, self._poll)
+        opened.callback(self._control.close)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
         self._callers = self._bind(f"ipc://{runtime.callers}")
         self._workers = self._bind(f"ipc://{runtime.workers}")
         if self._settings.bind:
             bind_tcp(self._settings.bind, self._callers, self._workers)
-        self._control = ControlServer(runtime.control, self._poll)
-        opened.callback(self._control.close)
         self._stop_signal = StopSignal()
         opened.callback(self._stop_signal.restore)
         self._poll.register(self._stop_signal.fileno(), select.POLLIN)

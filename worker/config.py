@@ -7,7 +7,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 import msgspec.inspect
@@ -16,6 +16,10 @@ _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s)")
 _MAX_DELAY_S: Final = 60.0
 MAX_BATCH_SIZE: Final = 4096  # rows
+
+CPU: Final = "cpu"  # the device that every worker has; others are cuda:0, cuda:1, ...
+_GPU_INSTANCES: Final = 2
+Provider = Literal["tensorrt", "cuda", "cpu"]
 
 T = TypeVar("T")
 
@@ -31,9 +35,19 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         None  # rows; None: DEFAULT_BATCH_SIZE
     )
     max_queue_delay: str = "0ms"
-    instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # batches of this model that run at once
+    # Batches of this model that run at once; on a GPU 2, unless it is said.
+    instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     intra_op_threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     intra_op_spinning: bool = False  # look for the next batch in a loop before they sleep
+
+    # Of workers on a GPU. The first of the providers must be there, the others run what it cannot; None: cuda, cpu.
+    providers: tuple[Provider, ...] | None = None
+    gpu_memory_limit: Annotated[int, msgspec.Meta(ge=1)] | None = None  # bytes, of what its runs take
+    gpu_arena: Literal["same_as_requested", "next_power_of_two"] = "same_as_requested"  # how that grows
+    cudnn_search: Literal["exhaustive", "heuristic", "default"] = "exhaustive"  # for the fastest convolution
+    tf32: bool = True  # multiply FP32 with 10 bits of mantissa, where the GPU can, as ONNX Runtime does by itself
+    fp16: bool = False  # TensorRT may compute FP32 models in FP16
+    cuda_graphs: bool = False  # record what a batch launches, once for each power of two of rows, and replay it
 
     @property
     def max_queue_delay_s(self) -> float:
@@ -51,19 +65,44 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _UNITS_S[match[2]]
 
 
-def load_config(path: Path) -> ModelConfig:
-    """The configuration in a file, or the defaults where there is none. Raises ConfigError."""
+def default_config(device: str = CPU) -> ModelConfig:
+    """Of a model of which nothing is said. On a GPU two batches run at once, so that one is copied while the other
+    computes."""
+    return ModelConfig(instances=1 if device == CPU else _GPU_INSTANCES)
+
+
+def load_config(path: Path, device: str = CPU) -> ModelConfig:
+    """The configuration in a file, or the defaults where there is none, for a device. Raises ConfigError."""
     try:
         values = read_toml(path)
     except FileNotFoundError:
-        return ModelConfig()
+        return default_config(device)
+    if not values.get("cuda_graphs"):
+        values.setdefault("instances", default_config(device).instances)
     config = convert(values, ModelConfig, str(path))
     try:
         if config.max_queue_delay_s > _MAX_DELAY_S:
             raise ValueError(f"{config.max_queue_delay!r} is longer than {_MAX_DELAY_S:.0f}s")
     except ValueError as error:
         raise ConfigError(f"{path}: key 'max_queue_delay': {error}") from None
+    problem = _contradiction(config)
+    if problem:
+        raise ConfigError(f"{path}: {problem}")
     return config
+
+
+def _contradiction(config: ModelConfig) -> str:
+    """What cannot be followed in a configuration of a GPU, or ""."""
+    providers = ("cuda", "cpu") if config.providers is None else config.providers
+    if not providers or len(set(providers)) < len(providers):
+        return f"key 'providers': name each once, and one at least, not {list(providers)}"
+    if "cpu" in providers[:-1]:
+        return f"key 'providers': cpu runs everything, so what comes after it is never asked: {list(providers)}"
+    if config.fp16 and "tensorrt" not in providers:
+        return "key 'fp16': only TensorRT computes in FP16 what is FP32; add 'tensorrt' to providers, or export in FP16"
+    if config.cuda_graphs and (providers[0] != "cuda" or config.instances != 1):
+        return "key 'cuda_graphs': they take 'cuda' as the first of the providers, and one instance"
+    return ""
 
 
 def read_toml(path: Path) -> dict[str, Any]:

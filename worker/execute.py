@@ -21,10 +21,11 @@ from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
 from penstock.wire.tensors import DTYPES, Array, decode, pack_strings
 from penstock.worker.batcher import Batch
+from penstock.worker.cuda import CudaError
 from penstock.worker.lots import Lot
-from penstock.worker.model import RUN_ERRORS, Model, brief
+from penstock.worker.model import RUN_ERRORS, Model, brief, is_device_failure, is_want_of_memory
+from penstock.worker.ondevice import AnyStaging
 from penstock.worker.plan import Plan
-from penstock.worker.staging import Staging
 
 _SENTENCE_MAX: Final = 2000
 _FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, PenstockError)
@@ -67,7 +68,8 @@ class Executed:
 
 def execute(model: Model, batch: Batch, slots: Slots | None = None) -> Executed:
     """Run a batch. ``slots``: where large outputs go while there is room. Never raises for what a request or the model
-    does: a batch that fails is run again one by one, so that only those that fail alone are told so."""
+    does: a batch that fails is run again one by one, or in halves where memory was short, so that only those that fail
+    alone are told so. Raises CudaError when the GPU has failed: this process can do nothing more on it."""
     cpu_start = time.thread_time()
     running = _Running(model, slots)
     try:
@@ -76,7 +78,7 @@ def execute(model: Model, batch: Batch, slots: Slots | None = None) -> Executed:
         for publication in running.publications.values():
             publication.give_back()
         running.publications.clear()
-        running.run_one_by_one(batch.lots, error)
+        running.run_apart(batch.lots, error)
     took = time.monotonic() - running.start
     info = BatchInfo(batch.serial, batch.rows, batch.reason, int(took * 1e6), int(running.model_s * 1e6))
     queue_s = [(_queue_us(lot, running.start) * 1e-6, len(lot.ids)) for lot in batch.lots]
@@ -103,16 +105,30 @@ class _Running:
         with self._model.staging() as staging:
             self._run_in(staging, lots)
 
-    def run_one_by_one(self, lots: Sequence[Lot], error: Exception) -> None:
-        """``error`` is what all of them together gave."""
+    def run_apart(self, lots: Sequence[Lot], error: Exception) -> None:
+        """``error`` is what all of them together gave. Raises CudaError."""
+        if is_device_failure(error):
+            raise CudaError(brief(error))
+        if not is_want_of_memory(error) or sum([len(lot.ids) for lot in lots]) == 1:
+            self._run_one_by_one(lots, error)
+            return
+        for half in _halves(lots):
+            try:
+                self.run(half)
+            except _FAILURES as failure:
+                self.run_apart(half, failure)
+
+    def _run_one_by_one(self, lots: Sequence[Lot], error: Exception) -> None:
         alone = len(lots) == 1 and len(lots[0].ids) == 1
         for lot in lots:
             for at, number in enumerate(lot.ids):
                 own: Exception | None = error if alone else None
                 if not alone:
                     try:
-                        self.run([_one_of(lot, at)])
+                        self.run([_part_of(lot, at, at + 1)])
                     except _FAILURES as failure:
+                        if is_device_failure(failure):
+                            raise CudaError(brief(failure)) from None
                         own = failure
                 if own is not None:
                     self._fail(lot, number, own)
@@ -128,7 +144,7 @@ class _Running:
     def _publication(self, lot: Lot) -> Publication:
         return self.publications.setdefault(lot.caller, Publication())
 
-    def _run_in(self, staging: Staging | None, lots: Sequence[Lot]) -> None:
+    def _run_in(self, staging: AnyStaging | None, lots: Sequence[Lot]) -> None:
         """``staging``: where it runs, if there is memory for it already."""
         model = self._model
         rows = sum([lot.rows for lot in lots])
@@ -136,7 +152,8 @@ class _Running:
         places: Sequence[Array | None] = (
             staging.inputs[count] if staging is not None else [None] * len(model.spec.inputs)
         )
-        feeds = [_gather(model, lots, at, rows, place) for at, place in enumerate(places)]
+        stays = staging is None or staging.stays
+        feeds = [_gather(model, lots, at, rows, place, stays) for at, place in enumerate(places)]
         if self._slots is not None and self._run_placed(staging, lots, count, feeds, self._slots):
             return
         begin = time.monotonic()
@@ -158,7 +175,7 @@ class _Running:
             at = end
 
     def _run_placed(
-        self, staging: Staging | None, lots: Sequence[Lot], count: int, feeds: Sequence[Array], slots: Slots
+        self, staging: AnyStaging | None, lots: Sequence[Lot], count: int, feeds: Sequence[Array], slots: Slots
     ) -> bool:
         """Have the model write its outputs where callers read them, when it is known how large they will be, and worth
         it. False: they are not there, for whatever reason."""
@@ -239,19 +256,41 @@ def _send(into: Publication, block: memoryview, nbytes: int) -> None:
         into.frames += [block[at : at + nbytes] for at in range(0, len(block), nbytes)]
 
 
-def _one_of(lot: Lot, at: int) -> Lot:
-    """One request of a lot by itself, for this once: the lot stays as it is."""
+def _halves(lots: Sequence[Lot]) -> tuple[list[Lot], list[Lot]]:
+    """Requests, two or more, as two halves."""
+    left = sum([len(lot.ids) for lot in lots]) // 2
+    first: list[Lot] = []
+    second: list[Lot] = []
+    for lot in lots:
+        count = len(lot.ids)
+        if left >= count:
+            first.append(lot)
+        elif left > 0:
+            first.append(_part_of(lot, 0, left))
+            second.append(_part_of(lot, left, count))
+        else:
+            second.append(lot)
+        left -= count
+    return first, second
+
+
+def _part_of(lot: Lot, begin: int, end: int) -> Lot:
+    """Some of a lot's requests by themselves, for this once: the lot stays as it is."""
     size = lot.plan.form.nbytes
-    payload, start = (lot.payload, lot.start + at * size) if type(lot.payload) is not tuple else ((lot.payload[at],), 0)
-    times = (lot.timeouts_us[at],)
-    ids = (lot.ids[at],)
+    payload: Payload
+    if type(lot.payload) is tuple:
+        payload, start = lot.payload[begin:end], 0
+    else:
+        payload, start = lot.payload, lot.start + begin * size
+    times = lot.timeouts_us[begin:end]
+    ids = lot.ids[begin:end]
     waited_us, arrived = lot.waited_us, lot.arrived
     return Lot({}, lot.caller, lot.attempt, lot.plan, ids, times, payload, start, waited_us, arrived, lot.reads)
 
 
-def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int, place: Array | None) -> Array:
+def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int, place: Array | None, stays: bool) -> Array:
     """Input ``at`` of all requests, in one array: ``place``, if there is one, or a view of where they lie, when they
-    lie there as the model wants them and copying would cost more.
+    may (``stays``), lie there as the model wants them, and copying would cost more.
 
     Raises PenstockError for strings that are none, and shapes that cannot be.
     """
@@ -263,7 +302,12 @@ def _gather(model: Model, lots: Sequence[Lot], at: int, rows: int, place: Array 
     if model.spec.batchable:
         shape = (rows, *shape[1:])
     blocks = [block for lot in lots for block in _blocks(lot, at)]
-    if len(blocks) == 1 and (place is None or place.nbytes >= _STAY_MIN_BYTES) and _may_stay(blocks[0], datatype):
+    if (
+        stays
+        and len(blocks) == 1
+        and (place is None or place.nbytes >= _STAY_MIN_BYTES)
+        and _may_stay(blocks[0], datatype)
+    ):
         view = np.frombuffer(blocks[0], dtype)
         if view.flags.aligned:
             return view.reshape(shape)
@@ -315,7 +359,7 @@ def _gather_strings(lots: Sequence[Lot], at: int) -> Array:
     parts = []
     for lot in lots:
         for number in range(len(lot.ids)):
-            one = _one_of(lot, number)
+            one = _part_of(lot, number, number + 1)
             _, shape, offset, nbytes = lot.plan.columns[at]
             inline = type(lot.payload) is not tuple
             view = memoryview(one.payload)[one.start :] if inline else memoryview(one.payload[0])

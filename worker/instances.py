@@ -22,16 +22,22 @@ _SMOOTHING: Final = 1 / 16  # weight of one batch in a model's mean time
 class Instances:
     """``count`` threads. ``fileno``, an eventfd, is readable once ``take`` has something new."""
 
-    def __init__(self, count: int, slots: Slots | None = None) -> None:
-        """``slots``: where large outputs go while there is room."""
+    def __init__(self, count: int, slots: Slots | None = None, graphs: bool = False) -> None:
+        """``slots``: where large outputs go while there is room; ``graphs``: one more, for all models with CUDA
+        graphs."""
         self.batches = 0  # that have run and been taken, ever
         self._slots = slots
         self._todo: SimpleQueue[tuple[Model, Batch] | None] = SimpleQueue()
+        self._recorded: SimpleQueue[tuple[Model, Batch] | None] = SimpleQueue()
         self._ran: deque[Executed] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._threads = [
-            threading.Thread(target=self._compute, name=f"instance-{number}", daemon=True) for number in range(count)
+            threading.Thread(target=self._compute, args=(self._todo,), name=f"instance-{number}", daemon=True)
+            for number in range(count)
         ]
+        if graphs:  # a CUDA graph is replayed by the thread that recorded it
+            recorded = threading.Thread(target=self._compute, args=(self._recorded,), name="graphs", daemon=True)
+            self._threads.append(recorded)
         for thread in self._threads:
             thread.start()
 
@@ -40,8 +46,8 @@ class Instances:
 
     def run(self, model: Model, batch: Batch) -> Executed | None:
         """Have a batch run: on a thread, or here and now (then it is returned) when that costs less."""
-        if model.run_s > INLINE_MAX_S:
-            self._todo.put((model, batch))
+        if model.gpu is not None or model.run_s > INLINE_MAX_S:  # whoever waits for a GPU takes little time itself
+            (self._recorded if model.config.cuda_graphs else self._todo).put((model, batch))
             return None
         executed = execute(model, batch, self._slots)
         self._measure(executed)
@@ -58,13 +64,14 @@ class Instances:
         """Let the threads end. One that is inside a model is left behind; it is a daemon."""
         for _ in self._threads:
             self._todo.put(None)
+        self._recorded.put(None)
         for thread in self._threads:
             thread.join(timeout=1.0)
         if not any(thread.is_alive() for thread in self._threads):
             os.close(self._wake)
 
-    def _compute(self) -> None:
-        while (task := self._todo.get()) is not None:
+    def _compute(self, todo: SimpleQueue[tuple[Model, Batch] | None]) -> None:
+        while (task := todo.get()) is not None:
             self._ran.append(execute(*task, self._slots))
             del task  # it would hold its callers' memory until the next one comes
             os.eventfd_write(self._wake, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,18 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from penstock.wire.allocator import ALIGN_BYTES
 from penstock.wire.messages import MAX_NAME
 from penstock.wire.models import MAX_TENSORS, ModelSpec, TensorSpec
+from penstock.wire.process import fields
 from penstock.wire.tensors import ITEM_SIZES, MAX_DIMS, Array, element_count
-from penstock.worker.config import DEFAULT_BATCH_SIZE, ModelConfig
+from penstock.worker.config import CPU, DEFAULT_BATCH_SIZE, ModelConfig
+from penstock.worker.cuda import CudaError, Gpu, find_gpu
 from penstock.worker.memory import join_arena
+from penstock.worker.ondevice import AnyStaging, DeviceStaging
 from penstock.worker.onnxfile import OnnxFileError, read_onnx
+from penstock.worker.providers import ProviderError, Session, choose, open_session, tensorrt_version
 from penstock.worker.staging import Staging, bind_inputs, bind_outputs
-from penstock.worker.store import Store, Weights
+from penstock.worker.store import Store, StoreError, Weights
+
+log = logging.getLogger("penstock.worker")
 
 _DATATYPES: Final = {
     "tensor(bool)": "BOOL",
@@ -54,9 +61,14 @@ ORT_ERRORS: Final[tuple[type[Exception], ...]] = tuple(
 )
 # What Model.run may raise: also errors of numpy and of the binding, as for a model's strings that are not UTF-8.
 RUN_ERRORS: Final[tuple[type[Exception], ...]] = (*ORT_ERRORS, ValueError, RuntimeError, MemoryError)
-# What ONNX Runtime says when memory is short: of the shared arena's limit, and of the system's.
+# What ONNX Runtime says when memory is short: of the shared arena's limit, and of the system's, and on a GPU.
 _ARENA_IS_FULL: Final = "is smaller than requested bytes"
-_HEAP_IS_FULL: Final = "Failed to allocate memory"
+_WANT_OF_MEMORY: Final = re.compile(
+    rf"{_ARENA_IS_FULL}|Failed to allocate memory|CUDA (?:failure|error) 2\b|out of memory|STATUS_ALLOC_FAILED"
+)
+_DEVICE_FAILURE: Final = re.compile(
+    r"CUDA (?:failure|error) \d|cudaError|STATUS_(?:EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR|NOT_INITIALIZED)"
+)
 
 # In an ONNX Runtime error: its number, the file's name once more, and where in its source it was raised.
 _NOISE: Final = re.compile(
@@ -81,13 +93,21 @@ class Model:
     """A loaded model. ``spec`` says what callers need; ``why_alone`` why rows of several requests must not run together
     (empty when they may); ``dims`` has the names of the inputs' symbolic dimensions.
 
-    ``run`` may be called by several threads at once: the session is shared by all instances.
+    ``run`` may be called by several threads at once: the session is shared by all instances. ``gpu``: what it runs on,
+    None for the CPU.
     """
 
     def __init__(
-        self, session: Any, name: str, version: str, config: ModelConfig, weights: Weights | None = None
+        self,
+        session: Any,
+        name: str,
+        version: str,
+        config: ModelConfig,
+        weights: Weights | None = None,
+        gpu: Gpu | None = None,
     ) -> None:
         self.config = config
+        self.gpu = gpu
         self.weights = weights  # held for as long as the session may read them
         self._session = session
         inputs = session.get_inputs()
@@ -109,7 +129,7 @@ class Model:
         self._output_dims: list[list[int | str | None]] = [list(each.shape) for each in outputs]
         self._known_shapes: dict[tuple[Any, ...], Foreseen] = {}
         self._binds = all(each.datatype != "BYTES" for each in self.spec.inputs)
-        self._stagings: deque[Staging] = deque()  # those that no batch has
+        self._stagings: deque[AnyStaging] = deque()  # those that no batch has
         # numpy has no bfloat16, so such models take ONNX Runtime's own values in and out.
         datatypes = {each.datatype for each in (*self.spec.inputs, *self.spec.outputs)}
         self._has_bf16 = "BF16" in datatypes
@@ -130,14 +150,19 @@ class Model:
         if not self._binds:
             return False
         try:
-            self._stagings.extend([Staging(self._session, self.spec) for _ in range(self.config.instances)])
+            self._stagings.extend([self._make_staging() for _ in range(self.config.instances)])
         except (ValueError, MemoryError):
             self._stagings.clear()
             return False
         return True
 
+    def _make_staging(self) -> AnyStaging:
+        if self.gpu is None:
+            return Staging(self._session, self.spec)
+        return DeviceStaging(self._session, self.spec, self.gpu, self.config.cuda_graphs)
+
     @contextmanager
-    def staging(self) -> Iterator[Staging | None]:
+    def staging(self) -> Iterator[AnyStaging | None]:
         """Memory for one batch; None when there is none."""
         try:
             taken = self._stagings.popleft()
@@ -188,7 +213,7 @@ class Model:
             shapes[at] = tuple(shape)
         return shapes if self._binds and all(feed.size for feed in feeds) else {}
 
-    def run_in(self, staging: Staging, rows: int, feeds: Sequence[Array]) -> list[Array]:
+    def run_in(self, staging: AnyStaging, rows: int, feeds: Sequence[Array]) -> list[Array]:
         """As ``run``, in memory that is there already: the outputs hold until the staging is used again."""
         if not (staging.binds and self._binds):
             return self.run(feeds)
@@ -202,7 +227,7 @@ class Model:
         feeds: Sequence[Array],
         shapes: Mapping[int, tuple[int, ...]],
         address: int,
-        staging: Staging | None = None,
+        staging: AnyStaging | None = None,
         rows: int = 0,
     ) -> bool:
         """Have some outputs written side by side to ``address``, where there is room for them in these shapes. False
@@ -223,7 +248,7 @@ class Model:
         """After a bound run has failed: raises too, unless it was the binding, which is not tried again, or a want of
         memory that has passed."""
         outputs = self.run(feeds)
-        if not _is_want_of_memory(error):
+        if not is_want_of_memory(error):
             self._binds = False
             self._stagings.clear()
             self._known_shapes.clear()
@@ -243,33 +268,55 @@ class Model:
         ]
 
 
-def load(path: Path, name: str, version: str, config: ModelConfig, store: Store | None = None) -> Model:
-    """``store``: where its weights may be shared with other processes. Raises LoadError saying what is wrong with the
-    file."""
+def load(
+    path: Path, name: str, version: str, config: ModelConfig, store: Store | None = None, device: str = CPU
+) -> Model:
+    """``store``: where its weights may be shared with other processes; ``device``: "cpu", or one that CUDA sees. Raises
+    LoadError saying what is wrong with the file, or with the device."""
     if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
         raise LoadError(f"{path} cannot be loaded: ONNX Runtime opens no path that is not UTF-8; rename it")
-    weights = store.take(path, name) if store is not None else None
-    session = _open_shared(weights, config, name)
-    if session is None:
-        try:
-            session = open_session(path, session_options(config.intra_op_threads, config.intra_op_spinning))
-        except RUN_ERRORS as error:
-            raise LoadError(f"{path} cannot be loaded: {brief(error)}") from None
+    try:
+        wanted = choose(config, device)
+        if "tensorrt" in wanted.wanted and store is not None:
+            wanted = choose(config, device, _engines(store, path, name))
+        # TensorRT keeps weights in its engines, and what runs on the CPU beside a GPU is small.
+        shares = wanted.wanted[0] != "tensorrt" and wanted.on_gpu == (device != CPU)
+        weights = store.take(path, name) if store is not None and shares else None
+        session = _open_shared(weights, config, name, wanted)
+        if session is None:
+            session = open_session(path, session_options(config.intra_op_threads, config.intra_op_spinning), wanted)
+        gpu = find_gpu() if wanted.on_gpu else None
+    except (ProviderError, CudaError) as error:
+        raise LoadError(f"model '{name}' cannot be loaded: {error}") from None
+    except RUN_ERRORS as error:
+        raise LoadError(f"{path} cannot be loaded: {brief(error)}") from None
     try:
         _check_ranks(path, session)
-        return Model(session, name, version, config, weights)
+        return Model(session, name, version, config, weights, gpu)
     except LoadError as error:
         raise LoadError(f"{path} cannot be served: {error}") from None
     except UnicodeDecodeError:
         raise LoadError(f"{path} cannot be served: it has a tensor whose name is not UTF-8") from None
 
 
-def _open_shared(weights: Weights | None, config: ModelConfig, name: str) -> Any:
+def _engines(store: Store, path: Path, name: str) -> Path | None:
+    """Raises CudaError."""
+    gpu = find_gpu()
+    try:
+        return store.engines(path, f"sm{gpu.capability}-tensorrt{tensorrt_version()}-cuda{gpu.driver}")
+    except StoreError as error:
+        cost = "TensorRT builds it anew at each start, which can take minutes"
+        log.warning("no place for TensorRT's engines", extra=fields(model=name, reason=str(error), cost=cost))
+        return None
+
+
+def _open_shared(weights: Weights | None, config: ModelConfig, name: str, wanted: Session) -> Any:
     """A session on a prepared model, or None; then ``weights`` are no longer shared."""
     if weights is None or weights.prepared is None:
         return None
     try:
-        return open_session(weights.prepared, session_options(config.intra_op_threads, config.intra_op_spinning))
+        options = session_options(config.intra_op_threads, config.intra_op_spinning)
+        return open_session(weights.prepared, options, wanted)
     except RUN_ERRORS as error:
         weights.give_up(name, f"its prepared form cannot be opened: {brief(error)}")
         return None
@@ -287,19 +334,21 @@ def session_options(threads: int, spinning: bool = False) -> Any:
     return options
 
 
-def open_session(path: Path, options: Any) -> Any:
-    """Raises one of RUN_ERRORS."""
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def interface(session: Any) -> list[list[tuple[str, str, list[int | str | None]]]]:
     """What a session declares: inputs, outputs, and initializers that a caller could give instead."""
     kinds = session.get_inputs(), session.get_outputs(), session.get_overridable_initializers()
     return [[(each.name, each.type, list(each.shape)) for each in ports] for ports in kinds]
 
 
-def _is_want_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error) for words in (_ARENA_IS_FULL, _HEAP_IS_FULL))
+def is_want_of_memory(error: Exception) -> bool:
+    """Whether there was no room to run, on the host or the GPU: with fewer rows there may be."""
+    return isinstance(error, MemoryError) or _WANT_OF_MEMORY.search(str(error)) is not None
+
+
+def is_device_failure(error: Exception) -> bool:
+    """Whether the GPU has failed, and nothing that this process has on it can be relied on. (A model may ask of cuDNN
+    what that cannot do: this is the model's failure.)"""
+    return not is_want_of_memory(error) and _DEVICE_FAILURE.search(str(error)) is not None
 
 
 def brief(error: Exception) -> str:

@@ -52,8 +52,11 @@ _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OPTIONS: Final = {
     "session.optimized_model_external_initializers_file_name": WEIGHTS,
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-    "session.save_external_prepacked_constant_initializers": "1",
 }
+_PREPACKED: Final = {"session.save_external_prepacked_constant_initializers": "1"}
+# For a GPU, only what is the same for all providers: it need not be there when a model is prepared, and what the CPU's
+# own optimizations make cannot run on it. Its sessions go on from there, and read weights where they are mapped.
+_LEVELS: Final = {False: "ORT_ENABLE_ALL", True: "ORT_ENABLE_BASIC"}
 
 Tell = Callable[[str, Mapping[str, object]], None]  # an event and what is said of it
 
@@ -66,19 +69,25 @@ class NotPrepared(Exception):
         self.lasting = lasting
 
 
-def find_setting() -> Setting:
+def find_setting(on_gpu: bool = False) -> Setting:
     """What models are prepared for here. Raises OSError where the processor cannot be told."""
     import onnxruntime
 
     cpu = cpu_digest(Path("/proc/cpuinfo").read_text(errors="replace"))
-    level = {"graph_optimization_level": "ORT_ENABLE_ALL"}  # of model.session_options
-    return Setting(onnxruntime.__version__, "CPUExecutionProvider", level | _OPTIONS, cpu)
+    provider = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
+    return Setting(onnxruntime.__version__, provider, _options(on_gpu) | {"level": _LEVELS[on_gpu]}, cpu)
+
+
+def _options(on_gpu: bool) -> dict[str, str]:
+    return _OPTIONS if on_gpu else _OPTIONS | _PREPACKED
 
 
 # --- on the side of who asks ---
 
 
-def prepare(source: Path, key: str, nbytes: int, folder: Path, locks: Sequence[int], tell: Tell) -> dict[str, FileSum]:
+def prepare(
+    source: Path, key: str, nbytes: int, folder: Path, locks: Sequence[int], tell: Tell, on_gpu: bool = False
+) -> dict[str, FileSum]:
     """Have ``folder``, which is empty, filled with the prepared model, sealed and on the disk; returns its files.
     ``nbytes``: of the model's own. ``locks``: descriptors that the other process keeps open too, so that nobody else
     takes a lock over while it lives. Raises NotPrepared."""
@@ -89,6 +98,7 @@ def prepare(source: Path, key: str, nbytes: int, folder: Path, locks: Sequence[i
             "key": key,
             "nbytes": nbytes,
             "folder": str(folder),
+            "on_gpu": on_gpu,
         }
     )
     errors = os.memfd_create("penstock-errors", os.MFD_CLOEXEC)
@@ -180,10 +190,10 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     source, folder = Path(given["source"]), Path(given["folder"])
     try:
-        _make(source, folder, nbytes)
+        _make(source, folder, nbytes, given["on_gpu"])
         _say(step="checking what was written")
         files = sum_files(folder)
-        _check_source(source, given["key"])
+        _check_source(source, given["key"], given["on_gpu"])
         _say(done=True, files=msgspec.to_builtins(files))
     except NotPrepared as error:
         _say(problem=str(error), lasting=error.lasting)
@@ -194,25 +204,29 @@ def main() -> None:
         _say(problem=f"preparing it takes more than {most // 1_000_000} MB of memory")
 
 
-def _make(source: Path, folder: Path, nbytes: int) -> None:
+def _make(source: Path, folder: Path, nbytes: int, on_gpu: bool) -> None:
     """Write the optimized model and its weights. Raises NotPrepared, OSError and MemoryError."""
+    from onnxruntime import GraphOptimizationLevel
+
     from penstock.worker import model
+    from penstock.worker.providers import open_session
 
     _say(step="making room")
     _check_room(folder, nbytes)
     _say(step="optimizing")
     options = model.session_options(1)
     options.optimized_model_filepath = str(folder / MODEL)
-    for key, value in _OPTIONS.items():
+    options.graph_optimization_level = getattr(GraphOptimizationLevel, _LEVELS[on_gpu])
+    for key, value in _options(on_gpu).items():
         options.add_session_config_entry(key, value)
     try:
-        original = model.open_session(source, options)
+        original = open_session(source, options)
         wanted = model.interface(original)
         del original, options
         gc.collect()
         # What ONNX Runtime could not write, for want of room or for itself, shows when it is opened.
         _say(step="opening what was written")
-        found = model.interface(model.open_session(folder / MODEL, model.session_options(1)))
+        found = model.interface(open_session(folder / MODEL, model.session_options(1)))
     except model.RUN_ERRORS as error:
         _check_room(folder, nbytes)
         reason = model.brief(error)
@@ -226,9 +240,10 @@ def _make(source: Path, folder: Path, nbytes: int) -> None:
 def _can_be_opened(source: Path) -> bool:
     """Whether it is only preparing that fails: that will not change, and need not be tried again."""
     from penstock.worker import model
+    from penstock.worker.providers import open_session
 
     try:
-        model.open_session(source, model.session_options(1))
+        open_session(source, model.session_options(1))
     except model.RUN_ERRORS:
         return False
     return True
@@ -249,10 +264,10 @@ def _check_room(folder: Path, nbytes: int) -> None:
         os.unlink(path)
 
 
-def _check_source(source: Path, key: str) -> None:
+def _check_source(source: Path, key: str, on_gpu: bool) -> None:
     """What was replaced meanwhile must not be found under the key of what was there before. Raises NotPrepared."""
     try:
-        changed = find_source(source, find_setting()).key != key
+        changed = find_source(source, find_setting(on_gpu)).key != key
     except Unusable as error:
         raise NotPrepared(str(error)) from None
     if changed:

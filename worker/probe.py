@@ -15,6 +15,7 @@ import numpy as np
 
 from penstock.wire.process import fields
 from penstock.wire.tensors import DTYPES, Array, element_count, from_bf16, to_bf16
+from penstock.worker.config import CPU
 from penstock.worker.memory import give_back, heap_bytes
 from penstock.worker.model import RUN_ERRORS, LoadError, Model, brief, load
 from penstock.worker.repository import ModelFile
@@ -30,12 +31,12 @@ _TOLERANCES: Final = {"FP16": 2e-2, "BF16": 5e-2}
 _TOLERANCE: Final = 1e-3
 
 
-def load_and_probe(file: ModelFile, store: Store | None = None, warm: bool = True) -> Model:
+def load_and_probe(file: ModelFile, store: Store | None = None, warm: bool = True, device: str = CPU) -> Model:
     """A model that can be served, and (with ``warm``) has run batches of every size. ``store``: where its weights may
     be shared with other processes. Raises LoadError."""
     if file.problem:
         raise LoadError(file.problem)
-    model = load(file.path, file.name, file.version, file.config, store)
+    model = load(file.path, file.name, file.version, file.config, store, device)
     give_back()  # what loading has freed: ONNX Runtime copies weights for a moment, one by one
     size = probe(model)
     if not warm:

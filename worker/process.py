@@ -31,7 +31,9 @@ from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
 from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.slots import Slots
 from penstock.wire.sockets import Socket
+from penstock.worker.config import CPU
 from penstock.worker.core import Core, Identity
+from penstock.worker.cuda import CudaError, find_gpu
 from penstock.worker.events import Command, DeviceLost, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.gpus import EXIT_GPU_LOST, GpuWatch, Watching, measure_gpu
 from penstock.worker.instances import Instances
@@ -47,6 +49,7 @@ log = logging.getLogger("penstock.worker")
 _ROUND_MESSAGES: Final = 64
 _HIGH_WATER: Final = 100_000  # messages that may wait for one caller; what a worker keeps for it is far below
 _LINGER_MS: Final = 200  # for what was said last
+_LAST_WORDS_S: Final = 0.02  # that they may come later
 _CONTROL_AGAIN_S: Final = 0.05  # between two looks for a broker's control socket
 _LOST_S: Final = 20.0  # that a worker whose GPU is lost when it begins tells so; less than the launcher's _STEADY_S
 _SWITCH_INTERVAL_S: Final = 0.0005  # the talking thread gets the GIL back within this from a compute thread's Python
@@ -61,7 +64,7 @@ class WorkerSettings:
     broker: BrokerAddress
     models: Path
     name: str = ""
-    device: str = "cpu"
+    device: str = CPU
     gpu: str = ""
     gpu_unusable: str = ""
     bind: str = ""
@@ -75,6 +78,7 @@ class _Loader:
 
     files: list[ModelFile]
     store: Store | None
+    device: str
     changes: deque[Loaded] = field(default_factory=deque)
     wake: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
     left: int = 0
@@ -85,7 +89,7 @@ class _Loader:
 
     def _load_all(self) -> None:
         for file in self.files:
-            self.changes.append(_load(file, self.store))
+            self.changes.append(_load(file, self.store, self.device))
             os.eventfd_write(self.wake, 1)
 
     def take(self) -> list[Loaded]:
@@ -94,10 +98,10 @@ class _Loader:
         return taken
 
 
-def _load(file: ModelFile, store: Store | None) -> Loaded:
+def _load(file: ModelFile, store: Store | None, device: str) -> Loaded:
     start = time.monotonic()
     try:
-        model = load_and_probe(file, store)
+        model = load_and_probe(file, store, device=device)
     except LoadError as error:
         # A path in it may hold what is not UTF-8.
         reason = str(error).encode("utf-8", "replace").decode()[:MAX_SENTENCE]
@@ -123,9 +127,17 @@ def _describe(weights: Weights | None) -> dict[str, object]:
     return {"weights": "shared" if weights.shared else "private", "weights_mb": round(weights.nbytes / 1e6, 1)}
 
 
-def _find_store(options: WorkerOptions) -> Store | None:
+def _pin(slots: Slots) -> None:
+    """Have the GPU write results where callers read them, at its full speed; else the driver copies them once more."""
     try:
-        return find_store(options)
+        find_gpu().pin(slots.address, slots.arena.size)
+    except (CudaError, MemoryError) as error:
+        log.debug("shared memory is not pinned", extra=fields(reason=str(error)))
+
+
+def _find_store(settings: WorkerSettings) -> Store | None:
+    try:
+        return find_store(settings.options, settings.device != CPU)
     except StoreError as error:
         cost = "each worker holds its own copy of all weights"
         log.warning("no store of prepared models", extra=fields(reason=str(error), cost=cost))
@@ -155,7 +167,7 @@ class WorkerProcess:
 
     def start(self) -> None:
         settings, opened = self._settings, self._opened
-        files = find_models(settings.models)
+        files = find_models(settings.models, settings.device)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._slots: Slots | None = None
@@ -180,7 +192,8 @@ class WorkerProcess:
         self._broker.raw.connect(settings.broker.workers)
         share_arena(settings.options.run_bytes_max)
         instances = max(file.config.instances for file in files)
-        self._instances = Instances(instances, self._slots)
+        graphs = settings.device != CPU and any(file.config.cuda_graphs for file in files)
+        self._instances = Instances(instances, self._slots, graphs)
         opened.callback(self._instances.stop)
         self._stop_signal = StopSignal()
         opened.callback(self._stop_signal.restore)
@@ -188,7 +201,7 @@ class WorkerProcess:
         local = settings.broker.runtime is not None
         identity = Identity(number, settings.name, settings.device, os.getpid(), endpoints, instances, local)
         self._core = Core(identity, [ModelState(file.name, file.version, LOADING, "", None) for file in files])
-        self._loader = _Loader(files, _find_store(settings.options))
+        self._loader = _Loader(files, _find_store(settings), settings.device)
         sockets = self._results.fileno(), self._broker.fileno()
         for readable in (*sockets, self._instances.fileno(), self._loader.wake, self._stop_signal.fileno()):
             self._poll.register(readable, select.POLLIN)
@@ -223,6 +236,8 @@ class WorkerProcess:
         ready = sum(state.state == READY for state in self._core.states.values())
         if not ready:
             return self._stop_signal.received
+        if self._settings.device != CPU and self._slots is not None:
+            _pin(self._slots)
         log.info("models loaded", extra=fields(ready=ready, failed=len(self.failures)))
         notify("READY=1")
         while not self._stop_signal.received:
@@ -396,8 +411,18 @@ class WorkerProcess:
             for came in control.receive_arenas(self._control):
                 self._hear(came)
         except ConnectionError as error:
+            self._hear_last_words()
             self._lose_control()
             self._hear(BrokerLost(str(error)))
+
+    def _hear_last_words(self) -> None:
+        """A broker that leaves has said so, on the other connection."""
+        said = select.poll()
+        said.register(self._broker.fileno(), select.POLLIN)
+        until = time.monotonic() + _LAST_WORDS_S
+        while self._core.membership.joined and (left_s := until - time.monotonic()) > 0:
+            said.poll(left_s * 1000)
+            self._read()
 
     def _lose_control(self) -> None:
         if self._control is not None:

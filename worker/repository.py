@@ -8,7 +8,7 @@ from typing import Final
 
 from penstock.wire.messages import MAX_NAME
 from penstock.wire.models import newest
-from penstock.worker.config import ConfigError, ModelConfig, load_config
+from penstock.worker.config import CPU, ConfigError, ModelConfig, default_config, load_config
 
 _DEFAULTS: Final = ModelConfig()
 
@@ -28,21 +28,22 @@ class ModelFile:
     problem: str = ""
 
 
-def find_models(path: Path) -> list[ModelFile]:
-    """The highest version of each model in a repository, or the model in a file. Raises RepositoryError."""
+def find_models(path: Path, device: str = CPU) -> list[ModelFile]:
+    """The highest version of each model in a repository, or the model in a file, as they run on a device. Raises
+    RepositoryError."""
     try:
         if path.is_dir():
-            return _find_in_directory(path)
+            return _find_in_directory(path, device)
         if not path.exists():
             raise RepositoryError(f"{path} does not exist; give an .onnx file or a model repository")
         if path.suffix != ".onnx":
             raise RepositoryError(f"{path} is neither a directory nor an .onnx file")
     except OSError as error:
         raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
-    return [ModelFile(_shown(path.stem), "1", path, problem=_check_name(path.stem))]
+    return [ModelFile(_shown(path.stem), "1", path, default_config(device), _check_name(path.stem))]
 
 
-def _find_in_directory(path: Path) -> list[ModelFile]:
+def _find_in_directory(path: Path, device: str) -> list[ModelFile]:
     entries = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not entries:
         hint = ""
@@ -51,10 +52,10 @@ def _find_in_directory(path: Path) -> list[ModelFile]:
         raise RepositoryError(f"{path} holds no models: a repository has the form NAME/VERSION/model.onnx{hint}")
     if all(entry.name.isdecimal() for entry in entries) and any((entry / "model.onnx").exists() for entry in entries):
         raise RepositoryError(f"{path} is one model, not a repository; give {path.resolve().parent} instead")
-    return [_find_model(entry) for entry in entries]
+    return [_find_model(entry, device) for entry in entries]
 
 
-def _find_model(directory: Path) -> ModelFile:
+def _find_model(directory: Path, device: str) -> ModelFile:
     name = directory.name
     problem = _check_name(name)
     if problem:
@@ -70,7 +71,7 @@ def _find_model(directory: Path) -> ModelFile:
     version = newest(versions)
     path = directory / version / "model.onnx"
     try:
-        config = load_config(directory / "model.toml")
+        config = load_config(directory / "model.toml", device)
     except ConfigError as error:
         return ModelFile(name, version, path, problem=str(error))
     missing = "" if path.is_file() else f"{path} does not exist"

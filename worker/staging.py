@@ -22,13 +22,16 @@ from penstock.wire.allocator import ALIGN_BYTES
 from penstock.wire.models import ModelSpec, TensorSpec
 from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array
 
-_BYTES_MAX: Final = 1 << 30  # of one staging; larger batches are gathered anew each time
-_ONNX_TYPES: Final[dict[str, Any]] = {**DTYPES, "BF16": 16}  # TensorProto.DataType
+BYTES_MAX: Final = 1 << 30  # of one staging; larger batches are gathered anew each time
+ONNX_TYPES: Final[dict[str, Any]] = {**DTYPES, "BF16": 16}  # TensorProto.DataType
 
 
 class Staging:
     """For one batch of a model at a time. ``inputs[n]``: the arrays for n rows, in the order of the spec; a model whose
-    requests run alone has only those for 1, a whole request. ``binds``: ``run`` may be called."""
+    requests run alone has only those for 1, a whole request. ``binds``: ``run`` may be called. ``stays``: what lies
+    side by side elsewhere may be read there."""
+
+    stays = True
 
     def __init__(self, session: Any, spec: ModelSpec) -> None:
         """Raises ValueError when the model cannot run here."""
@@ -75,7 +78,7 @@ class Staging:
         """``rows``: of the outputs here, if these are to be bound."""
         binding = bind_inputs(self._session, self._spec, feeds)
         for spec, place in zip(self._spec.outputs, self._outputs[rows] if rows else (), strict=False):
-            binding.bind_output(spec.name, "cpu", 0, _ONNX_TYPES[spec.datatype], place.shape, place.ctypes.data)
+            binding.bind_output(spec.name, "cpu", 0, ONNX_TYPES[spec.datatype], place.shape, place.ctypes.data)
         return binding
 
 
@@ -83,7 +86,7 @@ def bind_inputs(session: Any, spec: ModelSpec, feeds: Sequence[Array]) -> Any:
     """A binding to inputs, which must stay where they are until it has run."""
     binding = session.io_binding()
     for each, feed in zip(spec.inputs, feeds, strict=True):
-        binding.bind_input(each.name, "cpu", 0, _ONNX_TYPES[each.datatype], feed.shape, feed.ctypes.data)
+        binding.bind_input(each.name, "cpu", 0, ONNX_TYPES[each.datatype], feed.shape, feed.ctypes.data)
     return binding
 
 
@@ -91,20 +94,27 @@ def bind_outputs(binding: Any, spec: ModelSpec, shapes: Mapping[int, tuple[int, 
     """Some outputs, by their indexes, are to lie side by side from ``address`` on."""
     for at, shape in shapes.items():
         each = spec.outputs[at]
-        binding.bind_output(each.name, "cpu", 0, _ONNX_TYPES[each.datatype], shape, address)
+        binding.bind_output(each.name, "cpu", 0, ONNX_TYPES[each.datatype], shape, address)
         address += prod(shape) * ITEM_SIZES[each.datatype]
+
+
+def row_shape(tensor: TensorSpec, batchable: bool) -> tuple[int, ...] | None:
+    """Of a row, or of one request of a model that runs requests alone; None when it is not known."""
+    row = tensor.shape[1:] if batchable else tensor.shape
+    # Without dimensions, a request as a whole may be a scalar or of any shape: ONNX Runtime tells neither.
+    known = tensor.datatype != "BYTES" and min(row, default=1 if batchable else 0) >= 1
+    return tuple(row) if known else None
 
 
 def _allocate(tensor: TensorSpec, batchable: bool, rows: int) -> Array | None:
     """Memory for so many rows, or for one request of a model that runs requests alone; None when its size is not
     known. It takes real memory only once it is written to."""
-    row = tensor.shape[1:] if batchable else tensor.shape
-    # Without dimensions, a request as a whole may be a scalar or of any shape: ONNX Runtime tells neither.
-    if tensor.datatype == "BYTES" or min(row, default=1 if batchable else 0) < 1:
+    row = row_shape(tensor, batchable)
+    if row is None:
         return None
     dtype, shape = DTYPES[tensor.datatype], (rows, *row) if batchable else row
     nbytes = prod(shape) * dtype.itemsize
-    if nbytes > _BYTES_MAX:
+    if nbytes > BYTES_MAX:
         return None
     memory = np.empty(nbytes + ALIGN_BYTES, np.uint8)
     at = -memory.ctypes.data % ALIGN_BYTES

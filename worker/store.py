@@ -54,6 +54,7 @@ log = logging.getLogger("penstock.worker")
 _PREPARE_LOCK: Final = "prepare.lock"
 _TEMPORARY: Final = "tmp-"
 _LOCK_SUFFIX: Final = ".lock"
+_ENGINES: Final = "engines"
 _NOT_USABLE: Final = "prepared model is not usable"
 _WAIT_MAX_S: Final = 3600.0  # for others who prepare
 _WAIT_TELL_S: Final = 3.0  # between two words on waiting
@@ -91,11 +92,13 @@ class Weights:
 
 
 class Store:
-    """``root``: see ``default_root``. ``min_bytes``: models with less weights are left out."""
+    """``root``: see ``default_root``. ``min_bytes``: models with less weights are left out. ``on_gpu``: models are
+    prepared for a GPU."""
 
-    def __init__(self, root: Path, min_bytes: int = 0) -> None:
+    def __init__(self, root: Path, min_bytes: int = 0, on_gpu: bool = False) -> None:
         self.root = root
         self._min_bytes = min_bytes
+        self._on_gpu = on_gpu
         self._setting: Setting | None = None
 
     def take(self, path: Path, name: str) -> Weights:
@@ -133,10 +136,23 @@ class Store:
             raise StoreError(_say(error)) from None
         return Weights(source.weight_bytes, entry / MODEL, lock)
 
+    def engines(self, path: Path, built_for: str) -> Path:
+        """A directory for what TensorRT builds of a model. ``built_for``: the GPU's architecture, the versions of
+        TensorRT and the driver. Raises StoreError."""
+        try:
+            check_root(self.root)
+            folder = self.root / _ENGINES / f"{self.find(path).key}-{built_for}"
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except Unusable as error:
+            raise StoreError(str(error)) from None
+        except OSError as error:
+            raise StoreError(_say(error)) from None
+        return folder
+
     def find(self, path: Path) -> Source:
         """A model's files and its key. Raises Unusable and OSError."""
         if self._setting is None:
-            self._setting = find_setting()
+            self._setting = find_setting(self._on_gpu)
         return find_source(path, self._setting)
 
     def _find(self, entry: Path, tell: Tell) -> Manifest | None:
@@ -165,7 +181,7 @@ class Store:
                 problem, files = "", dict[str, FileSum]()
                 try:
                     held = [fd for fd in (alone, lock) if fd >= 0]
-                    files = prepare(source.path, source.key, source.nbytes, folder, held, tell)
+                    files = prepare(source.path, source.key, source.nbytes, folder, held, tell, self._on_gpu)
                 except NotPrepared as error:
                     if not error.lasting:
                         raise
@@ -267,9 +283,9 @@ def default_root(given: str = "") -> Path:
         raise StoreError("this user has no home directory; name a directory with [worker] store") from None
 
 
-def find_store(options: WorkerOptions) -> Store:
+def find_store(options: WorkerOptions, on_gpu: bool = False) -> Store:
     """Raises StoreError where there can be none."""
-    return Store(default_root(options.store), options.store_min_bytes)
+    return Store(default_root(options.store), options.store_min_bytes, on_gpu)
 
 
 def check_root(root: Path) -> None:

@@ -94,7 +94,7 @@ def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
     text = complaint(path, "[zebra]\nx = 1")
     assert text == (
         "unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, instances, intra_op_threads, "
-        "intra_op_spinning"
+        "intra_op_spinning, providers, gpu_memory_limit, gpu_arena, cudnn_search, tf32, fp16, cuda_graphs"
     )
 
 

@@ -20,9 +20,10 @@ from penstock.wire.errors import BAD_INPUT, MODEL_FAILED, UNAVAILABLE, PenstockE
 from penstock.wire.messages import INLINE_MAX_BYTES, Failure
 from penstock.wire.tensors import DTYPES, Array, from_bf16, to_bf16
 from penstock.worker.batcher import Batch
+from penstock.worker.cuda import CudaError
 from penstock.worker.execute import execute, failure_answers
 from penstock.worker.lots import Lot
-from penstock.worker.model import Model
+from penstock.worker.model import Model, is_device_failure, is_want_of_memory
 from penstock.worker.plan import Plan
 
 if TYPE_CHECKING:
@@ -485,6 +486,95 @@ def test_sentence_of_a_failure_is_bounded_and_its_retry_kept() -> None:
     failure = unpack_failure(group.body)
     assert (failure.code, len(failure.message), failure.retry_after_ms) == (UNAVAILABLE, 2000, 250)
     assert (group.ids, group.queue_us, group.nbytes) == ((1, 2), 7, 0)
+
+
+# --- a want of memory, and a GPU that fails ---
+
+
+class Small(Watched):
+    """A model that has memory for so many rows."""
+
+    def __init__(self, model: Model, most: int) -> None:
+        super().__init__(model)
+        self.most = most
+
+    def run(self, feeds: Sequence[Array]) -> list[Array]:
+        if len(feeds[0]) > self.most:
+            self.seen.append(list(feeds))
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 1000")
+        return super().run(feeds)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=5), most=st.integers(0, 40)
+)
+def test_a_want_of_memory_halves_the_batch_until_it_fits(
+    requests: Requests, double: Model, sizes: list[list[int]], most: int
+) -> None:
+    small: Any = Small(double, most)
+    lots: list[Lot] = []
+    inputs: dict[int, Array] = {}
+    for lot_sizes in sizes:
+        # Requests of one lot have one form, so one number of rows.
+        ids = [len(inputs) + at for at in range(len(lot_sizes))]
+        for number in ids:
+            inputs[number] = numbers(lot_sizes[0], 3, start=100 * number)
+        lots.append(requests.lot(double, [requests.ask(double, {"x": inputs[number]}) for number in ids], ids))
+    answers = requests.answers(requests.run(small, lots))[A]
+    assert answers.keys() == inputs.keys()
+    for number, x in inputs.items():
+        answer = answers[number]
+        if len(x) > most:
+            assert isinstance(answer, Failure)
+            assert "memory" in answer.message
+        else:
+            same(answer, {"y": 2 * x})
+    # Each batch that failed was at least twice one that was tried next.
+    assert len(small.seen) <= 2 * len(inputs)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=a ; expr=cudaStreamSynchronize",
+        "CUDA failure 719: unspecified launch failure ; GPU=0",
+        "CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0",
+        "CUBLAS failure 14: CUBLAS_STATUS_INTERNAL_ERROR ; GPU=0",
+    ],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_a_gpu_that_has_failed_ends_the_process_and_answers_nobody(
+    requests: Requests, double: Model, said: str, together: bool
+) -> None:
+    """What is not answered runs elsewhere."""
+
+    class Broken(Watched):
+        def run(self, feeds: Sequence[Array]) -> list[Array]:
+            if not together and len(feeds[0]) > 1:
+                raise RuntimeError("a node failed")
+            raise RuntimeError(f"[ONNXRuntimeError] : 1 : FAIL : {said}")
+
+    broken: Any = Broken(double)
+    lots = [requests.lot(double, [requests.ask(double, {"x": numbers(1, 3)})] * 2, [1, 2])]
+    with pytest.raises(CudaError, match=said[:12]):
+        requests.run(broken, lots)
+
+
+@pytest.mark.parametrize(
+    ("said", "memory", "device"),
+    [
+        ("CUDA failure 2: out of memory ; GPU=0", True, False),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", True, False),
+        ("Available memory of 10 is smaller than requested bytes of 20", True, False),
+        ("CUDNN failure 3000: CUDNN_STATUS_NOT_SUPPORTED", False, False),
+        ("CUDA failure 209: no kernel image is available", False, True),
+        ("indices element out of data bounds, idx=9", False, False),
+    ],
+)
+def test_failures_are_told_apart(said: str, memory: bool, device: bool) -> None:
+    error = RuntimeError(said)
+    assert (is_want_of_memory(error), is_device_failure(error)) == (memory, device)
 
 
 # --- times ---

@@ -33,6 +33,7 @@ from penstock.worker.manifest import (
     make_key,
 )
 from penstock.worker.model import Model, load
+from penstock.worker.onnxfile import read_onnx
 from penstock.worker.prepare import NotPrepared, find_setting, prepare
 from penstock.worker.prune import Found, find_entries
 from penstock.worker.store import Store, StoreError, Weights, default_root
@@ -102,6 +103,26 @@ def test_model_loaded_from_the_store_maps_it(store: Store, dense: Path, caplog: 
     assert str(entry_of(model.weights) / WEIGHTS) in Path("/proc/self/maps").read_text()
     x = np.ones((2, SIZE), np.float32)
     assert model.run([x])[0].tobytes() == load(dense, "m", "1", ModelConfig()).run([x])[0].tobytes()
+
+
+def test_for_a_gpu_weights_are_mapped_as_they_are(store: Store, dense: Path) -> None:
+    """It is another entry, made without a GPU; what the CPU's kernels want of it is left out."""
+    other = Store(store.root, on_gpu=True)
+    entry, plain = entry_of(open_(other, dense, [])), entry_of(open_(store, dense, []))
+    assert entry != plain
+    assert json.loads((entry / MANIFEST).read_text())["provider"] == "CUDAExecutionProvider"
+    assert run(entry / MODEL) == pytest.approx(run(dense), rel=1e-5)
+    weights = read_onnx(entry / MODEL)
+    assert (weights.external_files, weights.weight_bytes) == ((WEIGHTS,), SIZE * SIZE * 4)
+
+
+def test_what_is_built_for_another_gpu_lies_elsewhere(store: Store, dense: Path) -> None:
+    hopper, ada = "sm9.0-tensorrt101300-cuda13000", "sm8.9-tensorrt101300-cuda13000"
+    folders = {store.engines(dense, about) for about in (hopper, ada)}
+    assert len(folders) == 2
+    assert all(folder.is_dir() and folder.is_relative_to(store.root) for folder in folders)
+    assert store.engines(dense, hopper) in folders
+    assert list(store.entries()) == []
 
 
 def test_small_models_are_left_out(dense: Path, tmp_path: Path) -> None:
