@@ -51,7 +51,7 @@ _HIGH_WATER: Final = 100_000  # messages that may wait for one caller; what a wo
 _LINGER_MS: Final = 200  # for what was said last
 _LAST_WORDS_S: Final = 0.02  # that they may come later
 _CONTROL_AGAIN_S: Final = 0.05  # between two looks for a broker's control socket
-_LOST_S: Final = 20.0  # that a worker whose GPU is lost when it begins tells so; less than the launcher's _STEADY_S
+LOST_S: Final = 20.0  # that a worker whose GPU is lost when it begins tells so; to the launcher that is no steady life
 _SWITCH_INTERVAL_S: Final = 0.0005  # the talking thread gets the GIL back within this from a compute thread's Python
 
 
@@ -259,7 +259,7 @@ class WorkerProcess:
         """Have the broker know why this worker serves nothing, for a while."""
         self._hear_lost(self.lost)
         notify(f"ERRNO={errno.ENODEV}\nSTATUS=GPU lost: {self.lost}")
-        until = time.monotonic() + _LOST_S
+        until = time.monotonic() + LOST_S
         while not self._stop_signal.received and time.monotonic() < until:
             self._turn(until)
         self._broker.send((pack(Bye(self._core.membership.epoch)),))

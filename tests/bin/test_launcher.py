@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from penstock.bin.devices import CPU, Device
 from penstock.bin.launcher import next_backoff, plan_workers
+from penstock.worker.process import LOST_S
 from tests.system.models import dense, slow, write
 from tests.system.servers import Process, Server, wait_for
 
@@ -69,6 +70,11 @@ def test_a_process_is_started_again_at_once_and_then_after_ever_longer_pauses() 
 def test_a_process_that_ran_for_long_begins_with_the_shortest_pause_again() -> None:
     assert next_backoff(10.0, ran_s=29.9) == 10.0
     assert next_backoff(10.0, ran_s=30.0) == 0.2
+
+
+def test_a_worker_that_has_lost_its_gpu_is_started_again_ever_more_slowly() -> None:
+    """Telling so is no steady life."""
+    assert next_backoff(5.0, LOST_S + 5.0) == 10.0
 
 
 @settings(max_examples=50, deadline=None)
