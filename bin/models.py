@@ -111,7 +111,7 @@ def prune(models: Sequence[Path], config: Path | None, dry_run: bool) -> None:
         for path in models:
             for file in _find_models(path):
                 try:
-                    wanted.add(store.find(file.path).key)
+                    wanted |= {store.find(file.path, on_gpu).key for on_gpu in (False, True)}
                 except (Unusable, OSError) as error:
                     complain(f"model {file.name}: {error}; nothing was removed")
                     sys.exit(options.EXIT_CANNOT_SERVE)
