@@ -1,0 +1,85 @@
+"""All processes of a server together: what they have used, holding them up for a while, ending them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from penstock.load import processes
+
+END_MAX_S: Final = 15.0  # for a server to end when it is asked to; then it is killed
+_LOOK_S: Final = 0.05
+_ROUNDS_MAX: Final = 20  # of looking for processes that were started while others were held up
+_TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def of(root: int) -> set[int]:
+    """A process, its descendants, and its process group where that is not ours as well."""
+    return processes.family({root}, processes.read_all(), os.getpid())
+
+
+def cpu_s(pids: Iterable[int]) -> float:
+    """Processor time, user and system, of processes and of those of their children that have ended."""
+    total = 0.0
+    for pid in pids:
+        with suppress(OSError):  # ended meanwhile, and is in the time of its parent's ended children
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            total += sum(map(int, fields[11:15])) * _TICK_S  # utime, stime, cutime, cstime of proc_pid_stat(5)
+    return total
+
+
+def hold(root: int) -> None:
+    """Until ``go_on``. What they start meanwhile is held up as well."""
+    held: set[int] = set()
+    for _ in range(_ROUNDS_MAX):
+        more = of(root) - held
+        if not more:
+            return
+        _send(more, signal.SIGSTOP)
+        held |= more
+
+
+def go_on(root: int) -> None:
+    _send(of(root), signal.SIGCONT)
+
+
+def end(process: subprocess.Popen[bytes], limit_s: float = END_MAX_S) -> None:
+    """Asks the first of a server's processes to end, then kills what is left of them."""
+    pids = of(process.pid)
+    _send(pids, signal.SIGCONT)
+    process.terminate()
+    if not _wait(lambda: process.poll() is not None and not _there(pids), limit_s):
+        pids |= of(process.pid)
+        _send(_there(pids), signal.SIGKILL)
+        _wait(lambda: process.poll() is not None and not _there(pids), limit_s)
+
+
+def _there(pids: Collection[int]) -> set[int]:
+    """Those that have not ended; what has ended and nobody has asked about is a zombie."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.add(pid)
+    return found
+
+
+def _wait(ended: Callable[[], bool], limit_s: float) -> bool:
+    until = time.monotonic() + limit_s
+    while not ended():
+        if time.monotonic() > until:
+            return False
+        time.sleep(_LOOK_S)
+    return True
+
+
+def _send(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
