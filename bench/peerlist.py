@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,23 +134,26 @@ def _start_mlserver(place: Place) -> Start:
 def _start_triton(place: Place) -> Start:
     [packages] = place.environment.glob("lib/python3*/site-packages")
     triton = packages / "pytriton" / "tritonserver"
-    version = packages.parent.name.removeprefix("python")
     model = place.directory / "models" / place.model
     (model / "1").mkdir(parents=True)
     (model / "config.pbtxt").write_text(triton_config(place.model))
     (model / "1" / "model.py").symlink_to(Path(__file__).parent / "peer_servers" / "triton_ort.py")
-    # The program that runs the model: the wheel has one for each version of Python, beside the backend.
-    stub = "triton_python_backend_stub"
-    (model / stub).symlink_to(triton / "python_backend_stubs" / version / stub)
+    # The package has a program that runs models for each version of Python; it belongs beside the backend, where
+    # PyTriton, too, only puts it when it starts.
+    backend = place.directory / "backends" / "python"
+    backend.mkdir(parents=True)
+    version = packages.parent.name.removeprefix("python")
+    for file in (*(triton / "backends" / "python").glob("*.*"), *(triton / "python_backend_stubs" / version).iterdir()):
+        (backend / file.name).symlink_to(file)
     command = [
         str(triton / "bin" / "tritonserver"),
         f"--model-repository={model.parent}",
-        f"--backend-directory={triton / 'backends'}",
+        f"--backend-directory={backend.parent}",
         "--http-address=127.0.0.1",
         *(f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), place.ports, strict=True)),
     ]
     variables = {
-        "LD_LIBRARY_PATH": str(packages / "nvidia_pytriton.libs"),
+        "LD_LIBRARY_PATH": f"{_library_directory()}:{packages / 'nvidia_pytriton.libs'}",
         "PATH": f"{place.environment / 'bin'}:{os.environ['PATH']}",  # the stub is the Python that comes first there
     }
     return Start(command, variables)
@@ -168,7 +172,13 @@ def triton_config(model: str) -> str:
 
 def _start_pytriton(place: Place) -> Start:
     started = _module(place, "pytriton_ort", place.model, *place.ports)
-    return started._replace(variables={"PYTRITON_HOME": str(place.directory)})
+    variables = {"PYTRITON_HOME": str(place.directory), "LD_LIBRARY_PATH": _library_directory()}
+    return started._replace(variables=variables)
+
+
+def _library_directory() -> str:
+    """Where libpython is that belongs to this Python; another one of the same minor version may come first."""
+    return str(sysconfig.get_config_var("LIBDIR"))
 
 
 # --- who there is
@@ -212,7 +222,8 @@ PEERS: Final[Mapping[str, Peer]] = {
     ),
     "mlserver": Peer(
         title="MLServer VERSION",
-        packages=("mlserver==1.7.1",),
+        # Later versions of uvloop make no loop where it asks for one.
+        packages=("mlserver==1.7.1", "uvloop==0.21.0"),
         protocol=V2_JSON,
         path="/v2/models/MODEL/infer",
         waits="1 ms",
