@@ -118,7 +118,7 @@ def _start_mlserver(place: Place) -> Start:
         "grpc_port": grpc_port,
         "metrics_port": metrics_port,
         "metrics_dir": str(place.directory),
-        "parallel_workers": 1,
+        "parallel_workers": 0,  # the model runs in the process for HTTP: one process less, and cheaper
     }
     model = {
         "name": place.model,
@@ -138,6 +138,7 @@ def _start_triton(place: Place) -> Start:
     (model / "1").mkdir(parents=True)
     (model / "config.pbtxt").write_text(triton_config(place.model))
     (model / "1" / "model.py").symlink_to(Path(__file__).parent / "peer_servers" / "triton_ort.py")
+    (model / "1" / "bench").symlink_to(Path(__file__).parent)  # it does not look where PYTHONPATH says
     # The package has a program that runs models for each version of Python; it belongs beside the backend, where
     # PyTriton, too, only puts it when it starts.
     backend = place.directory / "backends" / "python"
@@ -150,6 +151,7 @@ def _start_triton(place: Place) -> Start:
         f"--model-repository={model.parent}",
         f"--backend-directory={backend.parent}",
         "--http-address=127.0.0.1",
+        "--grpc-address=127.0.0.1",
         *(f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), place.ports, strict=True)),
     ]
     variables = {
@@ -235,7 +237,7 @@ PEERS: Final[Mapping[str, Peer]] = {
         packages=("litserve==0.2.19",),
         protocol=RAW,
         path="/predict",
-        waits="none",
+        waits="1 ms",
         leaves_out="no protocol and no checks; its answer to more load is more HTTP processes, here it has one",
         start=_start_litserve,
     ),

@@ -2,7 +2,7 @@
 
 Installs each server of peerlist.py from PyPI into an environment of its own, kept in the user's cache directory for the
 next time. For each model it starts all of them, Penstock too, checks one answer of each against ONNX Runtime's own, and
-drives them with wrk (Debian package ``wrk``) in turns: in each round each server once at each number of connections, by
+drives them with wrk (Debian package ``wrk``) in turns: in each round each server once at each number of connections, in
 another order each round. All processes of a server that is not its turn are held up (SIGSTOP), so that what it does
 while idle costs the others nothing. Processor time is that of all processes of a server, user and system, over its
 requests; wrk's is not in it. Medians of the rounds go to standard output as a table, to a JSON file, and to a text file
@@ -51,6 +51,7 @@ from bench.peerlist import PEERS, PORTS, V2_BINARY, Array, Peer, Place, Request,
 INSTALL_MAX_S: Final = 1200.0
 START_MAX_S: Final = 120.0  # until the first answer
 BACK_MAX_S: Final = 20.0  # until it answers again after it was held up
+SETTLE_S: Final = 2.0  # before it is asked then
 WARM_UP_S: Final = 1  # before each measurement, at the same number of connections
 _ASK_MAX_S: Final = 10.0
 _LOOK_S: Final = 0.1
@@ -226,26 +227,28 @@ def free_ports(count: int) -> tuple[int, ...]:
 # --- measuring
 
 
-def measure(server: Running, connections: int, seconds: int) -> Turn:
-    """One turn; the server is held up before and after. Raises PeerError when it is gone."""
+def measure(server: Running, connections: Sequence[int], seconds: int) -> Iterator[tuple[int, Turn]]:
+    """A server's turn at each number of connections; it is held up before and after. Raises PeerError when it is gone."""
     processes.go_on(server.root)
     try:
         _wait_until_back(server)
-        bench_http.run_wrk(server.url, server.script, connections, WARM_UP_S)
-        before = processes.cpu_s(processes.of(server.root))
-        requests, rate, p50_ms, p99_ms, errors = bench_http.run_wrk(server.url, server.script, connections, seconds)
-        used = processes.cpu_s(processes.of(server.root)) - before
+        for count in connections:
+            bench_http.run_wrk(server.url, server.script, count, WARM_UP_S)
+            before = processes.cpu_s(processes.of(server.root))
+            requests, rate, p50_ms, p99_ms, errors = bench_http.run_wrk(server.url, server.script, count, seconds)
+            used = processes.cpu_s(processes.of(server.root)) - before
+            if not requests:
+                raise PeerError(f"answered nothing in {seconds} s at {count} connections")
+            yield count, Turn(rate, p50_ms, p99_ms, used / requests * 1e6, errors)
     except subprocess.CalledProcessError as error:
         raise PeerError("cannot be reached any more: " + last_line(error.stderr or error.stdout)) from error
     finally:
         processes.hold(server.root)
-    if not requests:
-        raise PeerError(f"answered nothing in {seconds} s")
-    return Turn(rate, p50_ms, p99_ms, used / requests * 1e6, errors)
 
 
 def _wait_until_back(server: Running) -> None:
-    """Some look for each other first when they have been held up for long. Raises PeerError."""
+    """The processes of some look for each other when they have been held up for long. Raises PeerError."""
+    time.sleep(SETTLE_S)
     until = time.monotonic() + BACK_MAX_S
     while True:
         try:
@@ -271,17 +274,15 @@ def in_turns(
     for number in range(repeats):
         # Another order each time: what one leaves behind in caches and clocks meets another one.
         at = number * max(1, len(servers) // max(1, repeats)) % max(1, len(servers))
-        for count in connections:
-            for server in (*servers[at:], *servers[:at]):
-                if server.key in lost:
-                    continue
-                try:
-                    turn = measure(server, count, seconds)
-                except PeerError as error:
-                    lost[server.key] = str(error)
-                    continue
-                turns.setdefault((server.key, count), []).append(turn)
-                say(f"{server.key}, {count} connections: {turn.requests_per_s:.0f}/s, {turn.cpu_us:.0f} us")
+        for server in (*servers[at:], *servers[:at]):
+            if server.key in lost:
+                continue
+            try:
+                for count, turn in measure(server, connections, seconds):
+                    turns.setdefault((server.key, count), []).append(turn)
+                    say(f"{server.key}, {count} connections: {turn.requests_per_s:.0f}/s, {turn.cpu_us:.0f} us")
+            except PeerError as error:
+                lost[server.key] = str(error)
     return turns, lost
 
 

@@ -1,6 +1,6 @@
 """BentoML with ONNX Runtime: bentoml serve bench.peer_servers.bentoml_ort:Model --port PORT
 
-One worker. Tensors are what its documentation of batching shows, numpy arrays as JSON; its binary form is for its own
+One worker, and no line of log for each request, which it writes unless told otherwise. Tensors are what its documentation of batching shows, numpy arrays as JSON; its binary form is for its own
 services among each other, and refused from outside. How long a batch waits it finds by itself.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from bench.peer_servers.session import ROWS_MAX, open_session
 
 
-@bentoml.service(workers=1, traffic={"timeout": 60})
+@bentoml.service(workers=1, traffic={"timeout": 60}, logging={"access": {"enabled": False}})
 class Model:
     def __init__(self) -> None:
         self._session = open_session()

@@ -1,8 +1,8 @@
 """LitServe with ONNX Runtime: python -m bench.peer_servers.litserve_ort PORT
 
 One worker process behind one process for HTTP, with the queue that its documentation recommends for many requests.
-What the body is, LitServe leaves to FastAPI by way of an annotation; here it is bytes. No answer waits for a batch to
-fill: 0 is the default.
+What the body is, LitServe leaves to FastAPI by way of an annotation; here it is bytes. Without a wait for batches to
+fill, its default, it looks for requests again and again, which takes a whole core from the rest of it.
 """
 
 # No "from __future__ import annotations": LitServe hands the annotation of decode_request to FastAPI as it is.
@@ -17,7 +17,7 @@ from fastapi import Body, Response
 from bench.peer_servers.session import ROWS_MAX, open_session, row_shape
 
 BINARY = "application/octet-stream"
-WAIT_S = 0.0
+WAIT_S = 0.001
 
 Array = npt.NDArray[np.float32]
 

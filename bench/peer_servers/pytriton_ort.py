@@ -5,6 +5,7 @@ A function bound to a Triton that PyTriton starts, as its documentation shows it
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import numpy as np
@@ -28,8 +29,14 @@ def main() -> None:
         return {"y": session.run(None, {"x": x})[0]}
 
     config = TritonConfig(
-        http_address="127.0.0.1", http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
+        http_address="127.0.0.1",
+        http_port=http_port,
+        grpc_address="127.0.0.1",
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
     )
+    # It ends on Ctrl-C, and leaves tritonserver's shared memory behind on anything else.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Triton(config=config) as triton:
         triton.bind(
             model_name=name,
