@@ -64,9 +64,9 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Peer:
-    """``title``: VERSION in it is replaced. ``packages``: as pip takes them, the first is the server; ONNX Runtime is added, in the version that Penstock runs
-    here. ``waits``: for a batch to fill. ``leaves_out``: what of Penstock's work it does not do, or what of its own is
-    not seen here."""
+    """``title``: VERSION in it is replaced. ``packages``: as pip takes them, the first is the server; ONNX Runtime is
+    added, in the version that Penstock runs here. ``waits``: for a batch to fill. ``leaves_out``: what of Penstock's
+    work it does not do, or what of its own is not seen here."""
 
     title: str
     packages: tuple[str, ...]

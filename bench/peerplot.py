@@ -72,7 +72,7 @@ def _spans(axes: Any, keys: Sequence[str], values: Mapping[str, tuple[float, flo
             color = _OWN if key == own else _OTHER
             axes.plot([low, high], [at, at], color=color, linewidth=3, solid_capstyle="butt")
             axes.plot([low], [at], "o", color=color, markersize=6)
-            text = f"{low:.3g} – {high:.3g}"
+            text = f"{low:.3g} to {high:.3g}"
             axes.annotate(
                 text, (high, at), textcoords="offset points", xytext=(5, 0), va="center", fontsize=8, color=_TEXT
             )

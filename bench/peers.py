@@ -228,7 +228,8 @@ def free_ports(count: int) -> tuple[int, ...]:
 
 
 def measure(server: Running, connections: Sequence[int], seconds: int) -> Iterator[tuple[int, Turn]]:
-    """A server's turn at each number of connections; it is held up before and after. Raises PeerError when it is gone."""
+    """A server's turn, at each number of connections; it is held up before and after. Raises PeerError when it is
+    gone."""
     processes.go_on(server.root)
     try:
         _wait_until_back(server)
@@ -262,7 +263,9 @@ def _wait_until_back(server: Running) -> None:
 
 def medians(turns: Sequence[Turn]) -> Turn:
     by_name = {name: [asdict(turn)[name] for turn in turns] for name in asdict(turns[0])}
-    return Turn(**{name: statistics.median(values) for name, values in by_name.items()} | {"errors": sum(by_name["errors"])})
+    return Turn(
+        **{name: statistics.median(values) for name, values in by_name.items()} | {"errors": sum(by_name["errors"])}
+    )
 
 
 def in_turns(

@@ -14,6 +14,7 @@ from typing import Final
 from penstock.load import processes
 
 END_MAX_S: Final = 15.0  # for a server to end when it is asked to; then it is killed
+REST_MAX_S: Final = 3.0  # for those of its processes that are there still when the first one has ended
 _LOOK_S: Final = 0.05
 _ROUNDS_MAX: Final = 20  # of looking for processes that were started while others were held up
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
@@ -49,15 +50,17 @@ def go_on(root: int) -> None:
     _send(of(root), signal.SIGCONT)
 
 
-def end(process: subprocess.Popen[bytes], limit_s: float = END_MAX_S) -> None:
+def end(process: subprocess.Popen[bytes], limit_s: float = END_MAX_S, rest_limit_s: float = REST_MAX_S) -> None:
     """Asks the first of a server's processes to end, then kills what is left of them."""
     pids = of(process.pid)
     _send(pids, signal.SIGCONT)
     process.terminate()
-    if not _wait(lambda: process.poll() is not None and not _there(pids), limit_s):
+    if not _wait(lambda: process.poll() is not None, limit_s):
         pids |= of(process.pid)
-        _send(_there(pids), signal.SIGKILL)
-        _wait(lambda: process.poll() is not None and not _there(pids), limit_s)
+    elif _wait(lambda: not _there(pids), rest_limit_s):
+        return
+    _send(_there(pids), signal.SIGKILL)
+    _wait(lambda: process.poll() is not None and not _there(pids), limit_s)
 
 
 def _there(pids: Collection[int]) -> set[int]:

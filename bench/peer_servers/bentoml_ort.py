@@ -1,7 +1,8 @@
 """BentoML with ONNX Runtime: bentoml serve bench.peer_servers.bentoml_ort:Model --port PORT
 
-One worker, and no line of log for each request, which it writes unless told otherwise. Tensors are what its documentation of batching shows, numpy arrays as JSON; its binary form is for its own
-services among each other, and refused from outside. How long a batch waits it finds by itself.
+One worker, and no line of log for each request, which it writes unless told otherwise. Tensors are what its
+documentation of batching shows, numpy arrays as JSON; its binary form is for its own services among each other, and
+refused from outside. How long a batch waits it finds by itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,6 @@ class Model:
         self._session = open_session()
 
     @bentoml.api(batchable=True, max_batch_size=ROWS_MAX)
-    def infer(self, x: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]  # read by BentoML, which wants it bare
-        y: np.ndarray = self._session.run(None, {"x": x.astype(np.float32, copy=False)})[0]  # type: ignore[type-arg]
+    def infer(self, x: np.ndarray) -> np.ndarray:
+        y: np.ndarray = self._session.run(None, {"x": x.astype(np.float32, copy=False)})[0]
         return y
