@@ -338,8 +338,11 @@ def about_servers(keys: Sequence[str]) -> list[str]:
 # --- all of it
 
 
-def _stop(*_: object) -> None:
-    sys.exit("bench: stopped")
+def _stop(number: int, frame: object) -> None:
+    """Once: all servers are ended then, and that is not to be interrupted."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit("bench: stopped; no results are written")
 
 
 def measure_model(
@@ -389,7 +392,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("bench: wrk is missing; on Debian and Ubuntu: apt install wrk")
-    signal.signal(signal.SIGTERM, _stop)  # what was started is ended then, too
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _stop)
     environments: dict[str, Path] = {}
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []

@@ -51,8 +51,18 @@ def go_on(root: int) -> None:
 
 
 def end(process: subprocess.Popen[bytes], limit_s: float = END_MAX_S, rest_limit_s: float = REST_MAX_S) -> None:
-    """Asks the first of a server's processes to end, then kills what is left of them."""
+    """Asks the first of a server's processes to end, then kills what is left of them. Shared memory that they leave
+    behind is removed: some leave theirs even when nobody kills them."""
     pids = of(process.pid)
+    shared = _shared_memory(pids)
+    try:
+        _end(process, pids, limit_s, rest_limit_s)
+    finally:
+        for path in shared:
+            path.unlink(missing_ok=True)
+
+
+def _end(process: subprocess.Popen[bytes], pids: set[int], limit_s: float, rest_limit_s: float) -> None:
     _send(pids, signal.SIGCONT)
     process.terminate()
     if not _wait(lambda: process.poll() is not None, limit_s):
@@ -61,6 +71,18 @@ def end(process: subprocess.Popen[bytes], limit_s: float = END_MAX_S, rest_limit
         return
     _send(_there(pids), signal.SIGKILL)
     _wait(lambda: process.poll() is not None and not _there(pids), limit_s)
+
+
+def _shared_memory(pids: Iterable[int]) -> set[Path]:
+    """Of those that have a name, what they have mapped."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                _, slash, name = line.partition(" /dev/shm/")
+                if slash and not name.endswith(" (deleted)"):
+                    found.add(Path("/dev/shm", name))
+    return found
 
 
 def _there(pids: Collection[int]) -> set[int]:

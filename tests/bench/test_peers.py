@@ -100,6 +100,24 @@ def test_all_of_a_server_end_also_when_they_are_held_up(family: subprocess.Popen
     assert processes._there(pids) == set()
 
 
+def test_shared_memory_that_a_server_leaves_behind_is_removed() -> None:
+    name = f"penstock-test-{os.getpid()}"
+    work = f"""
+import mmap, sys
+with open("/dev/shm/{name}", "wb+") as file:
+    file.truncate(4096)
+    memory = mmap.mmap(file.fileno(), 4096)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-S", "-c", work]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"mapped\n"
+        processes.end(process)
+    assert not Path("/dev/shm", name).exists()
+
+
 # --- what is installed ---
 
 
