@@ -17,6 +17,7 @@ def draw(
     """False without matplotlib. ``own``: the server whose color is another one."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, NullFormatter
     except ImportError:
         return False
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -32,8 +33,12 @@ def draw(
         rate.set_title(f"{model}, {connections} connections: requests/s", fontsize=9, loc="left", color=_TEXT)
         cpu.set_title("CPU µs a request (less is better)", fontsize=9, loc="left", color=_TEXT)
         latency.set_title("p50 (dot) to p99 (bar), ms (less is better)", fontsize=9, loc="left", color=_TEXT)
-        rate.set_yticks(range(len(keys)), [names[key] for key in keys], fontsize=8)
+        rate.set_yticks(range(len(keys)), [names[key].replace(", ", ",\n") for key in keys], fontsize=8)
         rate.set_ylim(len(keys) - 0.4, -0.6)
+        for axes in (rate, cpu, latency):
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params(labelsize=8)
     figure.suptitle(f"{machine['cpu']}, {machine['date']}; logarithmic scales", fontsize=9, color=_TEXT)
     figure.savefig(path, dpi=110)
     return True
@@ -84,6 +89,5 @@ def _scale(axes: Any, values: Sequence[float], begin: float) -> None:
     axes.set_xlim(min(values) / begin, max(values) * (max(values) / min(values)) ** 0.35 * 1.5)  # room for the figures
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

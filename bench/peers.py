@@ -3,10 +3,11 @@
 Installs each server of peerlist.py from PyPI into an environment of its own, kept in the user's cache directory for the
 next time. For each model it starts all of them, Penstock too, checks one answer of each against ONNX Runtime's own, and
 drives them with wrk (Debian package ``wrk``) in turns: in each round each server once at each number of connections, in
-another order each round. All processes of a server that is not its turn are held up (SIGSTOP), so that what it does
-while idle costs the others nothing. Processor time is that of all processes of a server, user and system, over its
-requests; wrk's is not in it. Medians of the rounds go to standard output as a table, to a JSON file, and to a text file
-and a plot beside that.
+another order each round. A server that uses more than 2 % of a core while nobody asks it anything is held up (SIGSTOP)
+while it is not its turn, so that this costs the others nothing; the rest run on, for some take such a pause for time
+that their work took. Processor time is that of all processes of a server, user and system, over its requests; wrk's is
+not in it. Medians of the rounds go to standard output as a table, to a JSON file, and to a text file and a plot beside
+that.
 
 A server that cannot be installed, does not start or answers wrongly is in the table with the reason. tritonserver needs
 libpython of the version of Python that runs this (Debian: ``libpython3.11``); the other servers need nothing.
@@ -35,7 +36,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from socket import create_server, socket
 from typing import Any, Final
 
@@ -50,8 +51,10 @@ from bench.peerlist import PEERS, PORTS, V2_BINARY, Array, Peer, Place, Request,
 
 INSTALL_MAX_S: Final = 1200.0
 START_MAX_S: Final = 120.0  # until the first answer
-BACK_MAX_S: Final = 20.0  # until it answers again after it was held up
-SETTLE_S: Final = 2.0  # before it is asked then
+SETTLE_S: Final = 2.0  # after the first answers, before servers are watched for
+IDLE_S: Final = 5.0  # while they are idle
+IDLE_MAX_PERCENT: Final = 2.0  # of a core; who uses more is held up when it is not its turn
+BACK_MAX_S: Final = 20.0  # until it answers again then
 WARM_UP_S: Final = 1  # before each measurement, at the same number of connections
 _ASK_MAX_S: Final = 10.0
 _LOOK_S: Final = 0.1
@@ -77,13 +80,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs and has answered rightly. ``root``: the process that started all others of it."""
+    """A server that runs and has answered rightly. ``root``: the process that started all others of it. ``busy``: while
+    idle."""
 
     key: str
     url: str
     root: int
     request: Request
     script: Path
+    busy: bool = False
 
 
 # --- installing
@@ -215,7 +220,7 @@ def running_penstock(repository: Path, directory: Path, model: str, expected: Ar
             script = bench_http.write_post(directory / "ask.lua", *request)
             yield Running(_OWN, server.url, server.pid, request, script)
         finally:
-            processes.go_on(server.pid)  # one that is held up does not end
+            processes.go_on(server.pid)  # one that is held up would not end
 
 
 def free_ports(count: int) -> tuple[int, ...]:
@@ -227,10 +232,23 @@ def free_ports(count: int) -> tuple[int, ...]:
 # --- measuring
 
 
+def idle_percents(servers: Sequence[Running]) -> dict[str, float]:
+    """What each uses of a core while none is asked anything."""
+    time.sleep(SETTLE_S)
+    before = {server.key: processes.cpu_s(processes.of(server.root)) for server in servers}
+    begin = time.monotonic()
+    time.sleep(IDLE_S)
+    elapsed = time.monotonic() - begin
+    return {
+        server.key: (processes.cpu_s(processes.of(server.root)) - before[server.key]) / elapsed * 100
+        for server in servers
+    }
+
+
 def measure(server: Running, connections: Sequence[int], seconds: int) -> Iterator[tuple[int, Turn]]:
-    """A server's turn, at each number of connections; it is held up before and after. Raises PeerError when it is
-    gone."""
-    processes.go_on(server.root)
+    """A server's turn, at each number of connections. Raises PeerError when it is gone."""
+    if server.busy:
+        processes.go_on(server.root)
     try:
         _wait_until_back(server)
         for count in connections:
@@ -244,12 +262,12 @@ def measure(server: Running, connections: Sequence[int], seconds: int) -> Iterat
     except subprocess.CalledProcessError as error:
         raise PeerError("cannot be reached any more: " + last_line(error.stderr or error.stdout)) from error
     finally:
-        processes.hold(server.root)
+        if server.busy:
+            processes.hold(server.root)
 
 
 def _wait_until_back(server: Running) -> None:
-    """The processes of some look for each other when they have been held up for long. Raises PeerError."""
-    time.sleep(SETTLE_S)
+    """Raises PeerError."""
     until = time.monotonic() + BACK_MAX_S
     while True:
         try:
@@ -347,14 +365,13 @@ def _stop(number: int, frame: object) -> None:
 
 def measure_model(
     model: str, environments: Mapping[str, Path], directory: Path, arguments: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of the table, and what could not be measured."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
+    """Rows of the table, what could not be measured, and what each server uses while idle, in percent of a core."""
     repository = bench_models.make_repository(directory / model / "repository", [model])
     expected = expected_answer(repository, model)
     why: dict[str, str] = {}
     with ExitStack() as stack:
         servers = [stack.enter_context(running_penstock(repository, directory / model / _OWN, model, expected))]
-        processes.hold(servers[0].root)
         for key, environment in environments.items():
             place = Place(environment, directory / model / key, repository, model, free_ports(PORTS))
             print(f"{model}: starting {title_of(key)}", file=sys.stderr)
@@ -363,8 +380,12 @@ def measure_model(
             except PeerError as error:
                 why[key] = str(error)
                 print(f"{model}: {key}: {error}", file=sys.stderr)
-                continue
-            processes.hold(servers[-1].root)
+        idle = idle_percents(servers)
+        servers = [replace(server, busy=idle[server.key] > IDLE_MAX_PERCENT) for server in servers]
+        for server in servers:
+            if server.busy:
+                print(f"{model}: {server.key} uses {idle[server.key]:.0f} % of a core while idle", file=sys.stderr)
+                processes.hold(server.root)
         turns, lost = in_turns(
             servers,
             arguments.connections,
@@ -376,7 +397,7 @@ def measure_model(
         {"server": key, "model": model, "connections": count, **asdict(medians(each)), "turns": len(each)}
         for (key, count), each in turns.items()
     ]
-    return rows, [{"server": key, "model": model, "why": each} for key, each in (why | lost).items()]
+    return rows, [{"server": key, "model": model, "why": each} for key, each in (why | lost).items()], idle
 
 
 def main() -> None:
@@ -397,6 +418,7 @@ def main() -> None:
     environments: dict[str, Path] = {}
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
+    idle: dict[str, dict[str, float]] = {}
     for key in arguments.peers:
         try:
             environments[key] = install(PEERS[key], arguments.environments.absolute())
@@ -405,7 +427,7 @@ def main() -> None:
             failed.append({"server": key, "model": "all", "why": str(error)})
     with tempfile.TemporaryDirectory(prefix="penstock-bench-", ignore_cleanup_errors=True) as name:
         for model in arguments.models:
-            more_rows, more_failed = measure_model(model, environments, Path(name), arguments)
+            more_rows, more_failed, idle[model] = measure_model(model, environments, Path(name), arguments)
             rows += more_rows
             failed += more_failed
     machine = bench_http.about_machine()
@@ -424,6 +446,7 @@ def main() -> None:
         "repeats": arguments.repeats,
         "cases": rows,
         "failed": failed,
+        "idle_percent": idle,
         "installed": {key: (path / _DONE).read_text().splitlines() for key, path in environments.items()},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -244,6 +244,19 @@ def test_each_has_a_turn_in_each_round_and_who_is_gone_has_none_any_more(monkeyp
     assert peers.medians(turns["a", 2]) == peers.Turn(2.0, 1.0, 2.0, 3.0, 3)
 
 
+def test_who_works_while_nobody_asks_is_seen(family: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "SETTLE_S", 0.0)
+    monkeypatch.setattr(peers, "IDLE_S", 0.1)
+    request = peerlist.Request("/", b"", {})
+    with subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"], start_new_session=True) as busy:
+        servers = [peers.Running(str(pid), "", pid, request, Path()) for pid in (family.pid, busy.pid)]
+        try:
+            percents = peers.idle_percents(servers)
+        finally:
+            busy.kill()
+    assert percents[str(family.pid)] < 20 < percents[str(busy.pid)]
+
+
 # --- the table and the plot ---
 
 
