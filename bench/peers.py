@@ -45,9 +45,10 @@ import onnxruntime
 
 from bench import http as bench_http
 from bench import models as bench_models
-from bench import peerplot, processes
+from bench import peertell, processes
 from bench.peer_servers.session import open_session
 from bench.peerlist import PEERS, PORTS, V2_BINARY, Array, Peer, Place, Request, read_answer, request_of, variables_of
+from bench.peertell import OWN
 
 INSTALL_MAX_S: Final = 1200.0
 START_MAX_S: Final = 120.0  # until the first answer
@@ -59,7 +60,6 @@ WARM_UP_S: Final = 1  # before each measurement, at the same number of connectio
 _ASK_MAX_S: Final = 10.0
 _LOOK_S: Final = 0.1
 _REASON_MAX: Final = 200  # characters
-_OWN: Final = "penstock"
 _DONE: Final = "installed.txt"  # in an environment that is complete: what is in it
 
 
@@ -218,7 +218,7 @@ def running_penstock(repository: Path, directory: Path, model: str, expected: Ar
             request = request_of(V2_BINARY, "/v2/models/MODEL/infer", model)
             check_answer(V2_BINARY, *ask(server.url, request), expected)
             script = bench_http.write_post(directory / "ask.lua", *request)
-            yield Running(_OWN, server.url, server.pid, request, script)
+            yield Running(OWN, server.url, server.pid, request, script)
         finally:
             processes.go_on(server.pid)  # one that is held up would not end
 
@@ -307,52 +307,6 @@ def in_turns(
     return turns, lost
 
 
-# --- telling
-
-
-def title_of(key: str) -> str:
-    return "Penstock" if key == _OWN else PEERS[key].name
-
-
-def protocol_of(key: str) -> str:
-    return V2_BINARY if key == _OWN else PEERS[key].protocol
-
-
-def table(rows: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fastest of each case comes first, what could not be measured last."""
-    lines = [
-        "| model | conn. | server | protocol | requests/s | p50 ms | p99 ms | CPU-us a request |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    cases = list(dict.fromkeys((row["model"], row["connections"]) for row in rows))
-    for model, connections in cases:
-        here = [row for row in rows if (row["model"], row["connections"]) == (model, connections)]
-        for row in sorted(here, key=lambda each: -float(each["requests_per_s"])):
-            key = row["server"]
-            errors = f" ({row['errors']} errors)" if row["errors"] else ""
-            lines.append(
-                f"| {model} | {connections} | {_bold(title_of(key), key == _OWN)} | {protocol_of(key)} "
-                f"| {row['requests_per_s']:.0f}{errors} | {row['p50_ms']:.2f} | {row['p99_ms']:.2f} "
-                f"| {row['cpu_us']:.1f} |"
-            )
-    for each in failed:
-        key = each["server"]
-        lines.append(f"| {each['model']} | | {title_of(key)} | {protocol_of(key)} | {each['why']} | | | |")
-    return lines
-
-
-def _bold(text: str, bold: bool) -> str:
-    return f"**{text}**" if bold else text
-
-
-def about_servers(keys: Sequence[str]) -> list[str]:
-    lines = ["| server | asked in | waits for a batch to fill | left out |", "|---|---|---|---|"]
-    for key in keys:
-        peer = PEERS[key]
-        lines.append(f"| {peer.name} | {peer.protocol} | {peer.waits} | {peer.leaves_out} |")
-    return lines
-
-
 # --- all of it
 
 
@@ -371,10 +325,10 @@ def measure_model(
     expected = expected_answer(repository, model)
     why: dict[str, str] = {}
     with ExitStack() as stack:
-        servers = [stack.enter_context(running_penstock(repository, directory / model / _OWN, model, expected))]
+        servers = [stack.enter_context(running_penstock(repository, directory / model / OWN, model, expected))]
         for key, environment in environments.items():
             place = Place(environment, directory / model / key, repository, model, free_ports(PORTS))
-            print(f"{model}: starting {title_of(key)}", file=sys.stderr)
+            print(f"{model}: starting {peertell.title_of(key)}", file=sys.stderr)
             try:
                 servers.append(stack.enter_context(running(key, PEERS[key], place, expected)))
             except PeerError as error:
@@ -430,30 +384,22 @@ def main() -> None:
             more_rows, more_failed, idle[model] = measure_model(model, environments, Path(name), arguments)
             rows += more_rows
             failed += more_failed
-    machine = bench_http.about_machine()
-    lines = [
-        ", ".join(f"{name} {value}" for name, value in machine.items()),
-        f"medians of {arguments.repeats} turns of {arguments.seconds} s",
-        "",
-        *table(rows, failed),
-        "",
-        *about_servers(arguments.peers),
-    ]
-    print("\n".join(lines))
     content = {
-        "machine": machine,
+        "machine": bench_http.about_machine(),
         "seconds": arguments.seconds,
         "repeats": arguments.repeats,
+        "peers": arguments.peers,
         "cases": rows,
         "failed": failed,
         "idle_percent": idle,
         "installed": {key: (path / _DONE).read_text().splitlines() for key, path in environments.items()},
     }
+    text = "\n".join(peertell.tell(content)) + "\n"
+    print(text, end="")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
-    arguments.out.with_suffix(".txt").write_text("\n".join(lines) + "\n")
-    names = {row["server"]: title_of(row["server"]) for row in rows}
-    if rows and not peerplot.draw(rows, names, _OWN, machine, arguments.out.with_suffix(".png")):
+    arguments.out.with_suffix(".txt").write_text(text)
+    if rows and not peertell.draw(content, arguments.out.with_suffix(".png")):
         print("bench: no plot, matplotlib is missing; pip install 'penstock[report]'", file=sys.stderr)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from bench import models, peerlist, peerplot, peers, processes
+from bench import models, peerlist, peers, peertell, processes
 from bench.peer_servers.session import ROWS_MAX
 
 DEADLINE_S = 20.0
@@ -267,7 +267,7 @@ def row(server: str, rate: float, model: str = "tiny", errors: int = 0) -> dict[
 
 def test_the_table_has_the_fastest_first_and_the_reasons_last() -> None:
     rows = [row("penstock", 1000.0), row("mosec", 2000.0), row("bentoml", 10.0, errors=3), row("mosec", 5.0, "mlp")]
-    heading, rule, *lines = peers.table(rows, [{"server": "triton", "model": "mlp", "why": "not installed: no"}])
+    heading, rule, *lines = peertell.table(rows, [{"server": "triton", "model": "mlp", "why": "not installed: no"}])
     assert lines[0] == "| tiny | 64 | mosec 0.9.8 | raw bytes | 2000 | 1.00 | 2.00 | 500.0 |"
     assert lines[1] == "| tiny | 64 | **Penstock** | v2 binary | 1000 | 1.00 | 2.00 | 1000.0 |"
     assert "| 10 (3 errors) |" in lines[2]
@@ -278,8 +278,28 @@ def test_the_table_has_the_fastest_first_and_the_reasons_last() -> None:
     assert {line.count("|") for line in (heading, rule, *lines)} == {9}
 
 
+def test_the_short_table_has_a_line_for_each_server_at_one_number_of_connections() -> None:
+    rows = [row("penstock", 1000.0), row("mosec", 2000.0), {**row("mosec", 9.0), "connections": 256}]
+    rows += [row("penstock", 5.0, "image"), {**row("penstock", 7.0, "image"), "connections": 16}]
+    assert peertell.shown_cases(rows) == {"tiny": 64, "image": 16}
+    heading, _, *lines = peertell.short_table(rows)
+    assert heading == "| server | asked in | tiny, 64 connections | image, 16 connections |"
+    assert lines == [
+        "| mosec 0.9.8 | raw bytes | 2,000/s, 500 µs, 1 / 2 ms | not measured |",
+        "| **Penstock** | v2 binary | 1,000/s, 1,000 µs, 1 / 2 ms | 7/s, 142,857 µs, 1 / 2 ms |",
+    ]
+    assert peertell.shown_cases(rows[2:3]) == {"tiny": 256}
+
+
+def test_all_is_told_from_what_the_file_has() -> None:
+    about = {"machine": {"date": "today", "cpu": "2 cores"}, "seconds": 2, "repeats": 3, "peers": ["mosec"]}
+    lines = peertell.tell({**about, "cases": [row("mosec", 2000.0)], "failed": []})
+    assert lines[:2] == ["date today, cpu 2 cores", "medians of 3 turns of 2 s"]
+    assert sum(line.startswith("| mosec 0.9.8 |") for line in lines) == 2
+
+
 def test_what_each_leaves_out_is_told() -> None:
-    lines = peers.about_servers(list(peerlist.PEERS))
+    lines = peertell.about_servers(list(peerlist.PEERS))
     assert len(lines) == 2 + len(peerlist.PEERS)
     assert {line.count("|") for line in lines} == {5}
     assert "| mosec 0.9.8 | raw bytes | 1 ms | no protocol" in lines[3]
@@ -287,13 +307,13 @@ def test_what_each_leaves_out_is_told() -> None:
 
 def test_servers_have_one_order_in_the_plot() -> None:
     rows = [row("a", 5.0), row("b", 9.0), row("c", 99.0, "mlp"), row("a", 50.0, "mlp")]
-    assert peerplot.order(rows, ["tiny", "mlp"]) == ["b", "a", "c"]
+    assert peertell.order(rows, ["tiny", "mlp"]) == ["b", "a", "c"]
 
 
 def test_the_plot_is_a_small_picture(tmp_path: Path) -> None:
     rows = [row("penstock", 1000.0), row("mosec", 2000.0)]
     path = tmp_path / "peers.png"
-    assert peerplot.draw(rows, {"penstock": "Penstock", "mosec": "mosec"}, "penstock", {"cpu": "x", "date": "y"}, path)
+    assert peertell.draw({"cases": rows, "machine": {"cpu": "x", "date": "y"}}, path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size < 150_000
 
