@@ -188,17 +188,20 @@ def running(key: str, peer: Peer, place: Place, expected: Array) -> Iterator[Run
     """Raises PeerError when it does not start or answers wrongly. Whatever was started is ended."""
     place.directory.mkdir(parents=True)
     log = place.directory / "log.txt"
-    command, variables = peer.start(place)
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=place.directory,
-            env={**os.environ, **variables_of(place), **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    try:
+        command, variables = peer.start(place)
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=place.directory,
+                env={**os.environ, **variables_of(place), **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    except (OSError, ValueError) as error:  # what its package has on other systems, or for other versions of Python
+        raise PeerError(f"cannot be started: {error}"[:_REASON_MAX]) from error
     try:
         url = f"http://127.0.0.1:{place.ports[0]}"
         request = request_of(peer.protocol, peer.path, place.model)

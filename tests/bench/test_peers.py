@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,57 @@ def test_what_cannot_be_run_is_why_nothing_was_installed() -> None:
 )
 def test_a_reason_fits_into_a_table(text: str, said: str) -> None:
     assert peers.last_line(text) == said
+
+
+# --- what is started ---
+
+# Answers every request with the bytes of a file.
+ANSWERING = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = open(sys.argv[1], "rb").read()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *arguments):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+EXPECTED = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
+
+
+def started(tmp_path: Path, *command: str) -> AbstractContextManager[peers.Running]:
+    """A server of one's own, in ``with``. PORT in the command is replaced."""
+    repository = models.make_repository(tmp_path / "repository", ["tiny"])
+    place = peerlist.Place(tmp_path, tmp_path / "place", repository, "tiny", peers.free_ports(1))
+    given = [each.replace("PORT", str(place.ports[0])) for each in command]
+    peer = peerlist.Peer(**{**vars(peerlist.PEERS["mosec"]), "start": lambda _: peerlist.Start(given)})
+    return peers.running("own", peer, place, EXPECTED)
+
+
+def test_a_server_that_answers_rightly_runs_and_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "answer").write_bytes(EXPECTED.tobytes())
+    with started(tmp_path, sys.executable, "-c", ANSWERING, str(tmp_path / "answer"), "PORT") as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        assert "/inference" in server.script.read_text()
+        assert processes.of(server.root) == {server.root}
+    assert processes._there({server.root}) == set()
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["/no/such/server"], "cannot be started: .*/no/such/server"),
+        ([sys.executable, "-S", "-c", "raise ValueError('no licence')"], "ended at its start: ValueError: no licence"),
+        ([sys.executable, "-c", ANSWERING, "/dev/null", "PORT"], "answers wrongly"),
+    ],
+)
+def test_why_a_server_does_not_run(tmp_path: Path, command: list[str], why: str) -> None:
+    with pytest.raises(peers.PeerError, match=why), started(tmp_path, *command):
+        pass
 
 
 # --- what is asked and answered ---
