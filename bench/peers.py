@@ -3,7 +3,7 @@
 Installs each server of peerlist.py from PyPI into an environment of its own, kept in the user's cache directory for the
 next time. For each model it starts all of them, Penstock too, checks one answer of each against ONNX Runtime's own, and
 drives them with wrk (Debian package ``wrk``) in turns: in each round each server once at each number of connections, in
-another order each round. A server that uses more than 2 % of a core while nobody asks it anything is held up (SIGSTOP)
+another order each round. A server that uses more than 5 % of a core while nobody asks it anything is held up (SIGSTOP)
 while it is not its turn, so that this costs the others nothing; the rest run on, for some take such a pause for time
 that their work took. Processor time is that of all processes of a server, user and system, over its requests; wrk's is
 not in it. Medians of the rounds go to standard output as a table, to a JSON file, and to a text file and a plot beside
@@ -54,7 +54,7 @@ INSTALL_MAX_S: Final = 1200.0
 START_MAX_S: Final = 120.0  # until the first answer
 SETTLE_S: Final = 2.0  # after the first answers, before servers are watched for
 IDLE_S: Final = 5.0  # while they are idle
-IDLE_MAX_PERCENT: Final = 2.0  # of a core; who uses more is held up when it is not its turn
+IDLE_MAX_PERCENT: Final = 5.0  # of a core; who uses more is held up when it is not its turn
 BACK_MAX_S: Final = 20.0  # until it answers again then
 WARM_UP_S: Final = 1  # before each measurement, at the same number of connections
 _ASK_MAX_S: Final = 10.0

@@ -69,7 +69,7 @@ def short_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for case in cases.items():
             row = by_case.get((key, *case))
             cells.append(
-                f"{row['requests_per_s']:,.0f}/s, {row['cpu_us']:,.0f} µs, {row['p50_ms']:.3g} / {row['p99_ms']:.3g} ms"
+                f"{row['requests_per_s']:,.0f}/s, {row['cpu_us']:,.0f} µs, {_three_digits(row['p50_ms'])} / {_three_digits(row['p99_ms'])} ms"
                 if row
                 else "not measured"
             )
@@ -99,6 +99,10 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
     rows = content["cases"]
     names = {row["server"]: title_of(row["server"]) for row in rows}
     return _draw(rows, shown_cases(rows), names, OWN, content["machine"], path)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def _bold(text: str, bold: bool) -> str:
@@ -150,7 +154,7 @@ def _draw(
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.tick_params(labelsize=8)
     figure.suptitle(f"{machine['cpu']}, {machine['date']}; logarithmic scales", fontsize=9, color=_TEXT_COLOR)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     return True
 
 
@@ -187,7 +191,7 @@ def _spans(axes: Any, keys: Sequence[str], values: Mapping[str, tuple[float, flo
             color = _OWN_COLOR if key == own else _OTHER_COLOR
             axes.plot([low, high], [at, at], color=color, linewidth=3, solid_capstyle="butt")
             axes.plot([low], [at], "o", color=color, markersize=6)
-            text = f"{low:.3g} to {high:.3g}"
+            text = f"{_three_digits(low)} to {_three_digits(high)}"
             axes.annotate(
                 text, (high, at), textcoords="offset points", xytext=(5, 0), va="center", fontsize=8, color=_TEXT_COLOR
             )
