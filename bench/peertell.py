@@ -68,11 +68,7 @@ def short_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [f"{_bold(title_of(key), key == OWN)}", protocol_of(key)]
         for case in cases.items():
             row = by_case.get((key, *case))
-            cells.append(
-                f"{row['requests_per_s']:,.0f}/s, {row['cpu_us']:,.0f} µs, {_three_digits(row['p50_ms'])} / {_three_digits(row['p99_ms'])} ms"
-                if row
-                else "not measured"
-            )
+            cells.append("not measured" if row is None else _cell(row))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -99,6 +95,11 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
     rows = content["cases"]
     names = {row["server"]: title_of(row["server"]) for row in rows}
     return _draw(rows, shown_cases(rows), names, OWN, content["machine"], path)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    p50, p99 = _three_digits(row["p50_ms"]), _three_digits(row["p99_ms"])
+    return f"{row['requests_per_s']:,.0f}/s, {row['cpu_us']:,.0f} µs, {p50} / {p99} ms"
 
 
 def _three_digits(value: float) -> str:
