@@ -5,7 +5,8 @@ from /proc what each process used meanwhile. Processor time per request repeats 
 requests per second and p99 do not: judge by the first, and by ratios within one run. Medians of the repeats go to
 standard output as a table, and with everything else to a JSON file.
 
-``--beside`` runs ``fastapi_ort.py``, FastAPI with ONNX Runtime in one process, in turn with it on the binary cases.
+``--beside`` runs ``peer_servers/fastapi_ort.py``, FastAPI with ONNX Runtime in one process, in turn with it on the
+binary cases; other servers are ``peers.py``'s.
 ``--requests`` adds a long run of mixed sizes, and says by how many MB each process has grown after its first tenth.
 """
 
@@ -125,7 +126,7 @@ class Server:
 
 
 class Beside:
-    """``fastapi_ort.py`` on a repository of bench models, for the time of a ``with``."""
+    """``peer_servers/fastapi_ort.py`` on a repository of bench models, for the time of a ``with``."""
 
     def __init__(self, repository: Path) -> None:
         self._repository = repository
@@ -133,8 +134,8 @@ class Beside:
     def __enter__(self) -> Beside:
         with create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        script = Path(__file__).with_name("fastapi_ort.py")
-        self._process = subprocess.Popen([sys.executable, str(script), str(self._repository), str(port)])
+        command = [sys.executable, "-m", "bench.peer_servers.fastapi_ort", str(self._repository), str(port)]
+        self._process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
         self.url = f"http://127.0.0.1:{port}"
         while self._process.poll() is None:
             try:
@@ -199,13 +200,19 @@ def request_body(model: str, form: str) -> tuple[bytes, int]:
 def write_raw_script(directory: Path, model: str) -> Path:
     """A wrk script that sends one row as it is."""
     [array] = bench_models.sample(model, 1).values()
-    (directory / "raw").write_bytes(array.tobytes())
-    script = directory / "raw.lua"
-    script.write_text(
-        f'local file = io.open("{directory}/raw", "rb")\n'
-        f'wrk.method, wrk.path = "POST", "/v2/models/{model}/infer"\n'
-        'wrk.body = file:read("*a")\n'
-    )
+    return write_post(directory / "raw.lua", f"/v2/models/{model}/infer", array.tobytes(), {})
+
+
+def write_post(script: Path, path: str, body: bytes, headers: Mapping[str, str]) -> Path:
+    """A wrk script that sends the same again and again; the body lies in a file beside it."""
+    file = script.with_suffix(".body")
+    file.write_bytes(body)
+    lines = [
+        f'local file = io.open("{file}", "rb")',
+        f'wrk.method, wrk.path, wrk.body = "POST", "{path}", file:read("*a")',
+        *(f'wrk.headers["{name}"] = "{value}"' for name, value in headers.items()),
+    ]
+    script.write_text("\n".join(lines) + "\n")
     return script
 
 
@@ -418,7 +425,7 @@ def print_compared(others: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _words(known: Sequence[str]) -> Callable[[str], list[str]]:
+def words(known: Sequence[str]) -> Callable[[str], list[str]]:
     """For argparse: some of the known words, with commas between them."""
 
     def words(text: str) -> list[str]:
@@ -431,25 +438,25 @@ def _words(known: Sequence[str]) -> Callable[[str], list[str]]:
     return words
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
     """For argparse: a whole number from 1 on."""
     if not text.isascii() or not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
 
 
-def _counts(text: str) -> list[int]:
-    return [_count(each) for each in text.split(",")]
+def whole_numbers(text: str) -> list[int]:
+    return [whole_number(each) for each in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = bench_models.MODELS
-    parser.add_argument("--models", type=_words(models), default="tiny,mlp,image", help=f"of {', '.join(models)}")
-    parser.add_argument("--forms", type=_words(FORMS), default=",".join(FORMS))
-    parser.add_argument("--connections", type=_counts, default="1,16,64,256")
-    parser.add_argument("--seconds", type=_count, default=5, help="for each run; wrk takes whole ones")
-    parser.add_argument("--repeats", type=_count, default=3)
+    parser.add_argument("--models", type=words(models), default="tiny,mlp,image", help=f"of {', '.join(models)}")
+    parser.add_argument("--forms", type=words(FORMS), default=",".join(FORMS))
+    parser.add_argument("--connections", type=whole_numbers, default="1,16,64,256")
+    parser.add_argument("--seconds", type=whole_number, default=5, help="for each run; wrk takes whole ones")
+    parser.add_argument("--repeats", type=whole_number, default=3)
     parser.add_argument("--beside", action="store_true", help="FastAPI with ONNX Runtime, in turn with it")
     parser.add_argument("--requests", type=int, default=0, help="of mixed sizes, to see memory grow")
     parser.add_argument("--out", type=Path, default=RESULTS / "http.json")

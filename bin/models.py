@@ -52,14 +52,15 @@ def _row(state: ModelState) -> tuple[str, str, str, str, str]:
 @models.command()
 @click.argument("models", type=click.Path(path_type=Path), default=BUNDLED_MODELS)
 @options.config_file
-def prepare(models: Path, config: Path | None) -> None:
+@click.option("--gpu", is_flag=True, help="For workers on a GPU. None is needed for that.")
+def prepare(models: Path, config: Path | None, gpu: bool) -> None:
     """Prepare MODELS (a repository or an .onnx file) now, so that workers need not when they start.
 
     Exit code 2, with a sentence each: what cannot be prepared. A worker would hold its own copy of it.
     """
     problems = 0
     with _Complaints() as complain:
-        store, minimum = _open_store(config)
+        store, minimum = _open_store(config, gpu)
         for file in _find_models(models):
             problem = file.problem or _prepare(store, minimum, file)
             if problem:
@@ -111,7 +112,7 @@ def prune(models: Sequence[Path], config: Path | None, dry_run: bool) -> None:
         for path in models:
             for file in _find_models(path):
                 try:
-                    wanted.add(store.find(file.path).key)
+                    wanted |= {store.find(file.path, on_gpu).key for on_gpu in (False, True)}
                 except (Unusable, OSError) as error:
                     complain(f"model {file.name}: {error}; nothing was removed")
                     sys.exit(options.EXIT_CANNOT_SERVE)
@@ -138,12 +139,12 @@ class _Complaints:
             sys.exit(options.EXIT_CANNOT_SERVE)
 
 
-def _open_store(config: Path | None) -> tuple[Store, int]:
+def _open_store(config: Path | None, on_gpu: bool = False) -> tuple[Store, int]:
     """The store that the configuration names, and from how many bytes of weights on it is used. Raises StoreError."""
     from penstock.worker.store import find_store
 
     limits = options.load_options(config).worker
-    return find_store(limits), limits.store_min_bytes
+    return find_store(limits, on_gpu), limits.store_min_bytes
 
 
 def _find_models(path: Path) -> list[ModelFile]:

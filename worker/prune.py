@@ -41,16 +41,25 @@ def find_entries(store: Store, wanted: Collection[str], remove: bool) -> Iterato
             if alone and remove:
                 store.discard(entry)
         yield Found(name, nbytes, not alone, reason if alone else f"it is in use, though {reason}")
+    for folder, key, source in store.built():
+        reason = "" if key in wanted else _why_no_more(store, source, key, on_gpu=True)
+        nbytes = _size(folder)  # whoever has loaded it needs it no more
+        if reason and remove:
+            store.discard(folder)
+        yield Found(f"TensorRT's engines of {source}", nbytes, not reason, reason or "it is needed")
     if remove:
         store.sweep()
 
 
 def _why_useless(store: Store, manifest: Manifest) -> str:
-    source = Path(manifest.source)
+    return _why_no_more(store, Path(manifest.source), manifest.key, manifest.provider != "CPUExecutionProvider")
+
+
+def _why_no_more(store: Store, source: Path, key: str, on_gpu: bool) -> str:
     if not source.is_file():
         return f"{source} is gone"
     try:
-        if store.find(source).key == manifest.key:
+        if store.find(source, on_gpu).key == key:
             return ""
     except (Unusable, OSError) as error:
         return f"{source} cannot be read: {error}"

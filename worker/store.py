@@ -55,6 +55,7 @@ _PREPARE_LOCK: Final = "prepare.lock"
 _TEMPORARY: Final = "tmp-"
 _LOCK_SUFFIX: Final = ".lock"
 _ENGINES: Final = "engines"
+_SOURCE: Final = "source"  # the path of the model, in a directory of TensorRT's engines
 _NOT_USABLE: Final = "prepared model is not usable"
 _WAIT_MAX_S: Final = 3600.0  # for others who prepare
 _WAIT_TELL_S: Final = 3.0  # between two words on waiting
@@ -99,7 +100,7 @@ class Store:
         self.root = root
         self._min_bytes = min_bytes
         self._on_gpu = on_gpu
-        self._setting: Setting | None = None
+        self._settings: dict[bool, Setting] = {}
 
     def take(self, path: Path, name: str) -> Weights:
         """A model's weights: shared if possible. What stands in the way is a warning."""
@@ -141,19 +142,25 @@ class Store:
         TensorRT and the driver. Raises StoreError."""
         try:
             check_root(self.root)
-            folder = self.root / _ENGINES / f"{self.find(path).key}-{built_for}"
+            source = self.find(path, on_gpu=True)
+            folder = self.root / _ENGINES / f"{source.key}-{built_for}"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / _SOURCE).write_text(str(source.path))
         except Unusable as error:
             raise StoreError(str(error)) from None
         except OSError as error:
             raise StoreError(_say(error)) from None
         return folder
 
-    def find(self, path: Path) -> Source:
-        """A model's files and its key. Raises Unusable and OSError."""
-        if self._setting is None:
-            self._setting = find_setting(self._on_gpu)
-        return find_source(path, self._setting)
+    def find(self, path: Path, on_gpu: bool | None = None) -> Source:
+        """A model's files and its key. ``on_gpu``: what it is prepared for, if not what this store prepares for. Raises
+        Unusable and OSError."""
+        return find_source(path, self._setting(self._on_gpu if on_gpu is None else on_gpu))
+
+    def _setting(self, on_gpu: bool) -> Setting:
+        if on_gpu not in self._settings:
+            self._settings[on_gpu] = find_setting(on_gpu)
+        return self._settings[on_gpu]
 
     def _find(self, entry: Path, tell: Tell) -> Manifest | None:
         """What can be believed."""
@@ -201,16 +208,16 @@ class Store:
             _close(alone)
 
     def _describe(self, source: Source, name: str, files: Mapping[str, FileSum], problem: str) -> Manifest:
-        assert self._setting is not None
+        setting = self._setting(self._on_gpu)
         return Manifest(
             format=FORMAT,
             key=source.key,
             name=name,
             source=str(source.path),
-            onnxruntime=self._setting.onnxruntime,
-            provider=self._setting.provider,
-            options=self._setting.options,
-            cpu=self._setting.cpu,
+            onnxruntime=setting.onnxruntime,
+            provider=setting.provider,
+            options=setting.options,
+            cpu=setting.cpu,
             weight_bytes=source.weight_bytes,
             files=dict(files),
             problem=problem,
@@ -244,6 +251,15 @@ class Store:
         for name in sorted(os.listdir(self.root)):
             if len(name) == KEY_LETTERS and not set(name) - set("0123456789abcdef"):
                 yield self.root / name
+
+    def built(self) -> Iterator[tuple[Path, str, Path]]:
+        """Directories of TensorRT's engines, their keys, and the models that they are of. Raises OSError."""
+        for folder in sorted((self.root / _ENGINES).glob(f"{'?' * KEY_LETTERS}-*")):
+            try:
+                source = Path((folder / _SOURCE).read_text())
+            except (FileNotFoundError, UnicodeDecodeError):
+                source = Path()
+            yield folder, folder.name[:KEY_LETTERS], source
 
     @contextlib.contextmanager
     def alone(self, entry: Path) -> Iterator[bool]:

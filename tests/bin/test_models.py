@@ -99,6 +99,14 @@ def test_models_are_prepared_once_and_progress_is_shown(config: Path, repository
     ).stdout.replace("model: ", "large: ")
 
 
+def test_models_are_prepared_for_a_gpu_apart(config: Path, repository: Path) -> None:
+    store(config, "prepare", str(repository))
+    shown = store(config, "prepare", "--gpu", str(repository))
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert "large: model prepared: seconds " in shown.stdout
+    assert store(config, "prune").stdout.count("kept large") == 2
+
+
 def test_what_cannot_be_prepared_is_a_sentence_each(config: Path, repository: Path, tmp_path: Path) -> None:
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.onnx").write_bytes(b"not a model")

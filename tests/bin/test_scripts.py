@@ -259,14 +259,15 @@ def test_all_checks_come_before_the_tests_which_get_the_arguments(checkout: Chec
     assert checkout.calls()[:2] == ["python3 -m venv .venv", install(checkout, "test")]
     for name in ("ruff", "mypy"):
         checkout.put(checkout.venv / "bin" / name, RECORD.format(name=name, root=checkout.root, code=0))
-    (checkout.root / "bench").mkdir()
+    (checkout.root / "bench" / "peer_servers").mkdir(parents=True)
     (checkout.root / "bench" / "http.py").touch()
+    (checkout.root / "bench" / "peer_servers" / "one.py").touch()
     ended = checkout.run(str(checkout.root / "bin" / "test"), "tests/wire", "-k", "fifo")
     assert (ended.returncode, ended.stdout) == (0, "ran -m pytest tests/wire -k fifo\n")
     assert checkout.calls() == [
         "ruff check .",
         "ruff format --check .",
-        "mypy namespace/penstock tests examples/digits/train.py bench/http.py",
+        "mypy namespace/penstock tests examples/digits/train.py bench/http.py bench/peer_servers/one.py",
         "python3 -m pytest tests/wire -k fifo",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -643,6 +644,20 @@ def test_what_no_model_needs_is_removed(store: Store, dense: Path, workshop: Wor
     assert not found.kept
     assert sorted(os.listdir(store.root)) == ["prepare.lock"]
     assert prune(store) == []
+
+
+def test_what_is_for_a_gpu_is_kept_as_long_as_its_model(store: Store, workshop: Workshop) -> None:
+    path = workshop.save(build_dense(workshop, SIZE))
+    open_(Store(store.root, on_gpu=True), path, [])
+    engines = store.engines(path, "sm9.0-tensorrt101300-cuda13000")
+    (engines / "x.engine").write_bytes(b"x" * 1000)
+    assert [each.kept for each in find_entries(store, (), remove=True)] == [True, True]
+    path.unlink()
+    gc.collect()
+    found = list(find_entries(store, (), remove=True))
+    assert [(each.kept, each.reason) for each in found] == [(False, f"{path} is gone")] * 2
+    assert found[1].nbytes > 1000
+    assert not engines.exists()
 
 
 def test_what_a_process_has_mapped_is_kept(store: Store, dense: Path, take: Callable[..., Taker]) -> None:

@@ -1,35 +1,29 @@
 """What one writes by hand instead of a server: FastAPI on uvicorn, ONNX Runtime in the same process, raw bytes.
 
-    python bench/fastapi_ort.py REPOSITORY PORT
+    python -m bench.peer_servers.fastapi_ort REPOSITORY PORT
 
 It answers ``POST /v2/models/NAME/infer``, whose body is one row of float32, with the bytes of the output; nothing is
-parsed, checked or batched. bench/http.py runs it beside Penstock; it needs the extra ``bench``.
+parsed, checked or batched. bench/peers.py runs it, and bench/http.py beside Penstock; that needs the extra ``bench``.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # see penstock.worker
-if __name__ == "__main__":  # this folder comes first then, and has a module http of its own
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import numpy as np
-import onnxruntime
 import uvicorn
 from fastapi import FastAPI, Request, Response
+
+from bench.peer_servers.session import open_session, row_shape
 
 
 def main() -> None:
     repository, port = Path(sys.argv[1]), int(sys.argv[2])
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
     sessions = {}
     for path in repository.glob("*/1/model.onnx"):
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        sessions[path.parts[-3]] = session, [1, *session.get_inputs()[0].shape[1:]]
+        session = open_session(str(path))
+        sessions[path.parts[-3]] = session, [1, *row_shape(session)]
     app = FastAPI()
 
     # Not a plain function: FastAPI would hand it to a thread, which costs more than it gains on few cores.
