@@ -162,7 +162,10 @@ class ControlServer:
                 os.close(arena[0])
 
     def close(self) -> None:
+        """Whoever is connected is told that the broker leaves."""
         self._poll.unregister(self._listener)
         self._listener.close()
-        for fileno in list(self._connections):
+        for fileno, connection in list(self._connections.items()):
+            with contextlib.suppress(OSError):
+                control.leave(connection)
             self._close(fileno)

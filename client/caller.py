@@ -256,9 +256,9 @@ class Caller:
                     self._arena_came(worker, self._arrivals.came(worker, serial, arena))
             case BrokerFound():
                 self.membership.found()
-            case BrokerLost(reason):
+            case BrokerLost(reason, expected):
                 self._arrivals.clear()
-                self._lost(reason)
+                self._lost(reason, "info" if expected else "warning")
             case Garbage(process, reason):
                 self.meters.value("penstock_bad_messages", process).value += 1
                 self._log("warning", "bad message dropped", process=process, reason=reason)
@@ -390,7 +390,7 @@ class Caller:
             case Beat():
                 pass
             case Bye():
-                self._lost("the broker shut down")
+                self._lost("the broker shut down", "info")
             case _:
                 raise AssertionError(f"a broker does not send {message!r}")
 
@@ -439,10 +439,10 @@ class Caller:
         self._commands += [Hear(endpoint, False) for endpoint in sorted(self._endpoints - endpoints)]
         self._endpoints = endpoints
 
-    def _lost(self, reason: str) -> None:
+    def _lost(self, reason: str, level: str = "warning") -> None:
         """The broker that had the requests knows them no more. Those that were not sent yet wait for the next."""
         if self.membership.joined:
-            self._log("warning", "broker gone; looking for it", reason=reason)
+            self._log(level, "broker gone; looking for it", reason=reason)
         self.membership.lost()
         self._fresh = False
         for number in [call.id for call in self.calls.values() if call.state == SENT]:

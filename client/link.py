@@ -312,4 +312,4 @@ class Link:
             self._control.close()
             self._control = None
             self._control_at = 0.0
-            self._hear(BrokerLost(str(error)))
+            self._hear(BrokerLost(str(error), isinstance(error, control.BrokerLeft)))

@@ -3,7 +3,8 @@
 It says what ZeroMQ cannot: that a peer has died, at once, because the kernel closes the connection; since both ends are
 the same user's, whose it is; and where its arena is, as a descriptor. Packets (SOCK_SEQPACKET) keep their borders. Each
 introduces a peer: the protocol's version, its id, the introduction's number and, beside them, its arena's descriptor if
-it has one. A peer sends one, about itself, with the number 0; the broker passes on those of others.
+it has one. A peer sends one, about itself, with the number 0; the broker passes on those of others, and says with the
+number 0, about nobody, that it leaves: what it says over ZeroMQ at its very end is not always delivered.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ _CREDENTIALS: Final = struct.Struct("3i")
 HELLO_BYTES: Final = _HELLO.size
 BACKLOG: Final = 1024
 NO_ARENA: Final = -1  # in place of a descriptor
+_NOBODY: Final = bytes(PEER_ID_BYTES)
+
+
+class BrokerLeft(ConnectionError):
+    """The broker has shut down, as it was told to."""
 
 
 def connect(path: Path, peer: bytes, arena: int = NO_ARENA) -> socket.socket | None:
@@ -65,6 +71,11 @@ def introduce(connection: socket.socket, peer: bytes, arena: int = NO_ARENA, ser
     socket.send_fds(connection, [_HELLO.pack(_MAGIC, VERSION, peer, serial)], [] if arena == NO_ARENA else [arena])
 
 
+def leave(connection: socket.socket) -> None:
+    """Say that the broker shuts down. Raises OSError, BlockingIOError when the other end does not read."""
+    introduce(connection, _NOBODY)
+
+
 def receive(connection: socket.socket) -> Introduction | None:
     """The next peer that is introduced; its arena's descriptor is the receiver's to close.
 
@@ -91,7 +102,8 @@ def receive(connection: socket.socket) -> Introduction | None:
 
 
 def receive_arenas(connection: socket.socket) -> Iterator[ArenaCame]:
-    """The arenas that the broker has passed on by now. Raises ConnectionError when it has gone, or talks nonsense."""
+    """The arenas that the broker has passed on by now. Raises ConnectionError when it has gone, or talks nonsense;
+    BrokerLeft when it has said so before."""
     while True:
         try:
             introduced = receive(connection)
@@ -102,6 +114,8 @@ def receive_arenas(connection: socket.socket) -> Iterator[ArenaCame]:
         if introduced is None:
             raise ConnectionError("the broker's process ended")
         peer, serial, arena = introduced
+        if peer == _NOBODY and arena == NO_ARENA:
+            raise BrokerLeft("the broker has shut down")
         try:
             yield ArenaCame(peer, serial, Mapping(arena))
         except ArenaError as error:

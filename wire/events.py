@@ -38,7 +38,10 @@ class BrokerFound:
 
 @dataclass(slots=True)
 class BrokerLost:
+    """``expected``: it has said that it leaves."""
+
     reason: str
+    expected: bool = False
 
 
 @dataclass(slots=True)

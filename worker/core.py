@@ -151,9 +151,9 @@ class Core:
                 self._unsubscribed(caller)
             case BrokerFound():
                 self.membership.found()
-            case BrokerLost(reason):
+            case BrokerLost(reason, expected):
                 if self.membership.joined:
-                    self._log("warning", "broker gone; looking for it", reason=reason)
+                    self._log("info" if expected else "warning", "broker gone; looking for it", reason=reason)
                 self._arrivals.clear()
                 self.membership.lost()
             case Garbage(process, reason):

@@ -49,7 +49,6 @@ log = logging.getLogger("penstock.worker")
 _ROUND_MESSAGES: Final = 64
 _HIGH_WATER: Final = 100_000  # messages that may wait for one caller; what a worker keeps for it is far below
 _LINGER_MS: Final = 200  # for what was said last
-_LAST_WORDS_S: Final = 0.02  # that they may come later
 _CONTROL_AGAIN_S: Final = 0.05  # between two looks for a broker's control socket
 LOST_S: Final = 20.0  # that a worker whose GPU is lost when it begins tells so; to the launcher that is no steady life
 _SWITCH_INTERVAL_S: Final = 0.0005  # the talking thread gets the GIL back within this from a compute thread's Python
@@ -411,18 +410,8 @@ class WorkerProcess:
             for came in control.receive_arenas(self._control):
                 self._hear(came)
         except ConnectionError as error:
-            self._hear_last_words()
             self._lose_control()
-            self._hear(BrokerLost(str(error)))
-
-    def _hear_last_words(self) -> None:
-        """A broker that leaves has said so, on the other connection."""
-        said = select.poll()
-        said.register(self._broker.fileno(), select.POLLIN)
-        until = time.monotonic() + _LAST_WORDS_S
-        while self._core.membership.joined and (left_s := until - time.monotonic()) > 0:
-            said.poll(left_s * 1000)
-            self._read()
+            self._hear(BrokerLost(str(error), isinstance(error, control.BrokerLeft)))
 
     def _lose_control(self) -> None:
         if self._control is not None:

@@ -162,6 +162,8 @@ def test_closing_ends_every_connection(path: Path) -> None:
     assert server.read(fileno) == Came(PEER, 0)
     server.close()
     wait(end.fileno())
+    with pytest.raises(control.BrokerLeft, match="has shut down"):
+        list(control.receive_arenas(end))
     assert end.recv(1) == b""
     assert control.connect(path, PEER) is None
     end.close()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.wire import control
 from penstock.wire.control import HELLO_BYTES, NO_ARENA, Introduction, connect, introduce, listen, receive, same_user
 from penstock.wire.errors import BadMessage
 
@@ -102,7 +103,19 @@ def test_a_peer_notices_the_end_of_its_broker(ends: tuple[socket.socket, socket.
     broker.recv(100)
     broker.close()
     assert select.select([peer], [], [], 10)[0]
-    assert peer.recv(100) == b""
+    with pytest.raises(ConnectionError, match="process ended") as told:
+        list(control.receive_arenas(peer))
+    assert not isinstance(told.value, control.BrokerLeft)
+
+
+def test_a_broker_that_leaves_says_so(ends: tuple[socket.socket, socket.socket]) -> None:
+    peer, broker = ends
+    broker.recv(100)
+    control.leave(broker)
+    broker.close()
+    assert select.select([peer], [], [], 10)[0]
+    with pytest.raises(control.BrokerLeft):
+        list(control.receive_arenas(peer))
 
 
 def test_processes_of_this_user_are_known_by_the_kernel(ends: tuple[socket.socket, socket.socket]) -> None:

@@ -137,6 +137,12 @@ def test_end_of_the_control_connection_is_the_brokers_death(talk: Talk) -> None:
     assert talk.said(talk.hear(BrokerFound()), WorkerHello)
 
 
+def test_a_broker_that_said_it_leaves_is_no_warning(talk: Talk) -> None:
+    commands = talk.hear(BrokerLost("the broker has shut down", expected=True))
+    assert commands == [Log("info", "broker gone; looking for it", {"reason": "the broker has shut down"})]
+    assert not talk.core.membership.joined
+
+
 def test_good_bye_of_the_broker_ends_the_membership(talk: Talk) -> None:
     assert talk.logged(talk.tell(Bye(7))) == ["broker is shutting down"]
     assert not talk.core.membership.joined
