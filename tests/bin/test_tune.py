@@ -32,8 +32,13 @@ def tune(*arguments: str) -> Result:
 def test_batches_are_found_for_a_model_that_gains_by_them_and_written(tmp_path: Path) -> None:
     """Its batches take the same time however many rows they have: so those of one row are the worst there are."""
     write(tmp_path, "slow", slow(20), config=CONFIG)
-    result = tune(str(tmp_path / "slow"), "--latency", "2s", "--budget", "14s")
-    assert result.exit_code == 0, result.output
+    for budget in "14s", "90s":  # a setting takes 5 s, and several times as long where others want the cores
+        result = tune(str(tmp_path / "slow"), "--latency", "2s", "--budget", budget)
+        assert result.exit_code == 0, result.output
+        match = re.search(r"(\d+) settings? tried", result.output)
+        assert match is not None, result.output
+        if int(match[1]) >= 2:
+            break
     written = (tmp_path / "slow" / "model.toml").read_text()
     match = re.fullmatch(
         r"# Ours, as measured in May\.\nmax_batch_size = (\d+)  # one at a time\nintra_op_spinning = false\n"
