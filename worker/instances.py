@@ -47,7 +47,7 @@ class Instances:
     def run(self, model: Model, batch: Batch) -> Executed | None:
         """Have a batch run: on a thread, or here and now (then it is returned) when that costs less."""
         if model.gpu is not None or model.run_s > INLINE_MAX_S:  # whoever waits for a GPU takes little time itself
-            (self._recorded if model.config.cuda_graphs else self._todo).put((model, batch))
+            (self._recorded if model.gpu is not None and model.config.cuda_graphs else self._todo).put((model, batch))
             return None
         executed = execute(model, batch, self._slots)
         self._measure(executed)

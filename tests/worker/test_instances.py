@@ -95,6 +95,14 @@ def test_model_that_was_not_timed_runs_on_a_thread(instances: Instances, model: 
     wait(instances, 1)
 
 
+def test_cuda_graphs_mean_nothing_on_the_cpu(instances: Instances, batch: MakeBatch, workshop: Workshop) -> None:
+    """There is no thread for them, so whoever waited for it would wait for ever."""
+    model = workshop.unary("Neg", TensorProto.FLOAT, ["N", 2], cuda_graphs=True)
+    assert instances.run(model, batch(model, 1)) is None
+    [executed] = wait(instances, 1)
+    assert executed.batch.serial == 1
+
+
 def test_model_that_takes_less_than_handing_it_over_runs_at_once(
     instances: Instances, model: Model, batch: MakeBatch
 ) -> None:
