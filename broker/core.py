@@ -61,7 +61,7 @@ from penstock.wire.messages import (
 )
 from penstock.wire.metrics import Meters
 
-_SWEEP_S: Final = 1.0  # between two looks at what need not be exact; each wakes an idle broker
+_SWEEP_S: Final = 2.0  # between two looks at what need not be exact; each wakes an idle broker
 _SETTLE_S: Final = 0.25  # a dead process's files are all closed by then
 _BROKER: Final = "broker"  # its name among the peers'
 

@@ -14,8 +14,7 @@ class BrokerOptions:
     unacknowledged_bytes_max: int = 256 << 20  # results that one worker keeps for one caller
     attempts_max: int = 3  # workers that may be lost under one request
 
-    beat_s: float = 1.0  # how often peers say that they live
-    silence_max_s: float = 5.0  # after which a peer is taken for dead, within a second
+    silence_max_s: float = 5.0  # after which a peer is taken for dead, within two seconds
     rejoin_grace_s: float = 0.25  # a new broker waits so long for the peers of the old one before it assigns
     unserved_grace_s: float = 10.0  # requests wait so long for a worker to come back before they are refused
     free_delay_s: float = 0.01  # acknowledgments wait so long for work to travel with

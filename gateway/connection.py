@@ -50,7 +50,7 @@ REASONS: Final = {
 _STATUS_LINES: Final = {status: f"HTTP/1.1 {status} {reason}\r\n".encode() for status, reason in REASONS.items()}
 
 
-_WATCH_S: Final = 1.0  # between two looks for connections that are late
+_WATCH_S: Final = 2.0  # between two looks for connections that are late
 _NO_HEAD: Final = Head(b"", b"", {}, 0, False, False)  # of what could not be read
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-BEAT_S: Final = 1.0  # how often a peer says that it lives
+BEAT_S: Final = 1.0  # how often a peer says that it lives, if it is awake
+QUIET_BEAT_S: Final = 2.0  # how often it wakes for that alone: an idle server should sleep
 SILENCE_MAX_S: Final = 5.0  # after which a broker is taken for gone
 HELLO_AGAIN_S: Final = 0.1  # between two hellos that nobody has answered
 # On one host a control connection says when there is a broker to greet. Without one for so long, a peer that may not
@@ -23,7 +24,8 @@ class Membership:
         self.epoch = 0
         self._patience_s = _PATIENCE_S if local else 0.0
         self._hello_at: float | None = None  # None: the patience begins when next asked
-        self._beat_at = 0.0
+        self._beat_at = 0.0  # a beat is due if this peer is awake
+        self._wake_at = 0.0  # it wakes for the beat alone
         self._heard = 0.0
 
     @property
@@ -33,7 +35,7 @@ class Membership:
     def welcomed(self, epoch: int, now: float) -> None:
         self.epoch = epoch
         self._heard = now
-        self._beat_at = now
+        self._beat_at = self._wake_at = now
 
     def heard(self, now: float) -> None:
         self._heard = now
@@ -69,8 +71,9 @@ class Membership:
         if now < self._beat_at:
             return ""
         self._beat_at = now + BEAT_S
+        self._wake_at = now + QUIET_BEAT_S
         return "beat"
 
     def due(self) -> float:
         """When ``say`` should be asked next."""
-        return self._beat_at if self.joined else self._hello_at or 0.0
+        return self._wake_at if self.joined else self._hello_at or 0.0

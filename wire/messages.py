@@ -431,7 +431,7 @@ class Ask(Message):
 
 @dataclass(slots=True)
 class Beat(Message):
-    """Said at least once a second, so that silence means death. Peers add their metrics; the broker answers with
+    """Said at least every two seconds, so that silence means death. Peers add their metrics; the broker answers with
     one."""
 
     TAG = 4

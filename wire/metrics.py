@@ -1,6 +1,6 @@
 """What every process counts, and how a snapshot of it travels.
 
-A process adds to plain integers and short lists; once a second it sends the whole of them to the broker, which keeps
+A process adds to plain integers and short lists; with its beats it sends the whole of them to the broker, which keeps
 the latest of each process, so that any gateway can report the whole server. prometheus-client only writes the text:
 its own counters take a lock and some microseconds for each request.
 """

@@ -666,7 +666,7 @@ def test_requests_do_not_wait_for_ever_for_a_worker() -> None:
     caller.submit()
     talk.live(2.5)
     assert caller.refused() == {}
-    talk.live(1.0)
+    talk.live(2.5)
     caller.submit()
     talk.tick()
     refusals = caller.refusals()

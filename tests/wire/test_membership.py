@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.wire.membership import BEAT_S, HELLO_AGAIN_S, SILENCE_MAX_S, Membership
+from penstock.wire.membership import HELLO_AGAIN_S, QUIET_BEAT_S, SILENCE_MAX_S, Membership
 
 
 def joined(now: float = 10.0) -> Membership:
@@ -43,7 +43,7 @@ def test_finding_a_broker_does_not_disturb_who_has_joined() -> None:
     assert membership.say(10.0) == "beat"
 
 
-def test_a_member_beats_once_a_second() -> None:
+def test_a_member_beats_once_a_second_while_it_is_awake() -> None:
     membership = joined(10.0)
     said = []
     for tenth in range(31):
@@ -51,8 +51,18 @@ def test_a_member_beats_once_a_second() -> None:
         membership.heard(now)
         if membership.say(now) == "beat":
             said.append(now)
-            assert membership.due() == now + BEAT_S
     assert said == [10.0, 11.0, 12.0, 13.0]
+
+
+def test_a_member_with_nothing_else_to_do_sleeps_for_longer() -> None:
+    membership = joined(10.0)
+    said = []
+    while (now := membership.due()) < 16.0:
+        membership.heard(now)
+        assert membership.say(now) == "beat"
+        said.append(now)
+    assert said == [10.0, 12.0, 14.0]
+    assert QUIET_BEAT_S < SILENCE_MAX_S / 2  # one that is lost or late does no harm
 
 
 def test_a_silent_broker_is_lost() -> None:

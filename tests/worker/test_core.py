@@ -10,7 +10,7 @@ import pytest
 
 from penstock.wire.errors import BAD_INPUT, DEADLINE, MODEL_FAILED, UNAVAILABLE
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
-from penstock.wire.membership import BEAT_S, HELLO_AGAIN_S, SILENCE_MAX_S
+from penstock.wire.membership import BEAT_S, HELLO_AGAIN_S, QUIET_BEAT_S, SILENCE_MAX_S
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
     MAX_PEERS,
@@ -113,7 +113,7 @@ def test_beat_is_said_every_second_and_brings_what_is_kept(talk: Talk, row: Requ
     talk.assign(A, [1], row)
     talk.finish()
     talk.wait(BEAT_S / 2)
-    assert talk.core.due() == pytest.approx(1.0 + BEAT_S)
+    assert talk.core.due() == pytest.approx(1.0 + QUIET_BEAT_S)
     assert len(talk.said(talk.wait(BEAT_S / 2), Beat)) == 1
     assert count(talk, "penstock_unacknowledged_bytes") == talk.core.kept_bytes > 0
     assert talk.said(talk.wait(BEAT_S / 2), Beat) == []
@@ -399,7 +399,7 @@ def test_batch_waits_for_more_as_long_as_its_model_allows(talk: Talk, slow_row: 
     talk.wait(0.010)
     [run] = talk.batches
     assert (run.batch.rows, run.batch.reason) == (2, "delay")
-    assert talk.core.due() == pytest.approx(1.0 + BEAT_S)
+    assert talk.core.due() == pytest.approx(1.0 + QUIET_BEAT_S)
 
 
 def test_time_alone_changes_nothing_while_every_instance_runs(talk: Talk, slow_row: Request, row: Request) -> None:
