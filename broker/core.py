@@ -39,6 +39,7 @@ from penstock.wire.messages import (
     Beat,
     Bye,
     CallerHello,
+    Costs,
     Done,
     Expect,
     Expected,
@@ -214,7 +215,7 @@ class Core:
                     self._serial = arena = self._serial + 1
                     self._commands.append(Share(worker.id, caller.id, arena))
                 caller.given[worker.id] = arena
-            addresses.append(WorkerAddress(worker.id, endpoint, arena))
+            addresses.append(WorkerAddress(worker.id, endpoint, arena, worker.name))
         self._commands.append(ToCaller(caller.id, Workers(self.epoch, addresses)))
 
     # --- workers ---
@@ -231,6 +232,8 @@ class Core:
         match message:
             case Done(done=done):
                 self.ledger.done(worker, done)
+            case Costs(costs=costs):
+                worker.costs |= {(cost.model, cost.version): cost for cost in costs}
             case Beat():
                 worker.samples = message.samples
                 self._commands.append(ToWorker(peer, Beat(self.epoch)))

@@ -192,7 +192,7 @@ class Ledger:
     def done(self, worker: WorkerPeer, finished: Sequence[Finished]) -> None:
         """A worker has published results, or skipped what was cancelled. What it says of others' requests is
         ignored."""
-        for caller, attempt, nbytes, ids in finished:
+        for caller, attempt, nbytes, ids, _ in finished:
             for lot in lots_of(worker.held.get(caller, {}), ids):
                 if lot.attempt != attempt or lot.state == DONE:
                     continue

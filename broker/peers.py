@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, Lot
 from penstock.broker.queues import ModelKey
 from penstock.wire.codec import ranges
-from penstock.wire.messages import MAX_REQUESTS, Freed
+from penstock.wire.messages import MAX_REQUESTS, Cost, Freed
 from penstock.wire.metrics import Sample
 from penstock.wire.models import READY, ModelState
 
@@ -55,6 +55,7 @@ class WorkerPeer:
         self.heard = now
         self.leaving = False
         self.models: dict[ModelKey, ModelState] = {}
+        self.costs: dict[ModelKey, Cost] = {}
         self.expected: dict[bytes, int] = {}  # callers that it has been told of, and as which introduction
         self.callers: set[bytes] = set()  # those that hear it
         self.readers: set[bytes] = set()  # those that read its arena

@@ -298,7 +298,7 @@ class Caller:
         # A broker that does not know this caller has nothing to be told, and neither has the next one.
         acks = self._acks if self.membership.joined else []
         for group, start in zip(message.groups, message.starts, strict=True):
-            status, size, body, queue_us, ids, places = group
+            status, size, body, queue_us, ids, places, held_us = group
             if places and status == COMPLETE:
                 self._placed(message, group, acks)
                 continue
@@ -322,7 +322,7 @@ class Caller:
                     payload = message.blob[begin : begin + size]
                 else:
                     payload = message.frames[start + at]
-                commands.append(Complete(call.sink, body, payload, message.batch, queue_us, message.worker))
+                commands.append(Complete(call.sink, body, payload, message.batch, queue_us, held_us, message.worker))
         if self._acks and self._acknowledge_at == float("inf"):
             self._acknowledge_at = now + _ACKNOWLEDGE_S
 
@@ -346,8 +346,10 @@ class Caller:
             del self.calls[number]
             call.move("end")
             self._held[number] = message.worker
-            done = Complete(call.sink, group.body, payload, message.batch, group.queue_us, message.worker, number)
-            self._commands.append(done)
+            times = group.queue_us, group.held_us
+            self._commands.append(
+                Complete(call.sink, group.body, payload, message.batch, *times, message.worker, number)
+            )
 
     def _failures(self, ids: Sequence[int], body: bytes) -> None:
         try:

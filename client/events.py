@@ -33,6 +33,7 @@ class Complete(NamedTuple):
     payload: Payload
     batch: Batch
     queue_us: int
+    held_us: int
     worker: bytes
     held: int = 0
 

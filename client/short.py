@@ -45,7 +45,7 @@ _RESULTS: Final = Results.TAG
 # look at each.
 _TYPES: Final = (
     *(int, int, int, tuple, bytes, tuple, bytes),
-    *(int, int, bytes, int, tuple, tuple),
+    *(int, int, bytes, int, tuple, tuple, int),
     *(int, int, str, int, int),
     int,
 )
@@ -162,7 +162,7 @@ class Short:
             value = msgpack.unpackb(head, use_list=False)
             protocol, tag, epoch, groups, worker, batch, blob = value
             (group,) = groups
-            status, nbytes, body, queue_us, ids, places = group
+            status, nbytes, body, queue_us, ids, places, held_us = group
             (number,) = ids
             serial, rows, reason, compute_us, model_us = batch
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException):
@@ -178,13 +178,13 @@ class Short:
             and len(body) <= MAX_BODY_BYTES
             and 0 <= rows <= _ROWS_MAX
             and reason in BATCH_REASONS
-            and min(epoch, queue_us, number, serial, compute_us, model_us) >= 0
+            and min(epoch, queue_us, held_us, number, serial, compute_us, model_us) >= 0
         ):
             return False
         call = self._caller.finish(number, time.monotonic())
         if call is None:
             return False
         # tuple.__new__: a NamedTuple's own is a call of a Python function.
-        answer = (call.sink, body, blob, tuple.__new__(Batch, batch), queue_us, worker, 0)
+        answer = (call.sink, body, blob, tuple.__new__(Batch, batch), queue_us, held_us, worker, 0)
         call.sink.complete(tuple.__new__(Complete, answer))
         return True

@@ -48,7 +48,10 @@ MAX_KEY_BYTES: Final = 4096
 MAX_PEERS: Final = 16_384
 MAX_MODELS: Final = 4096
 MAX_TIMEOUT_US: Final = 24 * 3600 * 1_000_000  # what callers let their users ask for
-MAX_PRIORITY: Final = 255
+MAX_PRIORITY: Final = 5  # the least urgent; 1 is the most, and 0 stands for
+DEFAULT_PRIORITY: Final = 3
+MAX_WEIGHT: Final = 1_000_000  # thousandths
+MAX_COST_SIZES: Final = 64  # of batches, in one Cost
 
 # A payload that travels rides in its message's blob when it has at most this many bytes; a larger one is a frame of its
 # own, which is cheaper to pass on than to copy.
@@ -70,7 +73,7 @@ class Form(NamedTuple):
 
     model: str
     version: str  # "" asks for the newest
-    priority: int  # 0 is the default, 1 the most urgent
+    priority: int  # 1, the most urgent, to MAX_PRIORITY; 0 stands for DEFAULT_PRIORITY
     tenant: str
     rows: int
     nbytes: int  # of the payload
@@ -115,8 +118,8 @@ class Tasks(NamedTuple):
 class Answers(NamedTuple):
     """Answers of one shape. ``body`` is a packed Outcome, or a packed Failure where ``status`` is FAILED.
 
-    ``queue_us``: from their acceptance by the broker to the start of their batch. ``places``: see Carrier; in the
-    worker's arena.
+    ``queue_us``: from their acceptance by the broker to the start of their batch; ``held_us``: of that, before the
+    broker gave them to this worker. ``places``: see Carrier; in the worker's arena.
     """
 
     status: int
@@ -125,6 +128,7 @@ class Answers(NamedTuple):
     queue_us: int
     ids: tuple[int, ...]
     places: tuple[int, ...] = ()
+    held_us: int = 0
 
 
 class Outcome(NamedTuple):
@@ -159,12 +163,15 @@ class Refusal(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Requests of one caller that a worker has finished. ``nbytes``: what it keeps of each until it is acknowledged."""
+    """Requests of one caller that a worker has finished. ``nbytes``: what it keeps of each until it is acknowledged.
+    ``compute_us``: their rows' share of the time that their batch took, all of theirs together; 0 if they did not
+    run."""
 
     caller: bytes
     attempt: int
     nbytes: int
     ids: tuple[int, ...]
+    compute_us: int = 0
 
 
 class Freed(NamedTuple):
@@ -175,13 +182,31 @@ class Freed(NamedTuple):
     ranges: tuple[int, ...]
 
 
+class Cost(NamedTuple):
+    """What a model takes on one worker, as far as it has been measured.
+
+    ``instances``: how many of its batches run at once. ``batch_rows``: how many rows its batches have at most, which
+    may be fewer than the model's own limit. ``weight``: its share of the worker beside other models, in thousandths.
+    ``rows`` ascends; a batch of so many takes ``times_us``.
+    """
+
+    model: str
+    version: str
+    instances: int
+    batch_rows: int
+    weight: int
+    rows: tuple[int, ...]
+    times_us: tuple[int, ...]
+
+
 class WorkerAddress(NamedTuple):
-    """``arena``: the number with which the descriptor of its arena has been put into the caller's control connection; 0
-    when the caller is not given it."""
+    """``name``: what the worker is called in metrics. ``arena``: the number with which the descriptor of its arena has
+    been put into the caller's control connection; 0 when the caller is not given it."""
 
     worker: bytes
     endpoint: str
     arena: int = 0
+    name: str = ""
 
 
 class Expected(NamedTuple):
@@ -343,14 +368,22 @@ def _tasks(value: Any) -> Tasks:
 
 
 def _answers(value: Any) -> Answers:
-    status, nbytes, body, queue, ids, places = _split(value, 6, "answers")
+    status, nbytes, body, queue, ids, places, held = _split(value, 7, "answers")
     ids = _ids(ids)
-    return Answers(_status(status), _u64(nbytes), _body(body), _u64(queue), ids, _places(places, len(ids)))
+    places = _places(places, len(ids))
+    return Answers(_status(status), _u64(nbytes), _body(body), _u64(queue), ids, places, _u64(held))
 
 
 def _finished(value: Any) -> Finished:
-    caller, attempt, nbytes, ids = _split(value, 4, "finished requests")
-    return Finished(_peer(caller), _attempt(attempt), _u64(nbytes), _ids(ids))
+    caller, attempt, nbytes, ids, compute = _split(value, 5, "finished requests")
+    return Finished(_peer(caller), _attempt(attempt), _u64(nbytes), _ids(ids), _u64(compute))
+
+
+def _cost(value: Any) -> Cost:
+    cost: Cost = _cost_fields(value)
+    if len(cost.rows) != len(cost.times_us) or any(map(ge, cost.rows, cost.rows[1:])):
+        raise BadMessage("the rows of a cost ascend, and each has its time")
+    return cost
 
 
 def _freed(value: Any) -> Freed:
@@ -362,6 +395,16 @@ _attempt: Final = integer(1, 1 << 16)
 _status: Final = integer(COMPLETE, FAILED)
 _body: Final = binary(MAX_BODY_BYTES)
 _all_freed: Final = sequence(_freed, MAX_PEERS)
+_cost_fields: Final = record(
+    Cost,
+    _name,
+    _name,
+    integer(1, 1 << 16),
+    integer(1, 1 << 32),
+    integer(1, MAX_WEIGHT),
+    sequence(integer(1, 1 << 32), MAX_COST_SIZES),
+    sequence(integer(1, MAX_TIMEOUT_US), MAX_COST_SIZES),
+)
 
 
 @dataclass(slots=True)
@@ -509,6 +552,16 @@ class Done(Message):
     done: Sequence[Finished]
 
 
+@dataclass(slots=True)
+class Costs(Message):
+    """What this worker's models take: said of those of which it has changed."""
+
+    TAG = 11
+    CHECKS = (sequence(_cost, MAX_MODELS),)
+
+    costs: Sequence[Cost]
+
+
 # --- from the broker ---
 
 
@@ -548,7 +601,7 @@ class Workers(Message):
     again when they change."""
 
     TAG = 19
-    CHECKS = (sequence(record(WorkerAddress, _peer, text(MAX_ENDPOINT), _u64), MAX_PEERS),)
+    CHECKS = (sequence(record(WorkerAddress, _peer, text(MAX_ENDPOINT), _u64, _name), MAX_PEERS),)
 
     workers: Sequence[WorkerAddress]
 
@@ -619,7 +672,7 @@ class Results(Carrier):
 
 
 FROM_CALLER: Final = {m.TAG: m for m in (CallerHello, Submit, Ask, Beat, Bye)}
-FROM_WORKER: Final = {m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Beat, Leaving, Bye)}
+FROM_WORKER: Final = {m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Costs, Beat, Leaving, Bye)}
 TO_CALLER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Models, Workers, Refusals, Metrics, Beat, Bye)}
 TO_WORKER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Expect, Assign, Beat, Bye)}
 ON_PUBLICATION: Final = {m.TAG: m for m in (Results,)}

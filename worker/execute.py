@@ -25,7 +25,6 @@ from penstock.worker.cuda import CudaError
 from penstock.worker.lots import Lot
 from penstock.worker.model import RUN_ERRORS, Model, brief, is_device_failure, is_want_of_memory
 from penstock.worker.ondevice import AnyStaging
-from penstock.worker.plan import Plan
 
 _SENTENCE_MAX: Final = 2000
 _FAILURES: Final[tuple[type[Exception], ...]] = (*RUN_ERRORS, PenstockError)
@@ -208,10 +207,10 @@ class _Running:
                 queue_us = _queue_us(lot, self.start)
                 if lot.reads and nbytes >= PLACED_MIN_BYTES:
                     places = tuple(range(slot.place + begin, slot.place + end, nbytes))
-                    into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, places))
+                    into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, places, lot.waited_us))
                     into.slots.append(slot.share())
                 else:
-                    into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids))
+                    into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, (), lot.waited_us))
                     _send(into, memoryview(bytes(slot.view[begin:end])), nbytes)
                 begin = end
             return True
@@ -226,7 +225,7 @@ class _Running:
         if plan.answers_strings:
             for at, number in enumerate(lot.ids):
                 part = wanted if count == 1 else [output[at * plan.rows : (at + 1) * plan.rows] for output in wanted]
-                _answer_strings(plan, number, part, _queue_us(lot, self.start), into)
+                _answer_strings(lot, number, part, _queue_us(lot, self.start), into)
             return
         shapes = tuple([(plan.rows, *output.shape[1:]) if count > 1 else output.shape for output in wanted])
         nbytes, body = plan.describe(shapes)
@@ -236,10 +235,10 @@ class _Running:
             if slot is not None:
                 _fill(slot, wanted, count)
                 places = tuple(range(slot.place, slot.place + nbytes * count, nbytes))
-                into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, places))
+                into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, places, lot.waited_us))
                 into.slots.append(slot)
                 return
-        into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids))
+        into.groups.append(Answers(COMPLETE, nbytes, body, queue_us, lot.ids, (), lot.waited_us))
         if len(wanted) == 1 and nbytes <= INLINE_MAX_BYTES:
             into.inline.append(wanted[0].tobytes())
             return
@@ -390,8 +389,9 @@ def _fill(slot: Slot, outputs: Sequence[Array], count: int) -> None:
         at += part.shape[1]
 
 
-def _answer_strings(plan: Plan, number: int, outputs: Sequence[Array], queue_us: int, into: Publication) -> None:
+def _answer_strings(lot: Lot, number: int, outputs: Sequence[Array], queue_us: int, into: Publication) -> None:
     """An answer with strings, whose size is its own."""
+    plan = lot.plan
     specs = plan.model.spec.outputs
     parts: list[bytes] = [
         pack_strings(output.ravel().tolist())
@@ -401,7 +401,7 @@ def _answer_strings(plan: Plan, number: int, outputs: Sequence[Array], queue_us:
     ]
     payload = b"".join(parts)
     body = plan.outcome(tuple(output.shape for output in outputs), [len(part) for part in parts])
-    into.groups.append(Answers(COMPLETE, len(payload), body, queue_us, (number,)))
+    into.groups.append(Answers(COMPLETE, len(payload), body, queue_us, (number,), (), lot.waited_us))
     if len(payload) <= INLINE_MAX_BYTES:
         into.inline.append(payload)
     else:

@@ -47,7 +47,7 @@ def test_a_caller_is_welcomed_and_told_of_workers_and_models() -> None:
     [workers] = caller.take(Workers)
     [models] = caller.take(Models)
     assert (welcome.epoch, welcome.name) == (EPOCH, "gateway")
-    assert workers.workers == (WorkerAddress(worker.id, "ipc:///run/w.sock"),)
+    assert workers.workers == (WorkerAddress(worker.id, "ipc:///run/w.sock", 0, "w"),)
     assert [(each.name, each.version, each.state) for each in models.models] == [("m", "1", READY)]
     assert caller.heard() == []
 
@@ -342,8 +342,8 @@ def test_a_remote_caller_is_told_only_of_addresses_that_it_can_reach() -> None:
         "tcp://10.0.0.2:1",
     ]
     assert far.take(Workers)[-1].workers == (
-        WorkerAddress(both.id, "tcp://10.0.0.1:1"),
-        WorkerAddress(far_only.id, "tcp://10.0.0.2:1"),
+        WorkerAddress(both.id, "tcp://10.0.0.1:1", 0, "w"),
+        WorkerAddress(far_only.id, "tcp://10.0.0.2:1", 0, "w-2"),
     )
 
 

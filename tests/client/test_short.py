@@ -168,7 +168,7 @@ def test_what_waits_to_be_said_goes_first() -> None:
 
 # --- what is heard ---
 
-plain: list[Any] = [1, 32, EPOCH, [[0, 16, OUTCOME, 55, [2], []]], WORKER, [7, 1, "idle", 44, 40], bytes(range(16))]
+plain: list[Any] = [1, 32, EPOCH, [[0, 16, OUTCOME, 55, [2], [], 33]], WORKER, [7, 1, "idle", 44, 40], bytes(range(16))]
 odd = st.one_of(
     st.none(),
     st.booleans(),
@@ -179,10 +179,12 @@ odd = st.one_of(
     st.text(max_size=8),
     st.lists(st.integers(0, 9), max_size=4),
     st.dictionaries(st.text(max_size=2), st.integers(0, 9), max_size=2),
-    st.sampled_from([OUTCOME, WORKER, "full", "nonsense", [[0, 16, OUTCOME, 55, [2], []]] * 2, 16, 1.0, [2, 3], [64]]),
+    st.sampled_from(
+        [OUTCOME, WORKER, "full", "nonsense", [[0, 16, OUTCOME, 55, [2], [], 33]] * 2, 16, 1.0, [2, 3], [64]]
+    ),
 )
 places: list[tuple[int, ...]] = [(at,) for at in range(7)]
-places += [(3, 0), *[(3, 0, at) for at in range(6)], (3, 0, 4, 0), *[(5, at) for at in range(4)]]
+places += [(3, 0), *[(3, 0, at) for at in range(7)], (3, 0, 4, 0), *[(5, at) for at in range(4)]]
 
 
 def change(path: tuple[int, ...], value: Any, whole: Any) -> Any:
@@ -247,7 +249,7 @@ def test_garbage_is_left_to_the_general_way(head: bytes) -> None:
 
 def test_plain_message_is_what_workers_send() -> None:
     message = Results(
-        EPOCH, [Answers(0, 16, OUTCOME, 55, (2,))], WORKER, Batch(7, 1, "idle", 44, 40), blob=bytes(range(16))
+        EPOCH, [Answers(0, 16, OUTCOME, 55, (2,), (), 33)], WORKER, Batch(7, 1, "idle", 44, 40), blob=bytes(range(16))
     )
     assert msgpack.unpackb(pack(message)) == plain
 

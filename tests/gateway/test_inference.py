@@ -161,7 +161,7 @@ def changed(**values: Any) -> dict[str, Any]:
         ({"inputs": [A_JSON, B_JSON], "id": "x" * 1025}, "'id' is a string of at most 1024 characters"),
         ({"inputs": [A_JSON, B_JSON], "parameters": []}, "'parameters' is not a JSON object"),
         ({"inputs": [A_JSON, B_JSON], "parameters": {"priority": -1}}, "parameter 'priority' is a whole number from 0"),
-        ({"inputs": [A_JSON, B_JSON], "parameters": {"priority": 256}}, "from 0 to 255"),
+        ({"inputs": [A_JSON, B_JSON], "parameters": {"priority": 6}}, "from 0 to 5"),
         ({"inputs": [A_JSON, B_JSON], "parameters": {"priority": True}}, "parameter 'priority' is a whole number"),
         ({"inputs": [A_JSON, B_JSON], "parameters": {"timeout": 1.5}}, "parameter 'timeout' is a whole number"),
         ({"inputs": [A_JSON, B_JSON], "parameters": {"timeout": 1 << 60}}, "from 0 to 86400000000"),

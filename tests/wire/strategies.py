@@ -16,6 +16,8 @@ from penstock.wire.messages import (
     FROM_WORKER,
     INLINE_MAX_BYTES,
     MAX_PRIORITY,
+    MAX_TIMEOUT_US,
+    MAX_WEIGHT,
     ON_PUBLICATION,
     TO_CALLER,
     TO_WORKER,
@@ -27,6 +29,8 @@ from penstock.wire.messages import (
     Beat,
     Bye,
     CallerHello,
+    Cost,
+    Costs,
     Done,
     Expect,
     Expected,
@@ -129,11 +133,21 @@ def tasks(draw: st.DrawFn) -> Tasks:
 def answers(draw: st.DrawFn) -> Answers:
     numbers = draw(ids)
     status, nbytes = draw(st.integers(COMPLETE, FAILED)), draw(sizes)
-    return Answers(status, nbytes, draw(bodies), draw(u64), numbers, draw(places(len(numbers))))
+    return Answers(status, nbytes, draw(bodies), draw(u64), numbers, draw(places(len(numbers))), draw(u64))
 
 
-finished = st.builds(Finished, peers, st.integers(1, 1 << 16), u64, ids)
+finished = st.builds(Finished, peers, st.integers(1, 1 << 16), u64, ids, u64)
 freed = few(st.builds(Freed, peers, id_ranges))
+
+
+@st.composite
+def costs(draw: st.DrawFn) -> Cost:
+    rows = sorted(draw(st.sets(st.integers(1, 1 << 32), max_size=3)))
+    times = tuple(draw(st.integers(1, MAX_TIMEOUT_US)) for _ in rows)
+    limits = draw(st.integers(1, 1 << 16)), draw(st.integers(1, 1 << 32)), draw(st.integers(1, MAX_WEIGHT))
+    return Cost(draw(names), draw(names), *limits, tuple(rows), times)
+
+
 refusals = st.builds(Refusal, u64, st.sampled_from(sorted(CODES)), names, u32)
 batches = st.builds(Batch, u64, u32, st.sampled_from(sorted(BATCH_REASONS)), u64, u64)
 snapshots = st.builds(Snapshot, names, few(samples()))
@@ -177,10 +191,11 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     WorkerModels: st.builds(WorkerModels, u64, models),
     Attached: st.builds(Attached, u64, peers, u64, flags),
     Done: st.builds(Done, u64, few(finished)),
+    Costs: st.builds(Costs, u64, few(costs())),
     Welcome: st.builds(Welcome, u64, names, flags, u64),
     HelloWanted: st.builds(HelloWanted, u64),
     Models: st.builds(Models, u64, models),
-    Workers: st.builds(Workers, u64, few(st.builds(WorkerAddress, peers, names, u64))),
+    Workers: st.builds(Workers, u64, few(st.builds(WorkerAddress, peers, names, u64, names))),
     Refusals: st.builds(Refusals, u64, few(refusals)),
     Metrics: st.builds(Metrics, u64, u64, few(snapshots)),
     Expect: st.builds(

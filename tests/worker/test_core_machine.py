@@ -113,7 +113,7 @@ class CoreMachine(RuleBasedStateMachine):
                 else:
                     assert not sent.code
                     assert (answer["y"] == sent.value * 2).all()
-        for caller, attempt, nbytes, ids in self.talk.done(commands):
+        for caller, attempt, nbytes, ids, _ in self.talk.done(commands):
             for number in ids:
                 key = (caller, number)
                 assert self.assigned.pop(key).attempt == attempt
