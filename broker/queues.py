@@ -46,10 +46,10 @@ class ModelQueue:
         self._levels: list[Level] = []  # in which something has waited, the most urgent first
         self.instances = 1  # of its batches that a worker runs at once
         self.batch_rows = 1  # of a full batch
-        self._cost: Cost | None = None  # the newest
+        self._cost: Cost | None = None  # of the fastest of its workers
         self.best_row_us = 0.0  # on the fastest of its workers
-        self._told_us: dict[WorkerPeer, float] = {}
-        self._told_sum_us = 0.0
+        self._told_us: dict[WorkerPeer, float] = {}  # what a row takes there
+        self._rows_per_us = 0.0  # of all of them together
 
     def push(self, lot: Lot, front: bool = False) -> None:
         """Put requests behind the others of their caller and tenant, or before them: these have waited once already."""
@@ -141,21 +141,29 @@ class ModelQueue:
         cost = worker.costs.get(self.key)
         if cost is None or not cost.times_us or worker not in self.workers:
             return
-        self.weight = cost.weight / 1000
-        self.instances = cost.instances
-        self.batch_rows = cost.batch_rows
-        self._cost = cost
-        told, before = cost.times_us[-1] / cost.rows[-1], self._told_us.get(worker, 0.0)
-        self._told_sum_us += told - before
-        self._told_us[worker] = told
-        self.row_us = max(1, round(self._told_sum_us / len(self._told_us)))
-        if told <= self.best_row_us or not self.best_row_us:
-            self.best_row_us = told
-        elif before == self.best_row_us:
-            self.best_row_us = min(self._told_us.values())
+        self.weight, self.instances, self.batch_rows = cost.weight / 1000, cost.instances, cost.batch_rows
+        told_us = cost.times_us[-1] / cost.rows[-1]
+        before_us = self._told_us.get(worker, 0.0)
+        self._told_us[worker] = told_us
+        self._count_told(told_us, before_us)
+        if told_us <= self.best_row_us or not self.best_row_us:
+            self.best_row_us, self._cost = told_us, cost
+        elif before_us == self.best_row_us:
+            self._find_best()
+
+    def _count_told(self, new_us: float, old_us: float) -> None:
+        self._rows_per_us += (1 / new_us if new_us else 0.0) - (1 / old_us if old_us else 0.0)
+        if self._told_us:
+            # Each does as much as it can, so it is how many rows they do in a time that has a mean.
+            self.row_us = max(1, round(len(self._told_us) / self._rows_per_us))
+
+    def _find_best(self) -> None:
+        if self._told_us:
+            best = min(self._told_us, key=self._told_us.__getitem__)
+            self.best_row_us, self._cost = self._told_us[best], best.costs[self.key]
 
     def batch_us(self, rows: int) -> int:
-        """What a batch takes on one of its workers, 0 if nobody knows."""
+        """What a batch takes on the fastest of its workers, 0 if nobody knows."""
         return batch_us(self._cost, rows) if self._cost is not None else 0
 
     def is_slow(self, worker: WorkerPeer) -> bool:
@@ -168,10 +176,11 @@ class ModelQueue:
 
     def dismiss(self, worker: WorkerPeer, now: float) -> None:
         del self.workers[worker]
-        told = self._told_us.pop(worker, 0.0)
-        self._told_sum_us -= told
-        if told == self.best_row_us and self._told_us:
-            self.best_row_us = min(self._told_us.values())
+        told_us = self._told_us.pop(worker, 0.0)
+        if told_us:
+            self._count_told(0.0, told_us)
+            if told_us == self.best_row_us:
+                self._find_best()
         if not self.workers:
             self.unserved_since = now
 
@@ -218,6 +227,10 @@ class ModelQueue:
         assert len(set(lots)) == len(lots), f"{self.key}: a lot waits twice in {lots}"
         priorities = [level.priority for level in self._levels]
         assert priorities == sorted(set(priorities)), f"{self.key}: priorities are {priorities}"
+        rows_per_us = sum(1 / us for us in self._told_us.values())
+        assert abs(self._rows_per_us - rows_per_us) < 1e-9, f"{self.key}: {self._rows_per_us} rows in a us"
+        best = min(self._told_us.values(), default=self.best_row_us)
+        assert self.best_row_us == best, f"{self.key}: a row takes {best} us at best"
         assert self._told_us.keys() <= self.workers.keys(), f"{self.key}: a worker that has gone has told"
         for level in self._levels:
             level.validate(f"{self.key} at priority {level.priority}")
