@@ -238,6 +238,7 @@ class Core:
                     queue = self.registry.queues.get((cost.model, cost.version))
                     if queue is not None:
                         queue.learn(worker)
+                        queue.measured = now
                 self._assigner.room_came(worker)
             case Beat():
                 worker.samples = message.samples

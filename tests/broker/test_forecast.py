@@ -235,3 +235,21 @@ def test_time_really_taken_is_charged() -> None:
         if 160 in given.values():
             break
     assert given["quick"] / given["slow"] > 1.8
+
+
+def test_what_was_measured_long_ago_is_tried_again() -> None:
+    talk, caller, [worker] = server()
+    caller.submit(timeout_s=0.003)
+    talk.tick()
+    assert caller.refused() == {1: "overloaded"}
+    talk.live(1.5)
+    caller.submit(3, timeout_s=0.003)
+    talk.tick()
+    assert caller.refused() == {3: "overloaded", 4: "overloaded"}
+    assert worker.got() == [2]
+    worker.done(caller, 2, compute_us=2000)
+    worker.say(Costs(EPOCH, [cost()._replace(times_us=(2000, 8000))]))
+    caller.submit(timeout_s=0.003)
+    talk.tick()
+    assert caller.refused() == {}
+    assert worker.got() == [5]
