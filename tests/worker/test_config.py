@@ -93,8 +93,9 @@ def test_unknown_key_suggests_the_one_that_was_meant(path: Path, key: str, near:
 def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
     text = complaint(path, "[zebra]\nx = 1")
     assert text == (
-        "unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, instances, intra_op_threads, "
-        "intra_op_spinning, providers, gpu_memory_limit, gpu_arena, cudnn_search, tf32, fp16, cuda_graphs"
+        "unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, latency_target, preferred_batch_sizes, "
+        "weight, instances, intra_op_threads, intra_op_spinning, providers, gpu_memory_limit, gpu_arena, "
+        "cudnn_search, tf32, fp16, cuda_graphs"
     )
 
 
