@@ -342,7 +342,8 @@ class Talk:
         return [message for message in messages if isinstance(message, kind)]
 
     def done(self, commands: Sequence[Command]) -> list[Finished]:
-        return [finished for message in self.said(commands, Done) for finished in message.done]
+        """What is said to be done, without what it took, which is never the same twice."""
+        return [each._replace(compute_us=0) for message in self.said(commands, Done) for each in message.done]
 
     def heard(self, commands: Sequence[Command], caller: bytes) -> list[tuple[int, Answer]]:
         """What is published for a caller."""

@@ -148,7 +148,7 @@ def test_model_that_is_not_batchable_runs_each_request_alone(make_lot: MakeLot) 
         batch = take(batcher, 1.0)
         assert batch is not None
         assert (ids_of(batch), batch.rows, batch.reason) == ([number], 1, "alone")
-        batcher.ended(batch)
+        batcher.ended(batch, 0.0, 0.0)
 
 
 def test_second_attempt_runs_alone_one_request_at_a_time(make_lot: MakeLot) -> None:
@@ -159,7 +159,7 @@ def test_second_attempt_runs_alone_one_request_at_a_time(make_lot: MakeLot) -> N
         batch = take(batcher, 1.0)
         assert batch is not None
         assert (ids_of(batch), batch.reason) == ([number], "alone")
-        batcher.ended(batch)
+        batcher.ended(batch, 0.0, 0.0)
     assert reason_of(take(batcher, 1.0)) == "idle"
 
 
@@ -172,7 +172,7 @@ def test_lot_is_split_at_the_limit(make_lot: MakeLot) -> None:
     first = take(batcher, 1.0)
     assert first is not None
     assert (ids_of(first), first.rows, first.reason) == ([1, 2, 3, 4], 4, "full")
-    batcher.ended(first)
+    batcher.ended(first, 0.0, 0.0)
     second = take(batcher, 1.0)
     assert second is not None
     assert (ids_of(second), second.rows, second.reason) == ([5, 6], 2, "idle")
@@ -194,7 +194,7 @@ def test_request_that_does_not_fit_any_more_is_not_overtaken(make_lot: MakeLot) 
     batch = take(batcher, 1.2)
     assert ids_of(batch) == [1]
     assert batch is not None
-    batcher.ended(batch)
+    batcher.ended(batch, 0.0, 0.0)
     assert ids_of(take(batcher, 1.2)) == [2, 3]
 
 
@@ -218,7 +218,7 @@ def test_group_that_waits_longest_comes_first(make_lot: MakeLot) -> None:
     order = []
     while batch := take(batcher, 1.5):
         order += ids_of(batch)
-        batcher.ended(batch)
+        batcher.ended(batch, 0.0, 0.0)
     assert order == [3, 2, 1]
 
 
@@ -239,7 +239,7 @@ def test_model_runs_in_no_more_instances_than_it_is_configured_for(make_lot: Mak
     assert take(batcher, 1.0) is None
     assert batcher.due() == float("inf")  # time alone changes nothing
     assert first is not None
-    batcher.ended(first)
+    batcher.ended(first, 0.0, 0.0)
     assert ids_of(take(batcher, 1.0)) == [8]
 
 
@@ -300,17 +300,6 @@ def test_part_of_a_second_attempt_may_be_removed(make_lot: MakeLot) -> None:
     batcher.remove(lot.split([1, 2]), False)
     batcher.validate()
     assert ids_of(take(batcher, 1.0)) == [3]
-
-
-def test_batch_that_shrinks_before_it_runs_holds_fewer_rows(make_lot: MakeLot) -> None:
-    batcher = with_rules(AT_ONCE)
-    batcher.add(make_lot([1, 2], 1.0))
-    batcher.add(make_lot([3], 1.0))
-    batch = take(batcher, 1.0)
-    assert batch is not None
-    batcher.shrink(batch, batch.lots[1:])
-    batcher.validate()
-    assert (ids_of(batch), batch.rows) == ([3], 1)
 
 
 def test_deadline_that_has_left_with_its_batch_hurries_nobody(make_lot: MakeLot) -> None:
@@ -376,7 +365,7 @@ def test_nothing_is_lost_or_doubled_and_order_is_kept(
             case ("take",):
                 start(now)
             case ("end", int(at)) if running:
-                batcher.ended(running.pop(at % len(running)))
+                batcher.ended(running.pop(at % len(running)), 0.0, now)
             case ("remove", int(at), whole):
                 lots = list(batcher.waiting())
                 if lots:
@@ -393,7 +382,7 @@ def test_nothing_is_lost_or_doubled_and_order_is_kept(
         now = max(now, batcher.due()) if batcher.due() < float("inf") else now
         start(now)
         if running:
-            batcher.ended(running.pop())
+            batcher.ended(running.pop(), 0.0, now)
     batcher.validate()
     assert len(started) == len(set(started))
     for kind in set(came.values()):
@@ -401,4 +390,4 @@ def test_nothing_is_lost_or_doubled_and_order_is_kept(
         assert order == sorted(order)
     assert batcher.running == 0
     assert list(batcher.waiting()) == []
-    assert not any(batcher._held.values())
+    assert not any(line.held for line in batcher._lines.values())

@@ -809,7 +809,7 @@ def test_tick_without_anything_due_is_silent(talk: Talk) -> None:
         (lambda core: core.__dict__.update(_idle=5), "5 instances are idle while 1 batches run"),
         (lambda core: core.__dict__.update(kept_bytes=1), "bytes are kept, and 1 are counted"),
         (lambda core: core._lots[A].pop(3), "are indexed as"),
-        (lambda core: core._batcher._held.update({("double", "1"): 99}), "are held, and 99 are counted"),
+        (lambda core: core._batcher._lines["double", "1"].__setattr__("held", 99), "are held, and 99 are counted"),
         (lambda core: core._kept.update({B: {}}), "empty index of results"),
         (lambda core: (core._callers.clear(), core._expected.clear(), core._subscriptions.clear()), "which has gone"),
         (lambda core: core._subscriptions.update({B: 0}), "subscriptions are"),

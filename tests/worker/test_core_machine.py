@@ -307,7 +307,7 @@ class CoreMachine(RuleBasedStateMachine):
         assert self.slots.arena.allocator.used == 0, "a slot is lost"
         self.slots.arena.close()
         assert core._idle == core.identity.instances
-        assert not any(core._batcher._held.values())
+        assert not any(line.held for line in core._batcher._lines.values())
 
 
 def as_freed(keys: set[Key]) -> list[Freed]:
