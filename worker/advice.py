@@ -118,8 +118,8 @@ def _latency_target(facts: Facts) -> Iterator[str]:
     if facts.spec.batchable and target_s and steps and steps[0].seconds > batch_time(target_s):
         yield (
             f"latency_target = '{facts.config.latency_target}' cannot be kept: a batch of "
-            f"{counted(steps[0].rows, 'row')} takes {steps[0].seconds * 1e3:.3g} ms, and a request that misses one waits "
-            "for two; raise it"
+            f"{counted(steps[0].rows, 'row')} takes {steps[0].seconds * 1e3:.3g} ms, and a request that misses one "
+            "waits for two; raise it"
         )
 
 

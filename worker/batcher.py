@@ -326,7 +326,7 @@ class Batcher:
         while waiting:
             lot = waiting.first()
             fits = room // lot.plan.rows
-            if not fits:
+            if fits <= 0:
                 if taken:
                     break
                 fits = 1  # it has more rows than batches should have
@@ -352,14 +352,15 @@ class Batcher:
         that left less than half a batch, then in one of half as many, and so on: to run few is better than to drop
         all. Returns how many rows the batch may have. This is looked for only when something may be late."""
         curve, lots = group.line.curve, list(group.lots)
-        group.earliest_deadline = min([lot.first_deadline for lot in lots])
+        least = min([lot.plan.rows for lot in lots])
         while True:
-            until = now + _DOUBT * curve.reliable(room, now)
-            if group.earliest_deadline > until:
-                return room
-            late = [(lot, ids) for lot in lots if (ids := lot.late(until))]
+            late = []
+            for lot in lots:
+                ids = lot.late(now + _DOUBT * curve.reliable(max(room, lot.plan.rows), now))
+                if ids:
+                    late.append((lot, ids))
             left = group.rows - sum([lot.plan.rows * len(ids) for lot, ids in late])
-            if 2 * left >= room or room == 1:
+            if not late or 2 * left >= room or room <= least:
                 break
             room //= 2
         for lot, ids in late:

@@ -13,19 +13,20 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from penstock.wire.messages import MAX_TIMEOUT_US
+
 # Of a ratio's difference, in each batch. With a median of three before it, a change is followed to nine tenths within
 # eight batches, and one batch that others held up for a moment changes nothing.
 _PACE_GAIN: Final = 0.3
 _KNOWN: Final = 15  # batches; what a size takes beside others is their mean, then later ones count for more
 _CURVE_GAIN: Final = 1 / (1 + _KNOWN)
-_RATIO_MAX: Final = 2.0  # what one batch may say at most of a size that is known
+_RATIO_MAX: Final = 1.5  # what one batch may say at most of a size that is known
 _WARM_UP_WEIGHT: Final = 4.0  # batches that one run at warm-up counts for: nothing else ran then
 _TOLD: Final = 0.1  # a time that has changed by a larger share is told anew
 _STALE_S: Final = 1.0  # what was learned longer ago, or longer than
 _STALE_BATCHES: Final = 10  # so many times what the batch takes, is not relied on
 _SECONDS_MIN: Final = 1e-9  # so that ratios exist
 _US: Final = 1e6
-_TIME_MAX_US: Final = 24 * 3600 * 1_000_000
 
 
 def batch_sizes(rows_max: int) -> list[int]:
@@ -80,7 +81,7 @@ class Curve:
                 one, other = other, one
             middle = one if ratio < one else other if ratio > other else ratio
             self.pace += (middle - self.pace) * _PACE_GAIN
-            ratio /= self.pace
+            ratio /= middle  # and not by the pace, which is behind while it changes
             if ratio > _RATIO_MAX:
                 ratio = _RATIO_MAX
             elif ratio < 1 / _RATIO_MAX:
@@ -156,7 +157,7 @@ class Curve:
 
     def _times_us(self) -> tuple[int, ...]:
         scale = self.pace * _US
-        return tuple([min(_TIME_MAX_US, max(1, round(seconds * scale))) for seconds in self._seconds])
+        return tuple([min(MAX_TIMEOUT_US, max(1, round(seconds * scale))) for seconds in self._seconds])
 
     def _place(self, rows: int) -> tuple[int, float]:
         """Where so many rows lie: the index of the next larger size, and how far they are on the way to it from the
