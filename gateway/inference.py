@@ -95,11 +95,14 @@ class Parser:
         outputs, style = _read_outputs(request.get("outputs", []), parameters)
         _check_style(spec, outputs, style)
         tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
-        own_priority = _integer(parameters, "priority", MAX_PRIORITY)
-        timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
-        explain = _flag(parameters, "explain", False)
+        timeout_us, explain = 0, False
+        if parameters:
+            own_priority = _integer(parameters, "priority", MAX_PRIORITY)  # checked in any case
+            priority = priority or own_priority
+            timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
+            explain = _flag(parameters, "explain", False)
         layout = Layout(tuple(tensors), tuple(outputs))
-        form = self._forms.find(spec, layout, len(payload), priority or own_priority, tenant)
+        form = self._forms.find(spec, layout, len(payload), priority, tenant)
         reusable = all_binary and not identifier
         return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable), payload
 
@@ -227,18 +230,17 @@ class _Head(NamedTuple):
 
     start: bytes
     outputs: list[_Output]
-    response: bytes  # head, behind its first line, and JSON of a response without those, if all is binary; else empty
+    response: bytes  # head, behind its first lines, and JSON of one without those, if all is binary; else empty
     whole_bytes: int  # of a payload that is just the binary outputs, in their order; -1: none is
 
 
 _HEADS_MAX: Final = 4096
-_OK: Final = b"HTTP/1.1 200 OK\r\n"
+OK: Final = b"HTTP/1.1 200 OK\r\n"
 _OUTPUTS: Final = b'"outputs":['
 _BINARY_HEAD: Final = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n"
-    b"%bInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n%b"
+    b"%bContent-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n%b"
 )
-_JSON_HEAD: Final = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\n\r\n%b"
+_JSON_HEAD: Final = b"%bContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
 
 
 @lru_cache(maxsize=_HEADS_MAX)
@@ -255,7 +257,7 @@ def _head(body: bytes, style: Style) -> _Head:
     if all(output.binary for output in outputs):
         json = start + b",".join(output.before for output in outputs) + b"]}"
         nbytes = sum(output.nbytes for output in outputs)
-        response = wrap(json, nbytes, b"", True).removeprefix(_OK)
+        response = wrap(json, nbytes, b"", True)
     return _Head(start, outputs, response, _whole_bytes(outcome))
 
 
@@ -275,21 +277,21 @@ def _whole_bytes(outcome: Outcome) -> int:
 
 
 def render(
-    body: bytes, payload: Payload, style: Style, identifier: str, extra: bytes = b"", parameters: bytes = b""
+    body: bytes, payload: Payload, style: Style, identifier: str, begin: bytes = OK, parameters: bytes = b""
 ) -> tuple[bytes, Payload]:
     """An answer as an HTTP response: its head and JSON, and the binary outputs that follow: the payload itself, when
-    that is just these. ``extra``: more header lines. ``parameters``: a JSON object for the answer's, if any.
+    that is just these. ``begin``: its first lines. ``parameters``: a JSON object for the answer's, if any.
 
     Raises BadMessage or PenstockError for an answer that cannot be rendered.
     """
     head = _head(body, style)
     if head.response and len(payload) == head.whole_bytes:
         if not (identifier or parameters):
-            return b"%b%b%b" % (_OK, extra, head.response), payload
+            return begin + head.response, payload
         json = b"%b%b]}" % (_start(head, identifier, parameters), b",".join([each.before for each in head.outputs]))
-        return wrap(json, len(payload), extra, True), payload
+        return wrap(json, len(payload), begin, True), payload
     json, binary = render_body(body, payload, style, identifier, parameters)
-    return wrap(json, len(binary), extra, style.binary or bool(binary)), binary
+    return wrap(json, len(binary), begin, style.binary or bool(binary)), binary
 
 
 def render_body(
@@ -319,8 +321,8 @@ def _start(head: _Head, identifier: str, parameters: bytes) -> bytes:
     return b'{"id":%b,%b' % (orjson.dumps(identifier), start[1:]) if identifier else start
 
 
-def wrap(json: bytes, binary_bytes: int, extra: bytes, binary: bool) -> bytes:
-    """The head of a response and its JSON, before ``binary_bytes`` more. ``extra``: more header lines."""
+def wrap(json: bytes, binary_bytes: int, begin: bytes, binary: bool) -> bytes:
+    """The head of a response and its JSON, before ``binary_bytes`` more. ``begin``: its first lines."""
     if binary:
-        return _BINARY_HEAD % (extra, len(json), len(json) + binary_bytes, json)
-    return _JSON_HEAD % (extra, len(json), json)
+        return _BINARY_HEAD % (begin, len(json), len(json) + binary_bytes, json)
+    return _JSON_HEAD % (begin, len(json), json)

@@ -8,10 +8,11 @@ import orjson
 
 from penstock.client.events import Complete
 from penstock.client.explain import explain
+from penstock.gateway.inference import OK
 from penstock.wire.messages import Batch
 
 _TOTAL: Final = b"Server-Timing: total;dur=%.3f\r\n"
-_PARTS: Final = b"Server-Timing: queue;dur=%.3f, batch;dur=%.3f, model;dur=%.3f, total;dur="
+_PARTS: Final = b"%bServer-Timing: queue;dur=%.3f, batch;dur=%.3f, model;dur=%.3f, total;dur="
 
 
 class ServerTiming:
@@ -28,11 +29,11 @@ class ServerTiming:
         self._queue_us = 0
         self._parts = b""
 
-    def line(self, batch: Batch, queue_us: int, total_s: float) -> bytes:
-        """Of an answer."""
+    def begin(self, batch: Batch, queue_us: int, total_s: float) -> bytes:
+        """The first two lines of a response: that all is well, and this header."""
         if batch is not self._batch or queue_us != self._queue_us:
             self._batch, self._queue_us = batch, queue_us
-            self._parts = _PARTS % (queue_us * 1e-3, batch.compute_us * 1e-3, batch.model_us * 1e-3)
+            self._parts = _PARTS % (OK, queue_us * 1e-3, batch.compute_us * 1e-3, batch.model_us * 1e-3)
         return b"%b%.3f\r\n" % (self._parts, total_s * 1e3)
 
 

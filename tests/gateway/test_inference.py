@@ -125,6 +125,12 @@ def test_requests_that_differ_in_urgency_or_tenant_are_not_taken_for_each_other(
             assert parser.parse(PAIR, text + raw, length, priority, tenant)[0].form is form
 
 
+def test_a_priority_that_is_none_is_refused_whatever_holds() -> None:
+    text = json.dumps({"inputs": [A_JSON, B_JSON], "parameters": {"priority": 9}}).encode()
+    with pytest.raises(PenstockError, match="parameter 'priority' is a whole number from 0 to 5"):
+        Parser().parse(PAIR, text, None, 2)
+
+
 def test_what_is_remembered_of_tenants_is_bounded() -> None:
     parser = Parser()
     text = json.dumps({"inputs": [A_BINARY, B_BINARY]}).encode()
@@ -477,7 +483,7 @@ def test_answer_as_binary(identifier: str) -> None:
 def test_answer_with_more_headers_and_parameters(style: Style, identifier: str) -> None:
     payload = A_RAW + B_RAW
     plain = respond(ANSWER, payload, style, identifier)
-    head, tail = render(pack_outcome(ANSWER), payload, style, identifier, b"A: b\r\n", b'{"c":1}')
+    head, tail = render(pack_outcome(ANSWER), payload, style, identifier, b"HTTP/1.1 200 OK\r\nA: b\r\n", b'{"c":1}')
     said = split(head, tail)
     assert (said.headers.pop("A"), said.status, said.binary) == ("b", plain.status, plain.binary)
     assert said.headers.keys() == plain.headers.keys()
@@ -485,7 +491,7 @@ def test_answer_with_more_headers_and_parameters(style: Style, identifier: str) 
     assert list(told)[-2:] == ["parameters", "outputs"]
     assert told.pop("parameters") == {"c": 1}
     assert told == json.loads(plain.text)
-    more = split(*render(pack_outcome(ANSWER), payload, style, identifier, b"A: b\r\n"))
+    more = split(*render(pack_outcome(ANSWER), payload, style, identifier, b"HTTP/1.1 200 OK\r\nA: b\r\n"))
     assert (more.headers.pop("A"), more) == ("b", plain)
 
 

@@ -13,11 +13,11 @@ BATCH = Batch(17, 32, "full", 4_000, 3_900)
 
 def test_the_header_has_milliseconds() -> None:
     timing = ServerTiming()
-    line = b"Server-Timing: queue;dur=%b, batch;dur=%b, model;dur=%b, total;dur=%b\r\n"
-    assert timing.line(BATCH, 15_123, 0.0212345) == line % (b"15.123", b"4.000", b"3.900", b"21.235")
-    assert timing.line(BATCH, 15_123, 0.03) == line % (b"15.123", b"4.000", b"3.900", b"30.000")
-    assert timing.line(BATCH, 7, 0.03) == line % (b"0.007", b"4.000", b"3.900", b"30.000")
-    assert timing.line(BATCH._replace(model_us=1), 7, 0.0) == line % (b"0.007", b"4.000", b"0.001", b"0.000")
+    line = b"HTTP/1.1 200 OK\r\nServer-Timing: queue;dur=%b, batch;dur=%b, model;dur=%b, total;dur=%b\r\n"
+    assert timing.begin(BATCH, 15_123, 0.0212345) == line % (b"15.123", b"4.000", b"3.900", b"21.235")
+    assert timing.begin(BATCH, 15_123, 0.03) == line % (b"15.123", b"4.000", b"3.900", b"30.000")
+    assert timing.begin(BATCH, 7, 0.03) == line % (b"0.007", b"4.000", b"3.900", b"30.000")
+    assert timing.begin(BATCH._replace(model_us=1), 7, 0.0) == line % (b"0.007", b"4.000", b"0.001", b"0.000")
 
 
 def test_an_error_has_its_total() -> None:
