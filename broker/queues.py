@@ -150,7 +150,7 @@ class ModelQueue:
         before_us = self._told_us.get(worker, 0.0)
         self._told_us[worker] = told_us
         self._count_told(told_us, before_us)
-        if told_us <= self.best_row_us or not self.best_row_us:
+        if told_us <= self.best_row_us or len(self._told_us) == 1:
             self.best_row_us, self._cost = told_us, cost
         elif before_us == self.best_row_us:
             self._find_best()
