@@ -51,7 +51,6 @@ from penstock.wire.messages import (
     Metrics,
     Models,
     Payload,
-    Refusal,
     Refusals,
     Snapshot,
     Submit,
@@ -63,9 +62,9 @@ from penstock.wire.messages import (
     Workers,
 )
 from penstock.wire.metrics import Meters
+from penstock.wire.quiet import Quiet
 
 _SWEEP_S: Final = 2.0  # between two looks at what need not be exact; each wakes an idle broker
-_LOG_S: Final = 1.0  # between two lines that requests were refused
 _SETTLE_S: Final = 0.25  # a dead process's files are all closed by then
 _BROKER: Final = "broker"  # its name among the peers'
 
@@ -91,7 +90,7 @@ class Core:
         self._left_behind = False  # a worker has gone, perhaps without removing its socket
         self._free_at = float("inf")  # when acknowledgments travel even if no work does
         self._sweep_at = now
-        self._noted: dict[str, tuple[float, int]] = {}  # codes: until when no more is logged, and how many were not
+        self._quiet = Quiet()
         self._commands: list[Command] = []
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -328,7 +327,8 @@ class Core:
                 self._left_behind = False
                 self._commands.append(Sweep())
             self.ledger.sweep(now)
-            self._log_refused(now)
+            for code, count in self._quiet.unsaid(now):
+                self._log("warning", "requests refused", count=count, code=code)
         if self._open:
             given = self._assigner.assign(now)
             self.ledger.hand_out(given)
@@ -390,34 +390,19 @@ class Core:
             for at in range(0, len(refused), MAX_REQUESTS):
                 self._commands.append(ToCaller(caller.id, Refusals(self.epoch, refused[at : at + MAX_REQUESTS])))
             for code, count in Counter([each.code for each in refused]).items():
+                count = self._quiet.note(code, now, count)
+                if not count:
+                    continue
                 first = next(each for each in refused if each.code == code)
-                self._note_refused(code, count, caller, first, now)
-
-    def _note_refused(self, code: str, count: int, caller: CallerPeer, first: Refusal, now: float) -> None:
-        """Log refusals, of each code at most once in a while: under overload a line for each would be the overload."""
-        until, unsaid = self._noted.get(code, (now, 0))
-        count += unsaid
-        if now < until:
-            self._noted[code] = until, count
-            return
-        self._noted[code] = now + _LOG_S, 0
-        self._log(
-            "warning",
-            "requests refused",
-            caller=caller.name or caller.id.hex(),
-            count=count,
-            request=f"{caller.id.hex()}:{first.id}",
-            code=code,
-            reason=first.message,
-        )
-
-    def _log_refused(self, now: float) -> None:
-        """What has not been logged yet of refusals."""
-        for code, (until, count) in list(self._noted.items()):
-            if now >= until:
-                del self._noted[code]
-                if count:
-                    self._log("warning", "requests refused", count=count, code=code)
+                self._log(
+                    "warning",
+                    "requests refused",
+                    caller=caller.name or caller.id.hex(),
+                    count=count,
+                    request=f"{caller.id.hex()}:{first.id}",
+                    code=code,
+                    reason=first.message,
+                )
 
     def _drop_silent(self, now: float) -> None:
         """Peers that have not been heard for too long. (On one host the end of a control connection tells sooner.)"""

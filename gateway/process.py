@@ -158,10 +158,10 @@ class Coupling:
         self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
         self._link.measure = self._measure
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
-        application = Application(
+        self._application = Application(
             loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing
         )
-        self.http = Http(loop, settings.options, application, self._link.slots)
+        self.http = Http(loop, settings.options, self._application, self._link.slots)
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
@@ -208,8 +208,9 @@ class Coupling:
         return serial
 
     def _measure(self) -> None:
-        """Bring the series that are not counted as things happen up to date."""
+        """Bring the series that are not counted as things happen up to date. With each beat, so the log too."""
         caller = self._link.caller
+        self._application.log_unsaid(time.monotonic())
         caller.meters.value("penstock_http_connections").value = len(self.http.connections)
         caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
         slots = self._link.slots()
