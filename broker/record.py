@@ -11,13 +11,14 @@ differ. A file that is there is continued, so that a broker that is started anew
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+
+import orjson
 
 from penstock.wire.messages import Requests
 from penstock.wire.process import fields
@@ -27,15 +28,14 @@ log = logging.getLogger("penstock.broker")
 TRACE_VERSION: Final = 1
 COLUMNS: Final = ("seconds", "model", "version", "count", "rows", "bytes", "tenant", "priority", "timeout_us")
 RECORD_MAX_BYTES: Final = 1 << 30  # of a file, unless it is said
-_BUFFER_GROUPS: Final = 1024  # that are written together
-_dumps: Final = json.JSONEncoder(separators=(",", ":")).encode
+_BUFFER_GROUPS: Final = 256  # that are written together, in a fifth of a millisecond
 
 
 class Recorder:
     """Writes to a file until it has ``max_bytes``, or cannot be written; then it says so once, and nothing more.
 
     ``start`` opens, ``add`` takes what came, ``flush`` writes it, ``stop`` closes. None of them raises. An ``add``
-    costs a fifth of a microsecond, and a group 3 us when it is written.
+    costs a fifth of a microsecond, and a group another when it is written.
     """
 
     def __init__(self, path: Path, max_bytes: int = RECORD_MAX_BYTES) -> None:
@@ -44,7 +44,7 @@ class Recorder:
         self._fd = -1
         self._size = 0
         self._began = 0.0  # of the monotonic clock
-        self._waiting: list[tuple[float, Sequence[Requests]]] = []
+        self._waiting: list[tuple[float, Requests]] = []
 
     @property
     def recording(self) -> bool:
@@ -63,14 +63,14 @@ class Recorder:
             return
         self._began = now
         head = {"penstock_trace": TRACE_VERSION, "began": round(time.time(), 6), "columns": COLUMNS}
-        self._write(("\n" if torn else "") + _dumps(head) + "\n")
+        self._write((b"\n" if torn else b"") + orjson.dumps(head) + b"\n")
         if self.recording:
             log.info("recording what is asked", extra=fields(file=str(self._path), max_bytes=self._max_bytes))
 
     def add(self, groups: Sequence[Requests], now: float) -> None:
         """Groups that came in one message; they are not changed later."""
         if self._fd >= 0:
-            self._waiting.append((now, groups))
+            self._waiting += [(now, group) for group in groups]
             if len(self._waiting) >= _BUFFER_GROUPS:
                 self.flush()
 
@@ -78,17 +78,16 @@ class Recorder:
         """Write what waits; in an idle moment, or when it is much."""
         if self._waiting:
             waiting, self._waiting = self._waiting, []
-            self._write("".join([_line(now - self._began, group) for now, groups in waiting for group in groups]))
+            self._write(b"".join([_line(now - self._began, group) for now, group in waiting]))
 
     def stop(self) -> None:
         self.flush()
         self._close()
 
-    def _write(self, text: str) -> None:
+    def _write(self, data: bytes) -> None:
         """Whole lines, as many as there is room for."""
         if self._fd < 0:
             return
-        data = text.encode()
         room = self._max_bytes - self._size
         part = data if len(data) <= room else data[: data.rfind(b"\n", 0, max(0, room)) + 1]
         full = len(part) < len(data)
@@ -117,8 +116,8 @@ class Recorder:
             self._fd = -1
 
 
-def _line(seconds: float, group: Requests) -> str:
+def _line(seconds: float, group: Requests) -> bytes:
     form, timeouts = group.form, group.timeouts_us
     told = timeouts[0] if len(set(timeouts)) == 1 else timeouts
     row = (round(seconds, 6), form.model, form.version, len(group.ids), form.rows, form.nbytes, form.tenant)
-    return _dumps((*row, form.priority, told)) + "\n"
+    return orjson.dumps((*row, form.priority, told)) + b"\n"

@@ -179,6 +179,7 @@ class Worker:
         self._models = models
 
     def start(self) -> None:
+        self._broker.hear(Came(self.id, 0))  # its own arena is read by nobody
         for model in self._models:
             self.hear(model.loaded())
         self.hear(BrokerFound())

@@ -145,7 +145,7 @@ def _case(scenario: Scenario, key: SweepKey, value: float | str) -> tuple[str, S
     if key == "load":
         return f"load {value:g}", replace(single, load=float(value))
     if key == "workers":
-        return f"{value} workers", single.with_workers(int(value), scenario.groups[0].name)
+        return f"{value} worker{'s' if value != 1 else ''}", single.with_workers(int(value), scenario.groups[0].name)
     if not value:
         return "all traffic", single
     left = tuple(each for each in scenario.traffic if each.name != value)
