@@ -103,7 +103,9 @@ def _body(pairs: dict[str, str]) -> str:
 
 
 @given(_bodies, st.lists(st.tuples(st.sampled_from(["t", "u"]), _bodies), max_size=4))
-def test_any_text_has_lines_for_all_that_is_in_it(top: dict[str, str], tables: list[tuple[str, dict[str, str]]]) -> None:
+def test_any_text_has_lines_for_all_that_is_in_it(
+    top: dict[str, str], tables: list[tuple[str, dict[str, str]]]
+) -> None:
     text = _body(top) + "".join(f"[[{name}]]\n{_body(pairs)}" for name, pairs in tables)
     lines = lines_of(text)
     values = tomllib.loads(text)

@@ -59,9 +59,7 @@ def test_the_delays_are_in_every_latency() -> None:
 
 def test_a_speed_and_a_jitter_keep_their_means() -> None:
     plan = model(size=1, cost=BatchCost(0.010, jitter=0.5))
-    figures = run(
-        replace(alone(100.0, 120.0), models=(plan,), groups=(WorkerGroup("fast", 1, ("m",), speed=2.0),))
-    )
+    figures = run(replace(alone(100.0, 120.0), models=(plan,), groups=(WorkerGroup("fast", 1, ("m",), speed=2.0),)))
     assert figures.utilisation == pytest.approx(0.5, rel=0.03)
 
 
@@ -83,7 +81,10 @@ def test_one_device_computes_no_more_at_once_than_it_can() -> None:
 def test_the_same_seed_gives_the_same_and_another_others() -> None:
     made = scenario(
         models=(model(cost=BatchCost(0.002, 0.0005, jitter=0.2)),),
-        traffic=(traffic(rate=2000.0, hangups=0.05, hangup_after_s=0.004), traffic(name="u", arrivals="users", users=5)),
+        traffic=(
+            traffic(rate=2000.0, hangups=0.05, hangup_after_s=0.004),
+            traffic(name="u", arrivals="users", users=5),
+        ),
     )
     first = as_object(run(made))
     assert as_object(run(made)) == first
