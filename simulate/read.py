@@ -192,12 +192,17 @@ class _Reading:
         self._check_keys(values, (*_names(_Top), *_SECTIONS), ())
         top = self._convert({key: each for key, each in values.items() if key not in _SECTIONS}, _Top, ())
         duration_s = self._seconds(top.duration, ("duration",), 1e-3, _DAY_S)
-        models = [each for at, table in self._tables("models") for each in self._models(table, at)]
-        self._check_unique([(each.name, each.version) for each in models], "models", "model")
+        tables = self._tables("models")
+        made = [self._models(table, at) for at, table in tables]
+        self._check_unique(
+            [(f"{each.name}, {each.version}", at) for (at, _), some in zip(tables, made, strict=True) for each in some],
+            "model",
+        )
+        models = [each for some in made for each in some]
         groups = [self._workers(table, at, models) for at, table in self._tables("workers")]
-        self._check_unique([each.name for each in groups], "workers", "group of workers")
+        self._check_unique([(each.name, ("workers", at)) for at, each in enumerate(groups)], "group of workers")
         traffic = [self._traffic(table, at, models, duration_s) for at, table in self._tables("traffic")]
-        self._check_unique([each.name for each in traffic], "traffic", "traffic")
+        self._check_unique([(each.name, ("traffic", at)) for at, each in enumerate(traffic)], "traffic")
         warmup_s = self._seconds(top.warmup, ("warmup",), 0.0, _DAY_S)
         if warmup_s >= duration_s:
             raise self._error(("warmup",), f"it is less than the duration, which is {top.duration}")
@@ -449,10 +454,12 @@ class _Reading:
                 hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}"
                 raise self._error((*at, key), f"unknown key; {hint}")
 
-    def _check_unique(self, names: Sequence[Any], section: str, what: str) -> None:
-        for number, name in enumerate(names):
-            if name in names[:number]:
-                raise self._error((section, min(number, len(self._values[section]) - 1)), f"a second {what} {name!r}")
+    def _check_unique(self, named: Sequence[tuple[str, KeyPath]], what: str) -> None:
+        seen: set[str] = set()
+        for name, at in named:
+            if name in seen:
+                raise self._error(at, f"a second {what} '{name}'")
+            seen.add(name)
 
     def _no_model(self, pattern: str, models: Sequence[ModelPlan]) -> str:
         names = [each.name for each in models]

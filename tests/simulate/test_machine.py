@@ -24,9 +24,9 @@ def _groups(draw: st.DrawFn, number: int) -> WorkerGroup:
     for _ in range(draw(st.integers(0, 2))):
         dies_s = at + draw(st.floats(0.001, 0.3))
         at = dies_s + draw(st.floats(0.001, 0.2))
-        silent: bool = draw(st.booleans())
-        outages.append(Outage(dies_s, at, silent))
-    if outages and draw(st.booleans()):
+        outages.append(Outage(dies_s, at, draw(st.booleans())))
+    for_good: bool = draw(st.booleans())
+    if outages and for_good:
         outages[-1] = Outage(outages[-1].dies_s, NEVER, draw(st.booleans()))
     instances = draw(st.integers(0, 3))
     served = draw(st.sampled_from([_MODELS, _MODELS, ("a",), ("b",)]))

@@ -184,7 +184,7 @@ def test_there_are_the_scenarios_that_the_documentation_names() -> None:
         (
             'deadline = "100ms"',
             '[[models]]\nname = "m"\nfixed_ms = 1',
-            "16: key 'models[1]': a second model ('m', '1')",
+            "16: key 'models[1]': a second model 'm, 1'",
         ),
     ],
 )
