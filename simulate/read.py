@@ -10,18 +10,16 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import msgspec.inspect
-from msgspec import Meta, Struct
 
 from penstock.broker.options import BrokerOptions
-from penstock.simulate.costs import NORMAL_MAX, BatchCost, Shape, table_of
+from penstock.simulate.costs import NORMAL_MAX, BatchCost, table_of
 from penstock.simulate.lines import KeyPath, line_of, lines_of
 from penstock.simulate.scenario import (
     NEVER,
-    Arrivals,
     Delays,
     ModelPlan,
     Outage,
@@ -32,8 +30,20 @@ from penstock.simulate.scenario import (
     Traffic,
     WorkerGroup,
 )
-from penstock.wire.messages import MAX_NAME, MAX_PRIORITY, MAX_TENANT, MAX_TIMEOUT_US
-from penstock.worker.config import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, ConfigError, ModelConfig, load_config
+from penstock.simulate.schema import (
+    KEYS_OF,
+    NEEDED_BY,
+    NOT_OF_TRACES,
+    DelaysTable,
+    ModelTable,
+    OutageTable,
+    SweepTable,
+    TopTable,
+    TrafficTable,
+    WorkersTable,
+)
+from penstock.wire.messages import MAX_TIMEOUT_US
+from penstock.worker.config import DEFAULT_BATCH_SIZE, ConfigError, ModelConfig, load_config
 
 T = TypeVar("T")
 
@@ -41,115 +51,9 @@ _FILE_MAX_BYTES: Final = 1 << 20
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s|m|h)", re.ASCII)
 _DAY_S: Final = 86_400.0
-_BATCH_MAX_S: Final = 3600.0
 _SYNTAX: Final = re.compile(r"(.*) \(at line (\d+), column \d+\)")
 _STEP: Final = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
 _CONFIG_KEY: Final = re.compile(r"key '([^']+)': (.*)", re.DOTALL)
-
-_Rate = Annotated[float, Meta(gt=0, le=1e7)]
-_Count = Annotated[int, Meta(ge=1, le=100_000)]
-_Share = Annotated[float, Meta(ge=0, le=1)]
-_Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
-_Rows = Annotated[int, Meta(ge=1, le=MAX_BATCH_SIZE)]
-_Text = str  # a duration, such as "2ms"
-
-# Keys that some arrivals alone have, and of these the ones that they must have.
-_KEYS_OF: Final[Mapping[str, tuple[str, ...]]] = {
-    "poisson": ("rate",),
-    "bursts": ("rate", "burst_rate", "burst_every", "burst_length"),
-    "diurnal": ("rate", "swing", "day"),
-    "users": ("users", "think"),
-    "trace": ("file",),
-}
-_NEEDED_BY: Final[Mapping[str, tuple[str, ...]]] = {
-    "poisson": ("model", "rate"),
-    "bursts": ("model", "rate", "burst_rate", "burst_every", "burst_length"),
-    "diurnal": ("model", "rate"),
-    "users": ("model", "users"),
-    "trace": ("file",),
-}
-# What each request of a trace has of its own.
-_NOT_OF_TRACES: Final = ("model", "skew", "rows", "bytes", "tenant", "priority", "deadline")
-
-
-class _Table(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The base of all: a table of the file, whose unknown keys are found before it is converted."""
-
-
-class _Delays(_Table, frozen=True, kw_only=True):
-    client: _Text = "0ms"
-    hop: _Text = "50us"
-    broker_request: _Text = "10us"
-
-
-class _Outage(_Table, frozen=True, kw_only=True):
-    dies: _Text
-    returns: _Text | None = None
-    silent: bool = False
-
-
-class _Workers(_Table, frozen=True, kw_only=True):
-    name: _Name = ""
-    count: _Count = 1
-    instances: Annotated[int, Meta(ge=1, le=64)] | None = None
-    parallel: Annotated[int, Meta(ge=1, le=64)] | None = None
-    speed: Annotated[float, Meta(gt=0, le=1000)] = 1.0
-    models: tuple[_Name, ...] = ("*",)
-    outages: tuple[_Outage, ...] = ()
-
-
-class _Model(_Table, frozen=True, kw_only=True):
-    """Beside the keys of a model.toml."""
-
-    name: _Name
-    version: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)] = "1"
-    copies: Annotated[int, Meta(ge=1, le=4096)] = 1
-    batchable: bool = True
-    fixed_ms: Annotated[float, Meta(ge=0, le=_BATCH_MAX_S * 1e3)] | None = None
-    per_row_ms: Annotated[float, Meta(ge=0, le=_BATCH_MAX_S * 1e3)] | None = None
-    batch_ms: dict[str, Annotated[float, Meta(gt=0, le=_BATCH_MAX_S * 1e3)]] | None = None
-    jitter: Annotated[float, Meta(ge=0, le=3)] = 0.0
-    jitter_shape: Shape = "lognormal"
-
-
-class _Traffic(_Table, frozen=True, kw_only=True):
-    name: _Name = ""
-    arrivals: Arrivals = "poisson"
-    model: _Name | None = None
-    skew: Annotated[float, Meta(ge=0, le=10)] = 0.0
-    rows: _Rows | Annotated[tuple[_Rows, ...], Meta(min_length=1, max_length=64)] = 1
-    bytes: Annotated[int, Meta(ge=0, le=1 << 32)] = 0
-    tenant: Annotated[str, Meta(max_length=MAX_TENANT)] = ""
-    priority: Annotated[int, Meta(ge=0, le=MAX_PRIORITY)] = 0
-    deadline: _Text = "30s"
-    begin: _Text = "0s"
-    end: _Text | None = None
-    rate: _Rate | None = None
-    burst_rate: _Rate | None = None
-    burst_every: _Text | None = None
-    burst_length: _Text | None = None
-    swing: _Share = 0.8
-    day: _Text | None = None
-    users: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
-    think: _Text = "0s"
-    hangups: _Share = 0.0
-    hangup_after: _Text = "0s"
-    file: Annotated[str, Meta(min_length=1)] | None = None
-
-
-class _Sweep(_Table, frozen=True, kw_only=True):
-    load: Annotated[tuple[Annotated[float, Meta(gt=0, le=1000)], ...], Meta(min_length=1, max_length=64)] | None = None
-    without: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)] | None = None
-    workers: Annotated[tuple[_Count, ...], Meta(min_length=1, max_length=64)] | None = None
-
-
-class _Top(_Table, frozen=True, kw_only=True):
-    duration: _Text
-    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
-    warmup: _Text = "0s"
-    step: _Text = "0ms"
-    gateways: Annotated[int, Meta(ge=1, le=1024)] = 1
-
 
 _SECTIONS: Final = ("workers", "models", "traffic", "delays", "broker", "sweep")
 
@@ -189,8 +93,8 @@ class _Reading:
 
     def scenario(self) -> Scenario:
         values = self._values
-        self._check_keys(values, (*_names(_Top), *_SECTIONS), ())
-        top = self._convert({key: each for key, each in values.items() if key not in _SECTIONS}, _Top, ())
+        self._check_keys(values, (*_names(TopTable), *_SECTIONS), ())
+        top = self._convert({key: each for key, each in values.items() if key not in _SECTIONS}, TopTable, ())
         duration_s = self._seconds(top.duration, ("duration",), 1e-3, _DAY_S)
         tables = self._tables("models")
         made = [self._models(table, at) for at, table in tables]
@@ -224,8 +128,8 @@ class _Reading:
     # --- the sections ---
 
     def _delays(self) -> Delays:
-        given = self._convert(self._table("delays"), _Delays, ("delays",))
-        seconds = [self._seconds(getattr(given, key), ("delays", key), 0.0, 10.0) for key in _names(_Delays)]
+        given = self._convert(self._table("delays"), DelaysTable, ("delays",))
+        seconds = [self._seconds(getattr(given, key), ("delays", key), 0.0, 10.0) for key in _names(DelaysTable)]
         return Delays(*seconds)
 
     def _options(self, workers: int) -> BrokerOptions:
@@ -241,9 +145,9 @@ class _Reading:
         return options
 
     def _models(self, values: dict[str, Any], at: KeyPath) -> list[ModelPlan]:
-        own, known = _names(_Model), _names(ModelConfig)
+        own, known = _names(ModelTable), _names(ModelConfig)
         self._check_keys(values, (*own, *known), at)
-        given = self._convert({key: each for key, each in values.items() if key in own}, _Model, at)
+        given = self._convert({key: each for key, each in values.items() if key in own}, ModelTable, at)
         config = self._config({key: each for key, each in values.items() if key not in own}, at)
         size = (config.max_batch_size or DEFAULT_BATCH_SIZE) if given.batchable else 1
         cost = self._cost(given, size, at)
@@ -272,7 +176,7 @@ class _Reading:
             except _NotToml as error:
                 raise self._error(at, str(error)) from None
 
-    def _cost(self, given: _Model, size: int, at: KeyPath) -> BatchCost:
+    def _cost(self, given: ModelTable, size: int, at: KeyPath) -> BatchCost:
         jitter, shape = given.jitter, given.jitter_shape
         if shape == "normal" and jitter > NORMAL_MAX:
             raise self._error((*at, "jitter"), f"of a normal distribution it is at most {NORMAL_MAX}")
@@ -293,7 +197,7 @@ class _Reading:
         return BatchCost(0.0, 0.0, table_of(times), jitter, shape)
 
     def _workers(self, values: dict[str, Any], at: KeyPath, models: Sequence[ModelPlan]) -> WorkerGroup:
-        given = self._convert(values, _Workers, at)
+        given = self._convert(values, WorkersTable, at)
         number = at[-1]
         served: dict[str, ModelPlan] = {}
         for index, pattern in enumerate(given.models):
@@ -317,7 +221,7 @@ class _Reading:
             tuple(outages),
         )
 
-    def _outage(self, given: _Outage, at: KeyPath, before: Sequence[Outage]) -> Outage:
+    def _outage(self, given: OutageTable, at: KeyPath, before: Sequence[Outage]) -> Outage:
         dies_s = self._seconds(given.dies, (*at, "dies"), 0.0, _DAY_S)
         returns_s = NEVER
         if given.returns is not None:
@@ -329,14 +233,14 @@ class _Reading:
         return Outage(dies_s, returns_s, given.silent)
 
     def _traffic(self, values: dict[str, Any], at: KeyPath, models: Sequence[ModelPlan], duration_s: float) -> Traffic:
-        given = self._convert(values, _Traffic, at)
+        given = self._convert(values, TrafficTable, at)
         kind = given.arrivals
         for key in values:
-            owners = [each for each, keys in _KEYS_OF.items() if key in keys]
-            if (owners and kind not in owners) or (kind == "trace" and key in _NOT_OF_TRACES):
+            owners = [each for each, keys in KEYS_OF.items() if key in keys]
+            if (owners and kind not in owners) or (kind == "trace" and key in NOT_OF_TRACES):
                 whose = f"it goes with {' and '.join(owners)}" if owners else "each request of a trace has its own"
                 raise self._error((*at, key), f"arrivals are '{kind}' here; {whose}")
-        for key in _NEEDED_BY[kind]:
+        for key in NEEDED_BY[kind]:
             if key not in values:
                 raise self._error(at, f"traffic with arrivals '{kind}' says '{key}'")
         seconds = {
@@ -384,7 +288,7 @@ class _Reading:
             trace=None if given.file is None else self._path.parent / given.file,
         )
 
-    def _chosen(self, given: _Traffic, at: KeyPath, models: Sequence[ModelPlan]) -> tuple[tuple[str, float], ...]:
+    def _chosen(self, given: TrafficTable, at: KeyPath, models: Sequence[ModelPlan]) -> tuple[tuple[str, float], ...]:
         assert given.model is not None
         found = list(dict.fromkeys(each.name for each in models if fnmatchcase(each.name, given.model)))
         if not found:
@@ -392,7 +296,7 @@ class _Reading:
         weights = [1.0 / (rank + 1) ** given.skew for rank in range(len(found))]
         return tuple((name, weight / sum(weights)) for name, weight in zip(found, weights, strict=True))
 
-    def _rows(self, given: _Traffic, at: KeyPath, models: Sequence[ModelPlan]) -> tuple[int, ...]:
+    def _rows(self, given: TrafficTable, at: KeyPath, models: Sequence[ModelPlan]) -> tuple[int, ...]:
         rows = given.rows if isinstance(given.rows, tuple) else (given.rows,)
         for each in models:
             if given.model is not None and fnmatchcase(each.name, given.model):
@@ -404,7 +308,7 @@ class _Reading:
     def _sweep(self, traffic: Sequence[Traffic]) -> Sweep | None:
         if "sweep" not in self._values:
             return None
-        given = self._convert(self._table("sweep"), _Sweep, ("sweep",))
+        given = self._convert(self._table("sweep"), SweepTable, ("sweep",))
         keys: list[SweepKey] = [key for key in ("load", "without", "workers") if getattr(given, key) is not None]
         if len(keys) != 1:
             raise self._error(("sweep",), "a sweep is over one of load, without and workers")
@@ -436,10 +340,10 @@ class _Reading:
 
     def _convert(self, values: dict[str, Any], kind: type[T], at: KeyPath) -> T:
         self._check_keys(values, _names(kind), at)
-        if kind is _Workers:
+        if kind is WorkersTable:
             for number, each in enumerate(values.get("outages", ())):
                 if isinstance(each, dict):
-                    self._check_keys(each, _names(_Outage), (*at, "outages", number))
+                    self._check_keys(each, _names(OutageTable), (*at, "outages", number))
         try:
             return msgspec.convert(values, kind)
         except msgspec.ValidationError as error:
