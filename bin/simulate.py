@@ -187,7 +187,8 @@ def plan_lines(scenario: Scenario, ran: Sequence[Figures], target: Target, found
     lines += ["  " + line for line in columns(_HEADS, [_run_row(each) for each in ran], left={0})]
     if found is None:
         return [*lines, f"no: {_workers(most)} and fewer do not keep {target}"]
-    lines.append(f"{_workers(found)}: with so many, and not with {found - 1}, {target}")
+    fewer = f", and not with {found - 1}" if found > 1 else ""
+    lines.append(f"{_workers(found)}: with so many{fewer}, {target}")
     shown = {_workers(found), _workers(found - 1)}
     for each in ran:
         if each.label in shown:
