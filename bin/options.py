@@ -20,6 +20,7 @@ from penstock.broker.options import BrokerOptions
 from penstock.broker.record import RECORD_MAX_BYTES
 from penstock.gateway.options import GatewayOptions
 from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
+from penstock.wire.messages import MAX_TENANT
 from penstock.worker.config import ConfigError, convert, read_toml
 from penstock.worker.gpus import Gpu, Gpus, list_gpus
 from penstock.worker.options import WorkerOptions
@@ -31,6 +32,8 @@ _PR_SET_PDEATHSIG: Final = 1
 
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s|m)?", re.ASCII)
+
+_WEIGHT_MIN, _WEIGHT_MAX = 0.001, 1000.0  # of a tenant
 
 EXIT_CANNOT_SERVE: Final = 2  # a file that cannot be served, or nothing that can; also click's code for bad usage
 
@@ -221,9 +224,21 @@ def _limits(values: dict[str, Any], kind: type[T], where: str) -> T:
         value, lowest = getattr(section, key), -1 if key in ("arena_bytes", "run_bytes_max") else 0
         if isinstance(value, str):
             continue  # a path
+        if isinstance(value, dict):
+            _weights(value, f"{where}: key '{key}'")
+            continue
         if not lowest <= value < math.inf:
             raise ConfigError(f"{where}: key '{key}': it is {lowest} or more, not {value}")
     return section
+
+
+def _weights(weights: dict[str, float], where: str) -> None:
+    """Raises ConfigError for a tenant that no request can name, or a weight that is none."""
+    for tenant, weight in weights.items():
+        if not 0 < len(tenant) <= MAX_TENANT:
+            raise ConfigError(f"{where}: a tenant has 1 to {MAX_TENANT} characters, and not the name {tenant[:80]!r}")
+        if not _WEIGHT_MIN <= weight <= _WEIGHT_MAX:
+            raise ConfigError(f"{where}: the weight of '{tenant}' is from {_WEIGHT_MIN} to {_WEIGHT_MAX}, not {weight}")
 
 
 def end_with(parent: int) -> None:

@@ -1,150 +1,198 @@
-"""Which waiting request goes to which worker. Fair and simple: lines in turn, the least busy worker, equal shares."""
+"""Which waiting request goes to which worker: the least busy worker, the model that is furthest behind its share."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TypeAlias
+from collections.abc import Collection, Mapping
+from typing import Final, TypeAlias
 
 from penstock.broker.lots import Lot
 from penstock.broker.peers import WorkerPeer
-from penstock.broker.queues import ModelQueue
+from penstock.broker.pools import Pool, Turn
+from penstock.broker.queues import ModelKey, ModelQueue
+from penstock.broker.shares import Taking
 
 Given: TypeAlias = dict[WorkerPeer, list[Lot]]
+
+# What is given out is to be done in time. A batch is now and then quicker than expected: so much quicker is hoped for.
+_HOPE: Final = 0.9
 
 
 class Assigner:
     """Finds work for workers, and workers for work, without looking at either more often than something has changed.
 
-    A model is ``blocked`` when every worker that serves it has a full window: new requests for it then wait without a
-    search, until a worker has room again and looks for work itself.
+    ``late``: what was found to be too late to be given to anybody, to be refused by the owner.
     """
 
     def __init__(self) -> None:
-        self._idle: set[WorkerPeer] = set()
+        self.pools: dict[frozenset[ModelKey], Pool] = {}
+        self.late: list[Lot] = []
         self._changed: dict[ModelQueue, None] = {}  # have new requests; dicts, because a set has no order
         self._free: dict[WorkerPeer, None] = {}  # have more room than before
-        self._waiting: dict[ModelQueue, None] = {}  # have requests that found no worker
-        self._blocked: set[ModelQueue] = set()
 
     def requests_came(self, model: ModelQueue) -> None:
-        if model not in self._blocked:
-            self._changed[model] = None
+        self._changed[model] = None
 
     def room_came(self, worker: WorkerPeer) -> None:
         """A worker finished something, hears another caller, or serves another model."""
-        self._free[worker] = None
-        if worker.batches == 0:
-            self._idle.add(worker)
+        if worker.pool is not None:
+            worker.pool.place(worker)
+            self._free[worker] = None
 
     def model_went(self, model: ModelQueue) -> None:
         self._changed.pop(model, None)
-        self._waiting.pop(model, None)
-        self._blocked.discard(model)
+
+    def enlist(self, worker: WorkerPeer, models: Mapping[ModelKey, ModelQueue]) -> None:
+        """Put a worker where it belongs by the models that it serves now."""
+        key = frozenset(each for each in worker.models if each in models and worker.serves(each))
+        pool = self.pools.get(key)
+        if pool is None and key:
+            pool = self.pools[key] = Pool([models[each] for each in sorted(key)])
+            for model in pool.models:
+                model.pools.append(pool)
+                if model.requests:
+                    pool.wait(model)
+        self._move(worker, pool)
+        self.room_came(worker)
+
+    def _move(self, worker: WorkerPeer, pool: Pool | None) -> None:
+        before, worker.pool = worker.pool, pool
+        if pool is before:
+            return
+        self._free.pop(worker, None)
+        if before is not None:
+            before.leave(worker)
+            if not before.workers:
+                self._dissolve(before)
+        if pool is not None:
+            pool.join(worker)
 
     def worker_went(self, worker: WorkerPeer) -> None:
-        self._free.pop(worker, None)
-        self._idle.discard(worker)
+        self._move(worker, None)
 
-    def assign(self) -> Given:
+    def _dissolve(self, pool: Pool) -> None:
+        for model in pool.models:
+            model.pools.remove(pool)
+        for key, each in self.pools.items():
+            if each is pool:
+                del self.pools[key]
+                return
+
+    def assign(self, now: float = 0.0) -> Given:
         """Give out all that can be given, and say what went where. Counts the rows; moves no request."""
         given: Given = {}
         if self._free:
             free, self._free = self._free, {}
             for worker in free:
-                self._fill(worker, given)
+                self._fill(worker, given, now)
         if self._changed:
             changed, self._changed = self._changed, {}
             for model in changed:
-                self._spread(model, given)
+                self._spread(model, given, now)
         return given
 
-    def validate(self, models: Collection[ModelQueue], workers: Collection[WorkerPeer]) -> None:
-        """Whether nothing has been overlooked, for tests. Raises AssertionError."""
-        idle = {worker for worker in workers if worker.batches == 0}
-        assert self._idle == idle, f"idle are {[worker.name for worker in idle]}"
-        assert self._free.keys() <= set(workers), "a worker that has gone is to be filled"
-        looked_at = self._changed.keys() | self._waiting.keys() | self._blocked
-        assert looked_at <= set(models), "a model that has gone is looked at"
-        assert self._waiting.keys() >= self._blocked, "a blocked model does not wait"
-        for model in models:
-            if model in self._changed:
-                continue
-            assert not model.requests or model in self._waiting, f"nobody looks at {model.requests} of {model.key}"
-            for worker in model.workers:
-                if worker in self._free:
-                    continue
-                room = worker.room(model.key)
-                full = room <= 0 or worker.batches >= worker.window
-                assert model not in self._blocked or full, f"{model.key} is blocked, {worker.name} has {room} rows"
-                overlooked = worker in idle and model.could_give(room, worker.callers, worker.full)
-                assert not overlooked, f"{worker.name} is idle, and {model.requests} of {model.key} wait"
-
-    def _fill(self, worker: WorkerPeer, given: Given) -> None:
-        """Work for a worker that has room, from each waiting model in turn.
+    def _fill(self, worker: WorkerPeer, given: Given, now: float) -> None:
+        """Work for a worker that has room: a batch for the model that is furthest behind, and so on.
 
         A model whose turn it is, and for which there is no room, ends the filling: others that go on to fill up their
-        last batch could keep it waiting for ever.
+        last batch could keep it waiting for ever. But it does not, if it is the model's own limit that leaves no room.
         """
-        for model in list(self._waiting):
-            if not worker.serves(model.key):
+        pool = worker.pool
+        assert pool is not None
+        passed: list[Turn] = []
+        while (turn := pool.next()) is not None:
+            model = turn[2]
+            if not model.requests:
                 continue
             room = worker.room(model.key)
-            if room <= 0:
+            if room > 0 and self._give(model, worker, room, min(room, worker.size(model.key)), given, now):
+                if model.requests:
+                    pool.wait(model)
+                continue
+            passed.append(turn)
+            if room <= 0 and worker.batches >= worker.window:
                 break
-            gave = self._give(model, worker, room, room, given)
-            if not model.requests:
-                self._settle(model)
-            else:
-                if gave:
-                    self._waiting[model] = self._waiting.pop(model)  # behind the others
-                if worker.room(model.key) > 0:
-                    self._blocked.discard(model)
+        for turn in passed:
+            pool.put_back(turn)
 
-    def _spread(self, model: ModelQueue, given: Given) -> None:
+    def _spread(self, model: ModelQueue, given: Given, now: float) -> None:
         """Workers for a model's requests: equal shares for those that are idle, then the least busy are filled."""
         passed: set[WorkerPeer] = set()  # have room, but not for the first request, or hear none of the callers
         while model.requests:
             worker = self._choose(model, passed)
             if worker is None:
                 break
-            share = -(-model.rows // max(1, len(self._idle)))
-            if not self._give(model, worker, worker.room(model.key), share, given):
+            share = -(-model.rows // max(1, sum([pool.idle for pool in model.pools])))
+            if not self._give(model, worker, worker.room(model.key), share, given, now):
                 passed.add(worker)
-        if not model.requests:
-            self._settle(model)
-        else:
-            self._waiting[model] = None
-            if not passed:
-                self._blocked.add(model)
+        for pool in model.pools:
+            if model.requests:
+                pool.wait(model)
+            else:
+                pool.settle(model)
 
-    def _settle(self, model: ModelQueue) -> None:
-        self._waiting.pop(model, None)
-        self._blocked.discard(model)
-
-    def _choose(self, model: ModelQueue, passed: set[WorkerPeer]) -> WorkerPeer | None:
-        """The next idle worker, else the least busy one that has room."""
+    @staticmethod
+    def _choose(model: ModelQueue, passed: set[WorkerPeer]) -> WorkerPeer | None:
+        """The least busy worker that has room; of equals, the one that has been so for longest."""
         best = None
-        for _ in range(len(model.workers)):
-            worker = model.workers[0]
-            model.workers.rotate(-1)
-            if worker in passed or worker.room(model.key) <= 0:
-                continue
-            if worker.batches == 0:
-                return worker
-            if best is None or worker.batches < best.batches:
-                best = worker
+        for pool in model.pools:
+            for worker in pool.candidates(model):
+                if worker not in passed and worker.room(model.key) > 0:
+                    if best is None or worker.batches < best.batches:
+                        best = worker
+                    break
         return best
 
-    def _give(self, model: ModelQueue, worker: WorkerPeer, room: int, enough: int, given: Given) -> bool:
-        rows = model.rows
-        lots = model.take(room, enough, worker.callers, worker.full)
-        if not lots:
+    def _give(self, model: ModelQueue, worker: WorkerPeer, room: int, enough: int, given: Given, now: float) -> bool:
+        taking = Taking(room, worker.callers, worker.full, now)
+        if model.row_us and not model.is_stale(now):
+            taking.horizon, taking.hopeless = self._horizon(model, worker, min(enough, model.rows), now)
+        gave = model.take(taking, enough)
+        self.late += taking.late
+        if not gave:
             return False
-        worker.add_rows(model.key, rows - model.rows)
-        self._idle.discard(worker)
+        lots = taking.lots
+        pool = worker.pool
+        assert pool is not None
+        pool.charge(model, taking.us)
+        pool.assigned_us += taking.us
+        worker.add(model.key, taking.rows, taking.us, now)
+        pool.place(worker)
         known = given.get(worker)
         if known is None:
             given[worker] = lots
         else:
             known += lots
         return True
+
+    @staticmethod
+    def _horizon(model: ModelQueue, worker: WorkerPeer, rows: int, now: float) -> tuple[float, bool]:
+        """What is due before cannot be done by a worker in time, and whether other workers could not do it either."""
+        took_s = worker.left_s(now) + worker.batch_us(model.key, rows) * 1e-6
+        return now + _HOPE * took_s, not model.is_slow(worker)
+
+    def validate(self, models: Collection[ModelQueue], workers: Collection[WorkerPeer]) -> None:
+        """Whether nothing has been overlooked, for tests. Raises AssertionError."""
+        assert self._free.keys() <= set(workers), "a worker that has gone is to be filled"
+        assert self._changed.keys() <= set(models), "a model that has gone is looked at"
+        assert not self.late, f"{self.late} have not been refused"
+        for key, pool in self.pools.items():
+            assert key == frozenset(model.key for model in pool.models), f"a pool of {key} has others"
+            assert set(pool.models) <= set(models), "a model that has gone has a pool"
+            assert pool.workers <= set(workers), "a worker that has gone is in a pool"
+            pool.validate()
+        for worker in workers:
+            known = worker.pool in self.pools.values() if worker.pool is not None else True
+            assert known, f"{worker.name} is in a pool that is no more"
+        for model in models:
+            pools = {id(worker.pool) for worker in model.workers}
+            assert pools == {id(pool) for pool in model.pools}, f"{model.key} is served by other pools"
+            if model in self._changed:
+                continue
+            for pool in model.pools:
+                waits = not model.requests or model in pool.waiting
+                assert waits, f"nobody looks at {model.requests} of {model.key}"
+            for worker in model.workers:
+                if worker in self._free or worker.batches:
+                    continue
+                overlooked = model.could_give(worker.room(model.key), worker.callers, worker.full)
+                assert not overlooked, f"{worker.name} is idle, and {model.requests} of {model.key} wait"

@@ -75,7 +75,7 @@ class Core:
         self.epoch = epoch
         self.callers: dict[bytes, CallerPeer] = {}
         self.workers: dict[bytes, WorkerPeer] = {}
-        self.registry = Registry(options.models_max)
+        self.registry = Registry(options.models_max, options.tenant_weights)
         self.meters = Meters()
         self._assigner = Assigner()
         self.ledger = Ledger(options, self.registry, self._assigner, self.meters, self.workers)
@@ -231,9 +231,15 @@ class Core:
         worker.heard = now
         match message:
             case Done(done=done):
-                self.ledger.done(worker, done)
+                self.ledger.done(worker, done, now)
             case Costs(costs=costs):
-                worker.costs |= {(cost.model, cost.version): cost for cost in costs}
+                worker.learn(costs)
+                for cost in costs:
+                    queue = self.registry.queues.get((cost.model, cost.version))
+                    if queue is not None:
+                        queue.learn(worker)
+                        queue.measured = now
+                self._assigner.room_came(worker)
             case Beat():
                 worker.samples = message.samples
                 self._commands.append(ToWorker(peer, Beat(self.epoch)))
@@ -285,6 +291,7 @@ class Core:
     def _worker_gone(self, worker: WorkerPeer, reason: str, now: float) -> None:
         del self.workers[worker.id]
         self.registry.withdraw(worker, now)
+        self._assigner.worker_went(worker)
         held = self.ledger.worker_gone(worker)
         self._workers_changed = self._models_changed = True
         self._left_behind = True
@@ -295,9 +302,10 @@ class Core:
             self._log("info", "worker left", worker=worker.name)
 
     def _declare(self, worker: WorkerPeer, now: float) -> None:
-        for queue in self.registry.declare(worker, now):
+        gone = self.registry.declare(worker, now)
+        self._assigner.enlist(worker, self.registry.queues)
+        for queue in gone:
             self.ledger.model_gone(queue)
-        self._assigner.room_came(worker)
         self._models_changed = True
 
     # --- time ---
@@ -317,8 +325,9 @@ class Core:
                 self._commands.append(Sweep())
             self.ledger.sweep(now)
         if self._open:
-            given = self._assigner.assign()
+            given = self._assigner.assign(now)
             self.ledger.hand_out(given)
+            self.ledger.refuse_late(now)
             for worker, lots in given.items():
                 for part in _messages(lots):
                     self._send_work(worker, part, now)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from penstock.broker.assign import Assigner, Given
+from penstock.broker.forecast import forecast_for
 from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, ENDED, QUEUED, Lot
 from penstock.broker.options import BrokerOptions
 from penstock.broker.peers import CallerPeer, WorkerPeer
@@ -29,8 +31,20 @@ from penstock.wire.errors import (
     PenstockError,
 )
 from penstock.wire.lots import lots_of
-from penstock.wire.messages import INLINE_MAX_BYTES, MAX_SENTENCE, Finished, Form, Payload, Refusal, Requests, Submit
+from penstock.wire.messages import (
+    DEFAULT_PRIORITY,
+    INLINE_MAX_BYTES,
+    MAX_SENTENCE,
+    Finished,
+    Form,
+    Payload,
+    Refusal,
+    Requests,
+    Submit,
+)
 from penstock.wire.metrics import Meters
+
+_ROW_US: Final = 1000  # what a row is taken for as long as nobody has said what it takes
 
 
 class Ledger:
@@ -51,6 +65,7 @@ class Ledger:
         self._assigner = assigner
         self._meters = meters
         self.requests = 0  # that have not ended
+        self.rows = 0  # of these
         self.bytes = 0  # of their payloads
         self.draining = False
         self.news: dict[WorkerPeer, None] = {}  # have to hear of cancels or freed results
@@ -87,21 +102,23 @@ class Ledger:
             if group.places:
                 _check_places(group, caller)
         except PenstockError as error:
-            self._refuse_ids(caller, ids, error)
-            self._count_failure(key, error.code, len(ids))
+            self._refuse_new(caller, key, ids, error)
             return
         if not form.version:
             form = form._replace(version=key[1])  # a worker is told which one it was
         places, held = group.places, 0 if group.places else form.nbytes
-        room = self._room(model, caller, held)
+        room = self._room(model, caller, form, held)
         if room < len(ids):
             room = max(0, room)
-            full = self._full(model, caller, held)
-            self._refuse_ids(caller, ids[room:], full)
-            self._count_failure(key, full.code, len(ids) - room)
+            self._refuse_new(caller, key, ids[room:], self._full(model, caller, form, held))
             ids, timeouts_us = ids[:room], timeouts_us[:room]
-            if not ids:
-                return
+        if model.row_us and ids:
+            room, late = self._in_time(model, form, caller, timeouts_us, now)
+            if late is not None:
+                self._refuse_new(caller, key, ids[room:], late)
+                ids, timeouts_us = ids[:room], timeouts_us[:room]
+        if not ids:
+            return
         count, size = len(ids), form.nbytes
         payload: Payload
         if places:
@@ -112,7 +129,9 @@ class Ledger:
             payload = message.blob
         else:
             payload = message.blob[start : start + count * size]
-        lot = Lot(caller, model, form, ids, timeouts_us, payload, bool(places), now)
+        lot = Lot(
+            caller, model, form, ids, timeouts_us, payload, bool(places), now, form.rows * (model.row_us or _ROW_US)
+        )
         index = dict.fromkeys(ids, lot)
         if len(index) != count:
             self._refuse_ids(caller, index, _not_growing())
@@ -120,6 +139,7 @@ class Ledger:
         caller.requests.update(index)
         model.push(lot)
         self.requests += count
+        self.rows += count * form.rows
         self.bytes += count * held
         self._fresh.append(lot)
         self._assigner.requests_came(model)
@@ -146,29 +166,67 @@ class Ledger:
                 BAD_INPUT, f"inference request batch-size must be <= {spec.max_batch_size} for '{name}'"
             )
 
-    def _room(self, model: ModelQueue, caller: CallerPeer, size: int) -> int:
+    @staticmethod
+    def _in_time(
+        model: ModelQueue, form: Form, caller: CallerPeer, timeouts_us: Sequence[int], now: float
+    ) -> tuple[int, PenstockError | None]:
+        """How many new requests are expected to be done in time, and why no more."""
+        forecast = forecast_for(model, form.priority or DEFAULT_PRIORITY, form.tenant or caller.id)
+        if forecast.done_us(len(timeouts_us) * form.rows) <= min(timeouts_us):
+            return len(timeouts_us), None
+        waits = [forecast.done_us((at + 1) * form.rows) for at in range(len(timeouts_us))]
+        count = next((at for at, us in enumerate(timeouts_us) if waits[at] > us), len(timeouts_us))
+        if not count and not forecast.wait_us and model.is_stale(now):
+            count = 1
+        if count == len(timeouts_us):  # the last have more time than the first, or it is tried
+            return count, None
+        done_us = waits[count]
+        return count, PenstockError(
+            OVERLOADED,
+            f"the request would be done in about {done_us / 1000:.0f} ms, and has {timeouts_us[count] / 1000:.0f} ms: "
+            f"{forecast.wait_us / 1000:.0f} ms of work on '{form.model}' are before it; try again when that is done",
+            forecast.wait_us * 1e-6,
+        )
+
+    def _room(self, model: ModelQueue, caller: CallerPeer, form: Form, size: int) -> int:
         """How many more requests there is room for, if each makes the broker hold so many bytes."""
         options = self._options
         room = min(
             options.queue_requests_max - model.requests,
+            (options.queue_rows_max - model.rows) // form.rows,
             options.held_requests_max - self.requests,
+            (options.held_rows_max - self.rows) // form.rows,
             options.caller_requests_max - len(caller.requests),
         )
+        if form.nbytes:
+            room = min(room, (options.queue_bytes_max - model.nbytes) // form.nbytes)
         return min(room, (options.held_bytes_max - self.bytes) // size) if size else room
 
-    def _full(self, model: ModelQueue, caller: CallerPeer, size: int) -> PenstockError:
+    def _full(self, model: ModelQueue, caller: CallerPeer, form: Form, size: int) -> PenstockError:
         """Why there is no more room."""
         options, name = self._options, model.key[0]
-        if size > options.held_bytes_max:
+        largest = min(options.queue_bytes_max, options.held_bytes_max if size else options.queue_bytes_max)
+        if form.nbytes > largest:
             return PenstockError(
-                TOO_LARGE, f"the request has {size} bytes, and the server holds {options.held_bytes_max} at most"
+                TOO_LARGE, f"the request has {form.nbytes} bytes, and the server holds {largest} at most"
             )
         queued, held, own = options.queue_requests_max, options.held_requests_max, options.caller_requests_max
+        rows, most = options.queue_rows_max, options.held_rows_max
+        wait = f"wait for model '{name}'"
         bounds = [
-            (queued - model.requests, f"Exceeds maximum queue size: {queued} requests wait for model '{name}'"),
+            (queued - model.requests, f"Exceeds maximum queue size: {queued} requests {wait}"),
+            (
+                (rows - model.rows) // form.rows,
+                f"Exceeds maximum queue size: {model.rows} of at most {rows} rows {wait}",
+            ),
             (held - self.requests, f"the server holds {held} requests, which is all that it may"),
+            ((most - self.rows) // form.rows, f"the server holds {self.rows} rows, of at most {most}"),
             (own - len(caller.requests), f"{own} requests of this caller are under way, which is all that it may have"),
         ]
+        if form.nbytes:
+            limit = options.queue_bytes_max
+            told = f"Exceeds maximum queue size: {model.nbytes} of at most {limit} bytes {wait}"
+            bounds.append(((limit - model.nbytes) // form.nbytes, told))
         if size:
             bytes_room = (options.held_bytes_max - self.bytes) // size
             bounds.append((bytes_room, f"the server holds {self.bytes} of at most {options.held_bytes_max} bytes"))
@@ -189,14 +247,33 @@ class Ledger:
                 self._watch(lot)
         self._fresh.clear()
 
-    def done(self, worker: WorkerPeer, finished: Sequence[Finished]) -> None:
+    def refuse_late(self, now: float) -> None:
+        """End what the assigner has found to be too late."""
+        late, self._assigner.late = self._assigner.late, []
+        for lot in late:
+            name = lot.model.key[0]
+            waited_s = now - lot.accepted
+            self._refuse(
+                lot,
+                DEADLINE,
+                f"after {waited_s:.3f} s in the queue of '{name}' there was too little time left to compute it",
+            )
+
+    def done(self, worker: WorkerPeer, finished: Sequence[Finished], now: float) -> None:
         """A worker has published results, or skipped what was cancelled. What it says of others' requests is
         ignored."""
-        for caller, attempt, nbytes, ids, _ in finished:
+        for caller, attempt, nbytes, ids, compute_us in finished:
             for lot in lots_of(worker.held.get(caller, {}), ids):
                 if lot.attempt != attempt or lot.state == DONE:
                     continue
-                worker.add_rows(lot.model.key, -lot.rows)
+                worker.subtract(lot, now)
+                if compute_us:
+                    lot.model.measured = now
+                    count = len(lot.ids)
+                    over_us = compute_us * count / len(ids) - lot.cost_us * count
+                    lot.model.charge(lot, over_us)
+                    if worker.pool is not None:
+                        worker.pool.correct(lot.model, over_us)
                 if lot.move("done") == DONE:
                     lot.kept_bytes = nbytes
                     worker.keep(caller, nbytes * len(lot.ids))
@@ -217,7 +294,7 @@ class Ledger:
             if lot.move("lose") == ENDED:
                 self._forget(lot)
                 continue
-            lot.model.push_front(lot)
+            lot.model.push(lot, front=True)
             if self._registry.queues.get(lot.model.key) is not lot.model:
                 self._refuse(lot, UNAVAILABLE, _removed(lot.model))
                 continue
@@ -230,7 +307,6 @@ class Ledger:
             self._assigner.requests_came(lot.model)
             self._watch(lot)
         self.news.pop(worker, None)
-        self._assigner.worker_went(worker)
         return sum(len(lot.ids) for lot in held)
 
     # --- out ---
@@ -285,8 +361,7 @@ class Ledger:
             lot = heapq.heappop(heap)[2]
             if lot.state != QUEUED:
                 continue
-            limits = zip(lot.ids, lot.timeouts_us, strict=True)
-            late = [number for number, us in limits if lot.accepted + us * 1e-6 <= now]
+            late = lot.late(now)
             if not late:  # those that were have left it
                 self._watch(lot)
                 continue
@@ -333,10 +408,11 @@ class Ledger:
         watched |= {lot: lot.accepted for lot in self._fresh if lot.ids}
         for lot in lots:
             self._validate_lot(lot, callers, workers)
-            seen = lot.state != QUEUED or watched.get(lot, float("inf")) <= lot.first_deadline
+            seen = lot.state != QUEUED or watched.get(lot, float("inf")) <= lot.due
             assert seen, f"nobody watches the deadline of {lot}"
         count, nbytes = sum(len(lot.ids) for lot in lots), sum(len(lot.ids) * lot.held_bytes for lot in lots)
         assert self.requests == count, f"{self.requests} requests are {count}"
+        assert self.rows == sum(lot.rows for lot in lots), f"{self.rows} rows are in {lots}"
         assert self.bytes == nbytes, f"{self.bytes} bytes are {nbytes}"
         assert count <= self._options.held_requests_max, f"{count} requests are held"
         assert nbytes <= self._options.held_bytes_max, f"{nbytes} bytes are held"
@@ -377,7 +453,7 @@ class Ledger:
 
     def _watch(self, lot: Lot) -> None:
         self._entered += 1
-        heapq.heappush(self._deadlines, (lot.first_deadline, self._entered, lot))
+        heapq.heappush(self._deadlines, (lot.due, self._entered, lot))
 
     def _drop(self, lot: Lot) -> None:
         """The caller wants nothing more of requests."""
@@ -404,6 +480,11 @@ class Ledger:
         self._forget(lot)
         self._refuse_ids(lot.caller, lot.ids, PenstockError(code, sentence))
 
+    def _refuse_new(self, caller: CallerPeer, key: ModelKey, ids: Sequence[int], error: PenstockError) -> None:
+        """Turn away requests that have just come."""
+        self._refuse_ids(caller, ids, error)
+        self._count_failure(key, error.code, len(ids))
+
     def _refuse_ids(self, caller: CallerPeer, ids: Iterable[int], error: PenstockError) -> None:
         after_ms = int(error.retry_after_s * 1000)
         refusals = self.refusals.setdefault(caller, [])
@@ -421,6 +502,7 @@ class Ledger:
 
     def _forget(self, lot: Lot) -> None:
         self.requests -= len(lot.ids)
+        self.rows -= lot.rows
         self.bytes -= len(lot.ids) * lot.held_bytes
         lot.payload = None
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from penstock.wire.lots import pick, pick_payload, places_of
-from penstock.wire.messages import Form, Payload
+from penstock.wire.messages import DEFAULT_PRIORITY, Form, Payload
 
 if TYPE_CHECKING:
     from penstock.broker.peers import CallerPeer, WorkerPeer
     from penstock.broker.queues import ModelQueue
+    from penstock.broker.shares import ShareKey
 
 QUEUED: Final = "QUEUED"  # waits for a worker
 ASSIGNED: Final = "ASSIGNED"  # a worker has it
@@ -44,13 +45,16 @@ class Lot:
     ``payload``: their tensors (see pick_payload), or where they lie in the caller's arena when they are ``placed``
     there. ``accepted``: when they came, seconds of the broker's monotonic clock; ``timeouts_us``: how long after that
     each may take. ``attempt``: how often they have been assigned. ``kept_bytes``: what their worker keeps of each one's
-    result.
+    result. ``due``: when the first of them must be done. ``cost_us``: what each is expected to take of a worker.
+    ``priority`` and ``share_key``: where they stand in line.
     """
 
     __slots__ = (
         "accepted",
         "attempt",
         "caller",
+        "cost_us",
+        "due",
         "form",
         "ids",
         "in_line",
@@ -58,6 +62,8 @@ class Lot:
         "model",
         "payload",
         "placed",
+        "priority",
+        "share_key",
         "state",
         "timeouts_us",
         "worker",
@@ -73,6 +79,7 @@ class Lot:
         payload: Payload,
         placed: bool,
         accepted: float,
+        cost_us: int = 0,
     ) -> None:
         self.caller = caller
         self.model = model
@@ -82,6 +89,10 @@ class Lot:
         self.payload = payload
         self.placed = placed
         self.accepted = accepted
+        self.cost_us = cost_us
+        self.due = accepted + min(timeouts_us) * 1e-6
+        self.priority = form.priority or DEFAULT_PRIORITY
+        self.share_key: ShareKey = form.tenant or caller.id  # who names no tenant is one
         self.state = QUEUED
         self.attempt = 0
         self.worker: WorkerPeer | None = None
@@ -97,13 +108,10 @@ class Lot:
         """What the broker itself holds of each request's tensors."""
         return 0 if self.placed else self.form.nbytes
 
-    @property
-    def first_deadline(self) -> float:
-        return self.accepted + min(self.timeouts_us) * 1e-6
-
-    @property
-    def last_deadline(self) -> float:
-        return self.accepted + max(self.timeouts_us) * 1e-6
+    def late(self, now: float) -> list[int]:
+        """Those that should have been done by a time."""
+        limits = zip(self.ids, self.timeouts_us, strict=True)
+        return [number for number, us in limits if self.accepted + us * 1e-6 <= now]
 
     def move(self, event: str) -> str:
         """Take the transition for ``event`` and return the new state. Raises IllegalTransition."""
@@ -125,6 +133,7 @@ class Lot:
             pick_payload(self.payload, self.form.nbytes, inside),
             self.placed,
             self.accepted,
+            self.cost_us,
         )
         other.state = self.state
         other.attempt = self.attempt
@@ -132,6 +141,7 @@ class Lot:
         other.kept_bytes = self.kept_bytes
         self.ids = pick(self.ids, outside)
         self.timeouts_us = pick(self.timeouts_us, outside)
+        self.due = self.accepted + min(self.timeouts_us) * 1e-6
         self.payload = pick_payload(self.payload, self.form.nbytes, outside)
         index = dict.fromkeys(other.ids, other)
         if self.state != ABANDONED:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerOptions:
     queue_requests_max: int = 16_384  # that wait for one model
+    queue_rows_max: int = 65_536  # of these
+    queue_bytes_max: int = 4 << 30  # of their tensors, wherever they lie
     held_requests_max: int = 131_072  # that are not acknowledged yet, over all models
+    held_rows_max: int = 524_288  # of these
     held_bytes_max: int = 4 << 30  # of their tensors in messages
     caller_requests_max: int = 65_536  # of one caller, not acknowledged yet
     unacknowledged_bytes_max: int = 256 << 20  # results that one worker keeps for one caller
@@ -18,6 +21,9 @@ class BrokerOptions:
     rejoin_grace_s: float = 0.25  # a new broker waits so long for the peers of the old one before it assigns
     unserved_grace_s: float = 10.0  # requests wait so long for a worker to come back before they are refused
     free_delay_s: float = 0.01  # acknowledgments wait so long for work to travel with
+
+    # What tenants are given of the workers' time in proportion to each other, where they compete: 1 who is not named.
+    tenant_weights: dict[str, float] = field(default_factory=dict)
 
     callers_max: int = 4096
     workers_max: int = 4096

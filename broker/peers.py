@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from penstock.broker.costs import batch_us
 from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, Lot
+from penstock.broker.pools import Pool
 from penstock.broker.queues import ModelKey
 from penstock.wire.codec import ranges
 from penstock.wire.messages import MAX_REQUESTS, Cost, Freed
@@ -50,7 +52,13 @@ class WorkerPeer:
         self.name = name
         self.device = device
         self.endpoints = endpoints
+        self.instances = instances
         self.window = instances + 1  # batches
+        self.pool: Pool | None = None  # of those that serve the same models; none if it serves none
+        self.bucket = -1  # its place there: by its batches,
+        self.open: tuple[ModelKey, ...] = ()  # or by models of which it takes rows though it takes no other batch
+        self.assigned_us = 0  # what it is expected to take for what it has not finished
+        self._busy_since = 0.0  # when it began with that, or last finished something
         self._kept_bytes_max = kept_bytes_max
         self.heard = now
         self.leaving = False
@@ -62,6 +70,7 @@ class WorkerPeer:
         self.batches = 0  # at least so many are needed for the rows that it has not finished
         self._rows: dict[ModelKey, int] = {}
         self._sizes: dict[ModelKey, int] = {}  # rows of a batch
+        self._windows: dict[ModelKey, int] = {}  # batches of one model
         self.held: dict[bytes, dict[int, Lot]] = {}  # by caller: not finished, or not acknowledged
         self.kept_bytes: dict[bytes, int] = {}  # by caller: results that it keeps until they are acknowledged
         self.full: set[bytes] = set()  # callers that get nothing more here until they have acknowledged some
@@ -79,7 +88,19 @@ class WorkerPeer:
 
     def set_models(self, models: Sequence[ModelState]) -> None:
         self.models = {(state.name, state.version): state for state in models}
-        self._sizes |= {key: state.spec.max_batch_size for key, state in self.models.items() if state.spec}
+        self._resize()
+
+    def learn(self, costs: Sequence[Cost]) -> None:
+        """What its models take here."""
+        self.costs |= {(cost.model, cost.version): cost for cost in costs}
+        self._resize()
+
+    def _resize(self) -> None:
+        for key, state in self.models.items():
+            if state.spec is not None:
+                size, cost = state.spec.max_batch_size, self.costs.get(key)
+                self._sizes[key] = size if cost is None else min(size, cost.batch_rows)
+                self._windows[key] = self.window if cost is None else min(self.window, cost.instances + 1)
         self.batches = sum(-(-rows // self._sizes[key]) for key, rows in self._rows.items())
 
     def serves(self, key: ModelKey) -> bool:
@@ -91,10 +112,42 @@ class WorkerPeer:
         size = self._sizes[key]
         rows = self._rows.get(key, 0)
         others = self.batches - -(-rows // size)
-        return (self.window - others) * size - rows
+        return min(self.window - others, self._windows[key]) * size - rows
 
-    def add_rows(self, key: ModelKey, rows: int) -> None:
-        """Count rows in, or with a negative number out."""
+    def size(self, key: ModelKey) -> int:
+        """Rows of a batch of a model that it serves."""
+        return self._sizes[key]
+
+    def open_models(self) -> tuple[ModelKey, ...]:
+        """Those of which it has an unfinished batch that is not full."""
+        return tuple([key for key in self._rows if self.serves(key) and self.room(key) > 0])
+
+    def batch_us(self, key: ModelKey, rows: int) -> int:
+        """What a batch of a model is expected to take here, 0 if nobody knows."""
+        cost = self.costs.get(key)
+        return batch_us(cost, rows) if cost is not None else 0
+
+    def left_s(self, now: float) -> float:
+        """How long it is expected to be busy with what it has."""
+        return max(0.0, self.assigned_us * 1e-6 / self.instances - (now - self._busy_since))
+
+    def add(self, key: ModelKey, rows: int, us: int, now: float) -> None:
+        """Count in what it has been given."""
+        if not self.assigned_us:
+            self._busy_since = now
+        self.assigned_us += us
+        self._add_rows(key, rows)
+
+    def subtract(self, lot: Lot, now: float) -> None:
+        """Count out what it has finished."""
+        self._busy_since = now
+        us = lot.cost_us * len(lot.ids)
+        self.assigned_us -= us
+        if self.pool is not None:
+            self.pool.assigned_us -= us
+        self._add_rows(lot.model.key, -lot.rows)
+
+    def _add_rows(self, key: ModelKey, rows: int) -> None:
         size = self._sizes[key]
         before = self._rows.get(key, 0)
         after = before + rows
@@ -176,6 +229,7 @@ class WorkerPeer:
         """Derive again what is counted, for tests. Raises AssertionError."""
         rows: Counter[ModelKey] = Counter()
         kept: Counter[bytes] = Counter()
+        assigned_us = 0
         for caller, index in self.held.items():
             lots = set(index.values())
             assert lots, f"{self.name} holds nothing for {caller.hex()}, and still remembers it"
@@ -189,11 +243,13 @@ class WorkerPeer:
                 else:
                     assert lot.state in (ASSIGNED, ABANDONED), f"{lot} is held by {self.name}"
                     rows[lot.model.key] += lot.rows
+                    assigned_us += lot.cost_us * len(lot.ids)
         kept = +kept
         batches = sum(-(-count // self._sizes[key]) for key, count in rows.items())
         full = {caller for caller, nbytes in kept.items() if nbytes >= self._kept_bytes_max}
         assert self._rows == rows, f"{self.name}: rows {self._rows} are {dict(rows)}"
         assert self.batches == batches, f"{self.name}: {self.batches} batches are {batches}"
+        assert self.assigned_us == assigned_us, f"{self.name}: {self.assigned_us} us are {assigned_us}"
         assert self.kept_bytes == kept, f"{self.name}: kept bytes {self.kept_bytes} are {dict(kept)}"
         assert self.full == full, f"{self.name}: full {self.full} is {full}"
 

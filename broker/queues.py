@@ -1,129 +1,228 @@
-"""What waits for a model: one line per caller and tenant, served in turn, so that nobody's flood is another's wait."""
+"""What waits for a model, and what is known of what it takes."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Container
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Container, Mapping
+from typing import TYPE_CHECKING, Final, TypeAlias
 
+from penstock.broker.costs import batch_us
 from penstock.broker.lots import QUEUED, Lot
-from penstock.wire.fifo import Fifo
+from penstock.broker.shares import LEAST_SHARE, Level, Taking
+from penstock.wire.messages import Cost
 from penstock.wire.models import ModelSpec
 
 if TYPE_CHECKING:
-    from penstock.broker.peers import CallerPeer, WorkerPeer
+    from penstock.broker.peers import WorkerPeer
+    from penstock.broker.pools import Pool
 
-FlowKey: TypeAlias = tuple[bytes, str]
 ModelKey: TypeAlias = tuple[str, str]
-
-
-class Flow:
-    """The requests of one caller and tenant, oldest first."""
-
-    __slots__ = ("caller", "key", "lots")
-
-    def __init__(self, key: FlowKey, caller: CallerPeer) -> None:
-        self.key = key
-        self.caller = caller
-        self.lots: Fifo[Lot] = Fifo()
+_SLOW: Final = 1.5  # times what the fastest worker takes
+# What was measured longer ago, or longer than so many times what a batch takes, is not relied on.
+_STALE_S: Final = 1.0
+_STALE_BATCHES: Final = 10
+_NO_WEIGHTS: Final[Mapping[str, float]] = {}
 
 
 class ModelQueue:
     """A model version that callers may ask for: what waits for it, and who serves it.
 
     ``spec`` is the newest that a worker told; it outlives the worker, so that requests can wait while one restarts.
+    ``row_us``: what a row is expected to take, in a full
+    batch, as the mean of its workers; 0 as long as none has said. ``weight``: its share of a worker beside
+    other models. ``weights``: of tenants, 1 of those that are not named.
     """
 
-    def __init__(self, key: ModelKey, spec: ModelSpec | None) -> None:
+    def __init__(self, key: ModelKey, spec: ModelSpec | None, weights: Mapping[str, float] = _NO_WEIGHTS) -> None:
         self.key = key
         self.spec = spec
-        self.workers: deque[WorkerPeer] = deque()  # those that have it READY, in the order of their turn
+        self.workers: dict[WorkerPeer, None] = {}  # those that have it READY
+        self.pools: list[Pool] = []  # of these
         self.unserved_since = 0.0  # when the last of them left
         self.requests = 0
         self.rows = 0
-        self._flows: dict[FlowKey, Flow] = {}
-        self._turns: deque[Flow] = deque()
+        self.nbytes = 0
+        self.us = 0
+        self.weight = 1.0
+        self.weighs = 0.0  # the weight with which it waits now
+        self.row_us = 0
+        self._weights = weights
+        self._levels: list[Level] = []  # in which something has waited, the most urgent first
+        self.instances = 1  # of its batches that a worker runs at once
+        self.batch_rows = 1  # of a full batch
+        self._cost: Cost | None = None  # of the fastest of its workers
+        self.best_row_us = 0.0  # on the fastest of its workers
+        self.measured = float("-inf")  # when one of its batches was last known to have run
+        self._told_us: dict[WorkerPeer, float] = {}  # what a row takes there
+        self._rows_per_us = 0.0  # of all of them together
 
-    def push(self, lot: Lot) -> None:
-        """Put requests behind the others of their caller and tenant."""
-        self._flow(lot).lots.push(lot)
-        lot.in_line = True
-        self.requests += len(lot.ids)
-        self.rows += lot.rows
-
-    def push_front(self, lot: Lot) -> None:
-        """Put requests before the others: they have waited once already."""
-        self._flow(lot).lots.push_front(lot)
-        lot.in_line = True
-        self.requests += len(lot.ids)
-        self.rows += lot.rows
-
-    def _flow(self, lot: Lot) -> Flow:
-        key = (lot.caller.id, lot.form.tenant)
-        flow = self._flows.get(key)
-        if flow is None:
-            flow = self._flows[key] = Flow(key, lot.caller)
-            self._turns.append(flow)
-        return flow
+    def push(self, lot: Lot, front: bool = False) -> None:
+        """Put requests behind the others of their caller and tenant, or before them: these have waited once already."""
+        self.level(lot.priority).push(lot, self._weights.get(lot.form.tenant, 1.0), front)
+        self._count(lot, 1)
 
     def remove(self, lot: Lot) -> None:
-        """Take out requests: a lot that waits in its line, or what has been split from one."""
-        key = (lot.caller.id, lot.form.tenant)
-        flow = self._flows[key]
-        if lot.in_line:
-            flow.lots.remove(lot)
-            lot.in_line = False
-        self.requests -= len(lot.ids)
-        self.rows -= lot.rows
-        if not flow.lots:
-            del self._flows[key]
-            self._turns.remove(flow)
+        """Take out requests: a lot that waits in its line, or what has left its line and is counted still."""
+        self.level(lot.priority).remove(lot)
+        self._count(lot, -1)
 
-    def take(self, room: int, enough: int, hears: Container[bytes], full: Container[bytes]) -> list[Lot]:
-        """Requests of at most ``room`` rows together and no more than make ``enough``, a share from each line in turn.
+    def take(self, taking: Taking, enough: int) -> bool:
+        """Requests of no more rows than make ``enough``; whether there were any.
 
-        Only from callers in ``hears`` and not in ``full``. A request that does not fit ends the taking: whoever
+        The more urgent first, but for what these owe the others. A request that does not fit ends the taking: whoever
         overtakes it could keep it waiting for ever.
         """
-        taken: list[Lot] = []
-        turns, passed, rows = self._turns, 0, 0
-        share = enough if len(turns) <= 1 else max(1, enough // len(turns))
-        while passed < len(turns) and rows < enough:
-            flow = turns[0]
-            if flow.caller.id not in hears or flow.caller.id in full:
-                turns.rotate(-1)
-                passed += 1
-                continue
-            passed = 0
-            lot = flow.lots.first()
-            size, count = lot.form.rows, len(lot.ids)
-            wanted = min(-(-min(share, enough - rows) // size), (room - rows) // size)
-            if not wanted:
-                break
-            if wanted < count:
-                count = wanted
-                lot = lot.split(lot.ids[:count])
-            else:
-                flow.lots.pop().in_line = False
-            taken.append(lot)
-            rows += count * size
-            self.requests -= count
-            if not flow.lots:
-                turns.popleft()
-                del self._flows[flow.key]
-            else:
-                turns.rotate(-1)
-        self.rows -= rows
-        return taken
+        levels = self._levels
+        if len(levels) == 1:
+            levels[0].take(taking, enough)
+        else:
+            self._take_mixed(taking, enough)
+        if taking.lots:
+            self.rows -= taking.rows
+            self.us -= taking.us
+            for lot in taking.lots:
+                self.requests -= len(lot.ids)
+                self.nbytes -= len(lot.ids) * lot.form.nbytes
+            for pool in self.pools:
+                pool.waiting_us -= taking.us
+            if not self.requests:
+                self._weigh(0.0)
+        return bool(taking.lots)
+
+    def _take_mixed(self, taking: Taking, enough: int) -> None:
+        levels = [level for level in self._levels if level.requests]
+        for level in reversed(levels[1:]):
+            if level.owed >= 1 and not taking.stuck:
+                rows = taking.rows
+                level.take(taking, min(enough, rows + int(level.owed)))
+                if level.requests:
+                    level.owed -= taking.rows - rows
+        for at, level in enumerate(levels):
+            if taking.stuck or taking.rows >= enough:
+                return
+            rows = taking.rows
+            level.take(taking, enough)
+            for other in levels[at + 1 :]:
+                other.owe((taking.rows - rows) * LEAST_SHARE)
+
+    def level(self, priority: int) -> Level:
+        for level in self._levels:
+            if level.priority == priority:
+                return level
+        level = Level(priority)
+        self._levels.append(level)
+        self._levels.sort(key=lambda each: each.priority)
+        return level
+
+    def ahead_us(self, priority: int, share_key: str | bytes) -> int:
+        """What is expected to be served before a request of this priority and tenant that comes now: what waits and is
+        as urgent or more, but not more of other tenants than their shares beside its own line."""
+        total = fair = 0.0
+        for level in self._levels:
+            if level.priority < priority:
+                total += level.us
+            elif level.priority == priority:
+                fair = total
+                total += level.us
+                share = level.shares.get(share_key)
+                own, weight = (share.us, share.weight) if share is not None else (0, self._weight_of(share_key))
+                others = level.weight - (weight if share is not None and share.number else 0.0)
+                fair += own * (1 + others / weight)
+                return int(min(total, fair))
+        return int(total)
+
+    def _weight_of(self, share_key: str | bytes) -> float:
+        return self._weights.get(share_key, 1.0) if isinstance(share_key, str) else 1.0
+
+    def charge(self, lot: Lot, us: float) -> None:
+        """Correct what a lot's tenant has been charged for it."""
+        self.level(lot.priority).charge(lot.share_key, us)
 
     def lots(self) -> list[Lot]:
-        return [lot for flow in self._flows.values() for lot in flow.lots]
+        return [lot for level in self._levels for lot in level.lots()]
+
+    def learn(self, worker: WorkerPeer) -> None:
+        """What a row takes on one of its workers, as far as that has said it."""
+        cost = worker.costs.get(self.key)
+        if cost is None or not cost.times_us or worker not in self.workers:
+            return
+        self.weight, self.instances, self.batch_rows = cost.weight / 1000, cost.instances, cost.batch_rows
+        told_us = cost.times_us[-1] / cost.rows[-1]
+        before_us = self._told_us.get(worker, 0.0)
+        self._told_us[worker] = told_us
+        self._count_told(told_us, before_us)
+        if told_us <= self.best_row_us or len(self._told_us) == 1:
+            self.best_row_us, self._cost = told_us, cost
+        elif before_us == self.best_row_us:
+            self._find_best()
+
+    def _count_told(self, new_us: float, old_us: float) -> None:
+        self._rows_per_us += (1 / new_us if new_us else 0.0) - (1 / old_us if old_us else 0.0)
+        if self._told_us:
+            # Each does as much as it can, so it is how many rows they do in a time that has a mean.
+            self.row_us = max(1, round(len(self._told_us) / self._rows_per_us))
+
+    def _find_best(self) -> None:
+        if self._told_us:
+            best = min(self._told_us, key=self._told_us.__getitem__)
+            self.best_row_us, self._cost = self._told_us[best], best.costs[self.key]
+
+    def batch_us(self, rows: int) -> int:
+        """What a batch takes on the fastest of its workers, 0 if nobody knows."""
+        return batch_us(self._cost, rows) if self._cost is not None else 0
+
+    def is_stale(self, now: float) -> bool:
+        """Whether what is known was measured long ago. A request is refused on the strength of it, and were it wrong,
+        nothing would run any more that could put it right: so now and then one is tried."""
+        return now - self.measured > max(_STALE_S, _STALE_BATCHES * self.batch_us(self.batch_rows) * 1e-6)
+
+    def is_slow(self, worker: WorkerPeer) -> bool:
+        """Whether others are so much faster that what would be late on this one may be in time there."""
+        return self._told_us.get(worker, 0.0) > _SLOW * self.best_row_us
+
+    def enlist(self, worker: WorkerPeer) -> None:
+        self.workers[worker] = None
+        self.learn(worker)
+
+    def dismiss(self, worker: WorkerPeer, now: float) -> None:
+        del self.workers[worker]
+        told_us = self._told_us.pop(worker, 0.0)
+        if told_us:
+            self._count_told(0.0, told_us)
+            if told_us == self.best_row_us:
+                self._find_best()
+        if not self.workers:
+            self.unserved_since = now
+
+    def _count(self, lot: Lot, sign: int) -> None:
+        count = sign * len(lot.ids)
+        us = count * lot.cost_us
+        before = self.requests
+        self.requests += count
+        self.rows += count * lot.form.rows
+        self.nbytes += count * lot.form.nbytes
+        self.us += us
+        for pool in self.pools:
+            pool.waiting_us += us
+        if not before:
+            self._weigh(self.weight)
+        elif not self.requests:
+            self._weigh(0.0)
+
+    def _weigh(self, weight: float) -> None:
+        """Say how much of its pools it asks for now."""
+        for pool in self.pools:
+            pool.weight += weight - self.weighs
+        self.weighs = weight
 
     def could_give(self, room: int, hears: Container[bytes], full: Container[bytes]) -> bool:
-        """Whether ``take`` with this room would find anything."""
-        for flow in self._turns:
-            if flow.caller.id in hears and flow.caller.id not in full:
-                return next(iter(flow.lots)).form.rows <= room
+        """Whether ``take`` with this room would find anything, for tests."""
+        levels = [level for level in self._levels if level.requests]
+        owed = [level for level in reversed(levels[1:]) if level.owed >= 1]
+        for level in [*owed, *levels]:
+            for share in level.in_turn():
+                for caller in share.turns:
+                    if caller in hears and caller not in full:
+                        return next(iter(share.lines[caller])).form.rows <= room
         return False
 
     def validate(self) -> None:
@@ -131,15 +230,19 @@ class ModelQueue:
         lots = self.lots()
         assert self.requests == sum(len(lot.ids) for lot in lots), f"{self.key}: {self.requests} requests in {lots}"
         assert self.rows == sum(lot.rows for lot in lots), f"{self.key}: {self.rows} rows in {lots}"
+        assert self.us == sum(len(lot.ids) * lot.cost_us for lot in lots), f"{self.key}: {self.us} us in {lots}"
+        nbytes = sum(len(lot.ids) * lot.form.nbytes for lot in lots)
+        assert self.nbytes == nbytes, f"{self.key}: {self.nbytes} bytes are {nbytes}"
         assert len(set(lots)) == len(lots), f"{self.key}: a lot waits twice in {lots}"
-        assert len(self._turns) == len(self._flows), f"{self.key}: a line has no turn, or two"
-        for flow in self._turns:
-            assert self._flows.get(flow.key) is flow, f"{self.key}: a line that has ended still has its turn"
-            assert flow.lots, f"{self.key}: an empty line"
-            assert len(flow.lots) == len(list(flow.lots)), f"{self.key}: a line does not know its length"
-            for lot in flow.lots:
-                assert flow.key == (lot.caller.id, lot.form.tenant), f"{lot} waits in another's line"
-                assert flow.caller is lot.caller, f"{lot} waits in the line of a caller that has gone"
-                assert lot.state == QUEUED, f"{lot} waits in a line"
-                assert lot.in_line, f"{lot} is not marked as waiting in a line"
-                assert lot.model is self, f"{lot} waits for another model"
+        priorities = [level.priority for level in self._levels]
+        assert priorities == sorted(set(priorities)), f"{self.key}: priorities are {priorities}"
+        rows_per_us = sum(1 / us for us in self._told_us.values())
+        assert abs(self._rows_per_us - rows_per_us) < 1e-9, f"{self.key}: {self._rows_per_us} rows in a us"
+        best = min(self._told_us.values(), default=self.best_row_us)
+        assert self.best_row_us == best, f"{self.key}: a row takes {best} us at best"
+        assert self._told_us.keys() <= self.workers.keys(), f"{self.key}: a worker that has gone has told"
+        for level in self._levels:
+            level.validate(f"{self.key} at priority {level.priority}")
+        for lot in lots:
+            assert lot.state == QUEUED, f"{lot} waits in a line"
+            assert lot.model is self, f"{lot} waits for another model"

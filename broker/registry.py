@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Final
 
 from penstock.broker.peers import WorkerPeer
 from penstock.broker.queues import ModelKey, ModelQueue
 from penstock.wire.errors import NOT_FOUND, UNAVAILABLE, PenstockError
 from penstock.wire.models import LOADING, READY, ModelState, newest
 from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
+
+_NO_WEIGHTS: Final[Mapping[str, float]] = {}
 
 
 class Registry:
@@ -18,11 +21,13 @@ class Registry:
     answer 404 and call itself ready. They go when a worker of that name declares others.
     """
 
-    def __init__(self, models_max: int) -> None:
+    def __init__(self, models_max: int, weights: Mapping[str, float] = _NO_WEIGHTS) -> None:
+        """``weights``: of tenants."""
         self.queues: dict[ModelKey, ModelQueue] = {}
         self._versions: dict[str, set[str]] = {}
         self._declared: dict[str, dict[ModelKey, ModelState]] = {}  # by the worker's name
         self._models_max = models_max
+        self._weights = weights
 
     def declare(self, worker: WorkerPeer, now: float) -> list[ModelQueue]:
         """Take in what a worker says of its models, or that it is leaving. Returns the queues that have ended with
@@ -31,7 +36,7 @@ class Registry:
         for key, state in worker.models.items():
             queue = self.queues.get(key)
             if queue is None and len(self.queues) < self._models_max:
-                queue = self.queues[key] = ModelQueue(key, None)
+                queue = self.queues[key] = ModelQueue(key, None, self._weights)
                 queue.unserved_since = now
                 self._versions.setdefault(key[0], set()).add(key[1])
             if queue is not None and state.spec is not None:
@@ -92,11 +97,9 @@ class Registry:
     def _enlist(self, queue: ModelQueue, worker: WorkerPeer, serves: bool, now: float) -> None:
         listed = worker in queue.workers
         if serves and not listed:
-            queue.workers.append(worker)
+            queue.enlist(worker)
         elif listed and not serves:
-            queue.workers.remove(worker)
-            if not queue.workers:
-                queue.unserved_since = now
+            queue.dismiss(worker, now)
 
     def _forget(self, key: ModelKey) -> ModelQueue:
         name, version = key

@@ -149,10 +149,11 @@ def test_without_a_file_every_limit_has_its_default() -> None:
 def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
     path = tmp_path / "penstock.toml"
     path.write_text(
-        "[broker]\nattempts_max = 5\n[gateway]\nkeep_alive_s = 10\n[worker]\narena_bytes = 0\nnuma = false\n"
+        "[broker]\nattempts_max = 5\n[broker.tenant_weights]\ngold = 4\n[gateway]\nkeep_alive_s = 10\n"
+        "[worker]\narena_bytes = 0\nnuma = false\n"
     )
     broker, worker, gateway = options.load_options(path)
-    assert broker == BrokerOptions(attempts_max=5)
+    assert broker == BrokerOptions(attempts_max=5, tenant_weights={"gold": 4.0})
     assert worker == WorkerOptions(arena_bytes=0, numa=False)
     assert gateway == GatewayOptions(keep_alive_s=10.0)
     path.write_text("")
@@ -176,6 +177,11 @@ def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
         ("[broker]\nattempts_max = -1\n", "[broker]: key 'attempts_max': it is 0 or more, not -1"),
         ("[gateway]\narena_bytes = -2\n", "[gateway]: key 'arena_bytes': it is -1 or more, not -2"),
         ("[worker]\nnuma = 1\n", "[worker]: key 'numa': Expected `bool`, got `int`"),
+        ("[broker]\ntenant_weights = 1\n", "[broker]: key 'tenant_weights': Expected `object`, got `int`"),
+        ("[broker.tenant_weights]\na = 'x'\n", "[broker]: key 'tenant_weights[...]': Expected `float`, got `str`"),
+        ("[broker.tenant_weights]\ngold = 0\n", "[broker]: key 'tenant_weights': the weight of 'gold' is from 0.001"),
+        ("[broker.tenant_weights]\ngold = nan\n", "[broker]: key 'tenant_weights': the weight of 'gold' is from 0.001"),
+        ("[broker.tenant_weights]\n'' = 1\n", "[broker]: key 'tenant_weights': a tenant has 1 to 64 characters"),
         ("[broker\n", ""),
         (b"\xff", ""),
     ],

@@ -257,8 +257,8 @@ class WorkerTalk(PeerTalk):
             cancelled += [number for each in message.cancelled for number in spread(each.ranges)]
         return freed, cancelled
 
-    def done(self, caller: CallerTalk, *ids: int, attempt: int = 1, size: int = 0) -> None:
-        self.say(Done(EPOCH, [Finished(caller.id, attempt, size, ids)]))
+    def done(self, caller: CallerTalk, *ids: int, attempt: int = 1, size: int = 0, compute_us: int = 0) -> None:
+        self.say(Done(EPOCH, [Finished(caller.id, attempt, size, ids, compute_us)]))
 
     def finish(self, groups: Sequence[Tasks], size: int = 0) -> None:
         """Be done with what has come."""

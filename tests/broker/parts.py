@@ -35,7 +35,7 @@ def make_worker(
 
 def make_queue(*workers: WorkerPeer, name: str = "m") -> ModelQueue:
     queue = ModelQueue((name, "1"), model(name).spec)
-    queue.workers.extend(workers)
+    queue.workers.update(dict.fromkeys(workers))
     return queue
 
 
@@ -46,12 +46,14 @@ def make_lot(
     rows: int = 1,
     size: int = 0,
     tenant: str = "",
+    priority: int = 0,
+    cost_us: int = 1000,
 ) -> Lot:
     """A lot that waits, and that its caller knows; the payload of request 5 is 5, 5, 5, ..."""
-    form = Form(*queue.key, 0, tenant, rows, size, b"", b"")
+    form = Form(*queue.key, priority, tenant, rows, size, b"", b"")
     payloads = [bytes([number % 256]) * size for number in ids]
     payload = b"".join(payloads) if size <= INLINE_MAX_BYTES else tuple(payloads)
-    lot = Lot(caller, queue, form, tuple(ids), (1_000_000,) * len(ids), payload, False, 0.0)
+    lot = Lot(caller, queue, form, tuple(ids), (1_000_000,) * len(ids), payload, False, 0.0, cost_us * rows)
     caller.requests.update(dict.fromkeys(ids, lot))
     return lot
 
@@ -62,4 +64,4 @@ def give(worker: WorkerPeer, lot: Lot) -> None:
     lot.attempt += 1
     lot.worker = worker
     worker.hold(lot)
-    worker.add_rows(lot.model.key, lot.rows)
+    worker.add(lot.model.key, lot.rows, lot.cost_us * len(lot.ids), 0.0)

@@ -9,7 +9,7 @@ from penstock.broker.lots import Lot
 from penstock.broker.peers import CallerPeer, WorkerPeer
 from penstock.broker.queues import ModelQueue
 from tests.broker.conversation import model
-from tests.broker.parts import KEY, make_caller, make_lot, make_queue, make_worker
+from tests.broker.parts import KEY, give, make_caller, make_lot, make_queue, make_worker
 
 
 class Office:
@@ -20,11 +20,18 @@ class Office:
         self.caller = make_caller()
         models = [model(name, batch=batch) for name in names]
         self.workers = [make_worker(number, models, [self.caller]) for number in range(workers)]
-        self.queues = {name: make_queue(*self.workers, name=name) for name in names}
+        self.queues = {name: make_queue(name=name) for name in names}
         self.last_id = 0
         for worker in self.workers:
-            self.assigner.room_came(worker)
+            self.enlist(worker)
         self.assign()
+
+    def enlist(self, worker: WorkerPeer) -> None:
+        """Have a worker serve its models, as the registry and the core do together."""
+        for queue in self.queues.values():
+            if worker.serves(queue.key):
+                queue.enlist(worker)
+        self.assigner.enlist(worker, {queue.key: queue for queue in self.queues.values()})
 
     @property
     def queue(self) -> ModelQueue:
@@ -49,7 +56,8 @@ class Office:
         return [sum(len(lot.ids) for lot in given.get(worker, [])) for worker in self.workers]
 
     def finish(self, worker: WorkerPeer, rows: int, name: str = "m") -> None:
-        worker.add_rows((name, "1"), -rows)
+        ids = tuple(range(1_000_000 + self.last_id, 1_000_000 + self.last_id + rows))
+        worker.subtract(make_lot(self.caller, self.queues[name], ids), 0.0)
         self.assigner.room_came(worker)
 
 
@@ -91,9 +99,12 @@ def test_workers_take_turns() -> None:
 def test_when_nobody_is_idle_the_least_busy_is_filled() -> None:
     office = Office(workers=2)
     for worker, rows in zip(office.workers, (5, 2), strict=True):
-        worker.add_rows(KEY, rows)
+        lot = office.ask(rows)
+        office.queue.remove(lot)
+        give(worker, lot)
+        assert worker.pool is not None
+        worker.pool.assigned_us += worker.assigned_us
         office.assigner.room_came(worker)
-    office.assigner._idle.clear()
     office.ask(3)
     assert office.shares() == [0, 3]
 
@@ -114,7 +125,8 @@ def test_new_requests_do_not_search_while_everybody_is_full() -> None:
     office.ask(20)
     office.assign()
     office.ask(20)
-    assert office.queue not in office.assigner._changed
+    [pool] = office.queue.pools
+    assert list(pool.candidates(office.queue)) == []
     office.finish(office.workers[0], 8)
     assert office.shares() == [8]
 
@@ -183,14 +195,17 @@ def test_models_that_wait_take_turns_at_a_worker() -> None:
     office.ask(30, name="m")
     office.ask(30, name="n")
     assert office.shares() == [8]
-    turns = []
-    served = "m"
-    for _ in range(4):
-        office.finish(office.workers[0], 8, served)
-        [lots] = office.assign().values()
-        [served] = {lot.model.key[0] for lot in lots}
-        turns.append(served)
-    assert turns == ["m", "n", "m", "n"]
+    [worker], given = office.workers, {"m": 8, "n": 0}
+    running = dict(given)
+    for _ in range(5):
+        for name, rows in running.items():
+            if rows:
+                office.finish(worker, rows, name)
+        lots = office.assign()[worker]
+        running = {name: sum(lot.rows for lot in lots if lot.model.key[0] == name) for name in given}
+        assert sum(running.values()) == 8, "a place is left"
+        given = {name: rows + running[name] for name, rows in given.items()}
+        assert abs(given["m"] - given["n"]) <= 4, "one is further ahead than by a batch"
 
 
 def test_a_model_that_went_is_not_looked_at() -> None:
@@ -198,16 +213,20 @@ def test_a_model_that_went_is_not_looked_at() -> None:
     office.ask(20)
     office.assign()
     office.ask(1)
-    queue = office.queues.pop("m")
+    [worker], queue = office.workers, office.queue
+    queue.dismiss(worker, 0.0)
+    worker.set_models([])
+    office.assigner.enlist(worker, {})
     office.assigner.model_went(queue)
-    office.finish(office.workers[0], 8)
+    office.finish(worker, 8)
+    del office.queues["m"]
     assert office.assign() == {}
 
 
 def test_a_worker_that_went_is_given_nothing() -> None:
     office = Office(workers=2)
     gone = office.workers.pop(0)
-    office.queue.workers.remove(gone)
+    office.queue.dismiss(gone, 0.0)
     office.assigner.room_came(gone)
     office.assigner.worker_went(gone)
     office.ask(20)
@@ -220,6 +239,5 @@ def test_a_worker_that_joins_gets_what_waits() -> None:
     office.assign()
     late = make_worker(9, hears=[office.caller])
     office.workers.append(late)
-    office.queue.workers.append(late)
-    office.assigner.room_came(late)
+    office.enlist(late)
     assert office.shares() == [0, 8]

@@ -19,6 +19,8 @@ from penstock.wire.messages import (
     INLINE_MAX_BYTES,
     Assign,
     CallerHello,
+    Cost,
+    Costs,
     Done,
     Expect,
     Finished,
@@ -40,7 +42,7 @@ MODELS = {"m": model("m", batch=4), "n": model("n", batch=2)}
 
 HAPPENINGS = (
     *("caller", "remote caller", "worker", "sharing worker", "tcp worker"),
-    *("heard", "heard", "heard", "unheard", "models", "models", "nonsense", "leaving"),
+    *("heard", "heard", "heard", "unheard", "models", "models", "costs", "nonsense", "leaving"),
     *("caller bye", "caller gone", "caller hello", "worker gone", "worker gone", "worker hello"),
 )
 
@@ -96,6 +98,9 @@ class CoreMachine(RuleBasedStateMachine):
             unacknowledged_bytes_max=100,
             attempts_max=2,
             unserved_grace_s=3.0,
+            queue_rows_max=20,
+            queue_bytes_max=5 * LARGE,
+            tenant_weights={"heavy": 3.0},
         )
         self.callers: dict[bytes, CallerLife] = {}
         self.workers: dict[bytes, WorkerLife] = {}
@@ -184,7 +189,8 @@ class CoreMachine(RuleBasedStateMachine):
         rows=st.sampled_from([1, 1, 1, 1, 2, 2, 3, 5]),
         sizes=st.lists(st.sampled_from([0, 5, LARGE]), min_size=1, max_size=2),
         count=st.integers(1, 6),
-        tenant=st.sampled_from(["", "", "t"]),
+        tenant=st.sampled_from(["", "", "t", "heavy"]),
+        priority=st.sampled_from([0, 0, 1, 5]),
         timeouts_s=st.lists(st.sampled_from([0.0, 0.4, 2.0, 60.0, 60.0, 60.0, 60.0]), min_size=6, max_size=6),
         mixed=st.booleans(),
         placed=st.booleans(),
@@ -201,6 +207,7 @@ class CoreMachine(RuleBasedStateMachine):
         sizes: list[int],
         count: int,
         tenant: str,
+        priority: int,
         timeouts_s: list[float],
         mixed: bool,
         placed: bool,
@@ -217,7 +224,7 @@ class CoreMachine(RuleBasedStateMachine):
         caller.talk.last_id = ids[-1]
         groups: list[Requests] = []
         for at, size in enumerate(sizes):
-            form = Form(name, version, 0, tenant, rows, size, b"", b"%d" % at)
+            form = Form(name, version, priority, tenant, rows, size, b"", b"%d" % at)
             own = ids[at :: len(sizes)] if mixed else ids[at * count : (at + 1) * count]
             places = tuple(map(place_of, own)) if placed and size == LARGE else ()
             groups.append(Requests(form, tuple(own), tuple(int(each * 1e6) for each in timeouts_s[:count]), places))
@@ -269,7 +276,7 @@ class CoreMachine(RuleBasedStateMachine):
             worker.keeps.add((caller, number))
             if delivered:
                 self.deliver(caller, number)
-        done = [Finished(caller, attempt, size, tuple(ids)) for (caller, attempt), ids in groups.items()]
+        done = [Finished(*key, size, tuple(ids), 700 * len(ids) * delivered) for key, ids in groups.items()]
         worker.talk.say(Done(EPOCH, done * 2 if twice else done))
         if tick:
             self.tick(0.001)
@@ -303,6 +310,10 @@ class CoreMachine(RuleBasedStateMachine):
                 others = [] if removed else [model(name, state=LOADING, batch=0) for name in MODELS.keys() - serves]
                 worker.talk.declare(*(MODELS[name] for name in sorted(serves)), *others)
                 worker.serves = serves
+            elif what == "costs":  # of a worker that is slow or quick, and of models that it may not have
+                slow = 1000 if removed else 10
+                costs = [Cost(name, "1", 1 + whom % 2, 2 + pick % 3, 500, (1, 4), (slow, 3 * slow)) for name in serves]
+                worker.talk.say(Costs(EPOCH, costs))
             elif what == "leaving":
                 worker.talk.say(Leaving(EPOCH))
                 worker.serves = set()

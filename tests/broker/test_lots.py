@@ -77,6 +77,6 @@ def test_splitting_keeps_every_request_with_what_is_its_own(
 def test_deadlines_of_a_lot_are_those_of_its_requests() -> None:
     lot = make_lot(make_caller(), make_queue(), (1, 2, 3))
     lot.accepted, lot.timeouts_us = 10.0, (3_000_000, 1_000_000, 2_000_000)
-    assert (lot.first_deadline, lot.last_deadline) == (11.0, 13.0)
+    assert [lot.late(now) for now in (10.9, 11.0, 12.5, 13.0)] == [[], [2], [2, 3], [1, 2, 3]]
     other = lot.split((2,))
-    assert (lot.first_deadline, lot.last_deadline, other.first_deadline) == (12.0, 13.0, 11.0)
+    assert (lot.due, other.due) == (12.0, 11.0)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.broker.lots import Lot
+from penstock.broker.peers import WorkerPeer
 from penstock.wire.messages import MAX_REQUESTS
 from penstock.wire.models import LOADING
 from tests.broker.conversation import model
@@ -20,17 +21,25 @@ def test_a_worker_has_room_for_a_batch_more_than_it_has_instances(instances: int
     assert make_worker(instances=instances).room(KEY) == room
 
 
+def count(worker: WorkerPeer, key: tuple[str, str], rows: int) -> None:
+    """Count rows in, or with a negative number out."""
+    if rows >= 0:
+        worker.add(key, rows, 1000 * rows, 0.0)
+    else:
+        worker.subtract(make_lot(make_caller(), make_queue(name=key[0]), range(-rows)), 0.0)
+
+
 def test_room_is_counted_in_batches_over_all_models() -> None:
     worker = make_worker(models=[model("m", batch=4), model("n", batch=10)], instances=2)
     assert (worker.room(KEY), worker.room(N)) == (12, 30)
-    worker.add_rows(KEY, 5)  # two batches
+    count(worker, KEY, 5)  # two batches
     assert (worker.room(KEY), worker.room(N)) == (7, 10)
-    worker.add_rows(N, 1)
+    count(worker, N, 1)
     assert (worker.room(KEY), worker.room(N)) == (3, 9)
-    worker.add_rows(KEY, -1)
+    count(worker, KEY, -1)
     assert (worker.room(KEY), worker.room(N), worker.batches) == (4, 19, 2)
-    worker.add_rows(N, -1)
-    worker.add_rows(KEY, -4)
+    count(worker, N, -1)
+    count(worker, KEY, -4)
     assert (worker.room(KEY), worker.room(N), worker.batches) == (12, 30, 0)
 
 
@@ -43,7 +52,7 @@ def test_room_is_what_is_left_of_the_window(steps: list[tuple[tuple[str, str], i
     for key, change in steps:
         change = max(change, -rows[key])
         rows[key] += change
-        worker.add_rows(key, change)
+        count(worker, key, change)
         batches = {each: -(-count // sizes[each]) for each, count in rows.items()}
         assert worker.batches == sum(batches.values())
         for each, other in ((KEY, N), (N, KEY)):
@@ -52,12 +61,12 @@ def test_room_is_what_is_left_of_the_window(steps: list[tuple[tuple[str, str], i
 
 def test_a_worker_whose_models_change_counts_its_batches_anew() -> None:
     worker = make_worker(models=[model(batch=4)])
-    worker.add_rows(KEY, 6)
+    count(worker, KEY, 6)
     worker.set_models([model(batch=2)])
     assert (worker.batches, worker.room(KEY)) == (3, -2)
     worker.set_models([])  # what it still runs counts on
     assert worker.batches == 3
-    worker.add_rows(KEY, -6)
+    count(worker, KEY, -6)
     assert worker.batches == 0
 
 
@@ -90,7 +99,7 @@ def done(lot: Lot, nbytes: int) -> None:
     assert lot.worker is not None
     lot.move("done")
     lot.kept_bytes = nbytes
-    lot.worker.add_rows(lot.model.key, -lot.rows)
+    lot.worker.subtract(lot, 0.0)
     lot.worker.keep(lot.caller.id, nbytes * len(lot.ids))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from penstock.broker.lots import Lot
 from penstock.broker.queues import ModelQueue
+from penstock.broker.shares import Taking
 from tests.broker.parts import make_caller, make_lot, make_queue
 
 CALLERS = [make_caller(number) for number in range(3)]
@@ -16,6 +19,14 @@ EVERYBODY = frozenset(caller.id for caller in CALLERS)
 
 def ids(lots: list[Lot]) -> list[int]:
     return [number for lot in lots for number in lot.ids]
+
+
+def take(queue: ModelQueue, room: int, enough: int, hears: Collection[bytes], full: Collection[bytes]) -> list[Lot]:
+    taking = Taking(room, hears, full)
+    assert queue.take(taking, enough) == bool(taking.lots)
+    assert taking.rows == sum(lot.rows for lot in taking.lots)
+    assert taking.us == sum(lot.cost_us * len(lot.ids) for lot in taking.lots)
+    return taking.lots
 
 
 def filled(*lines: int, rows: int = 1) -> ModelQueue:
@@ -32,46 +43,46 @@ def test_a_line_is_served_in_its_order() -> None:
     queue = make_queue()
     for first in (1, 4, 7):
         queue.push(make_lot(CALLERS[0], queue, range(first, first + 3)))
-    assert ids(queue.take(4, 4, EVERYBODY, ())) == [1, 2, 3, 4]
-    assert ids(queue.take(100, 100, EVERYBODY, ())) == [5, 6, 7, 8, 9]
-    assert queue.take(100, 100, EVERYBODY, ()) == []
+    assert ids(take(queue, 4, 4, EVERYBODY, ())) == [1, 2, 3, 4]
+    assert ids(take(queue, 100, 100, EVERYBODY, ())) == [5, 6, 7, 8, 9]
+    assert take(queue, 100, 100, EVERYBODY, ()) == []
 
 
 def test_what_is_put_in_front_is_served_first() -> None:
     queue = filled(2)
-    queue.push_front(make_lot(CALLERS[0], queue, (10, 11)))
-    assert ids(queue.take(9, 9, EVERYBODY, ())) == [10, 11, 0, 1]
+    queue.push(make_lot(CALLERS[0], queue, (10, 11)), front=True)
+    assert ids(take(queue, 9, 9, EVERYBODY, ())) == [10, 11, 0, 1]
 
 
 def test_lines_have_equal_shares() -> None:
     queue = filled(50, 50, 50)
-    taken = ids(queue.take(12, 12, EVERYBODY, ()))
+    taken = ids(take(queue, 12, 12, EVERYBODY, ()))
     assert sorted(taken) == [0, 1, 2, 3, 100, 101, 102, 103, 200, 201, 202, 203]
 
 
 def test_lines_are_served_in_turn_across_takings() -> None:
     queue = filled(3, 1, 3)
-    order = [ids(queue.take(1, 1, EVERYBODY, ()))[0] for _ in range(7)]
+    order = [ids(take(queue, 1, 1, EVERYBODY, ()))[0] for _ in range(7)]
     assert order == [0, 100, 200, 1, 201, 2, 202]
 
 
 def test_what_a_short_line_leaves_goes_to_the_others() -> None:
-    assert len(ids(filled(50, 1, 50).take(12, 12, EVERYBODY, ()))) == 12
+    assert len(ids(take(filled(50, 1, 50), 12, 12, EVERYBODY, ()))) == 12
 
 
 def test_tenants_of_one_caller_have_lines_of_their_own() -> None:
     queue = make_queue()
     queue.push(make_lot(CALLERS[0], queue, range(10), tenant="flood"))
     queue.push(make_lot(CALLERS[0], queue, (50,), tenant="quiet"))
-    assert ids(queue.take(2, 2, EVERYBODY, ())) == [0, 50]
+    assert ids(take(queue, 2, 2, EVERYBODY, ())) == [0, 50]
 
 
 def test_only_callers_that_hear_and_are_not_full_are_served() -> None:
     queue = filled(5, 5, 5)
     hears, full = {CALLERS[0].id, CALLERS[2].id}, {CALLERS[0].id}
-    assert ids(queue.take(9, 9, hears, full)) == [200, 201, 202, 203, 204]
-    assert queue.take(9, 9, hears, full) == []
-    assert queue.take(9, 9, (), ()) == []
+    assert ids(take(queue, 9, 9, hears, full)) == [200, 201, 202, 203, 204]
+    assert take(queue, 9, 9, hears, full) == []
+    assert take(queue, 9, 9, (), ()) == []
     assert queue.requests == 10
 
 
@@ -79,13 +90,13 @@ def test_nobody_overtakes_a_request_that_does_not_fit() -> None:
     queue = make_queue()
     queue.push(make_lot(CALLERS[0], queue, (1,), rows=4))
     queue.push(make_lot(CALLERS[1], queue, (2,), rows=1))
-    assert queue.take(3, 3, EVERYBODY, ()) == []
+    assert take(queue, 3, 3, EVERYBODY, ()) == []
     assert not queue.could_give(3, EVERYBODY, ())
-    assert ids(queue.take(4, 4, EVERYBODY, ())) == [1]
+    assert ids(take(queue, 4, 4, EVERYBODY, ())) == [1]
 
 
 def test_a_share_is_never_less_than_a_request() -> None:
-    assert ids(filled(2, 2, rows=4).take(8, 2, EVERYBODY, ())) == [0]
+    assert ids(take(filled(2, 2, rows=4), 8, 2, EVERYBODY, ())) == [0]
 
 
 def test_a_queue_that_was_emptied_gives_nothing() -> None:
@@ -93,7 +104,7 @@ def test_a_queue_that_was_emptied_gives_nothing() -> None:
     lot = make_lot(CALLERS[0], queue, (1,))
     queue.push(lot)
     queue.remove(lot)
-    assert queue.take(9, 9, EVERYBODY, ()) == []
+    assert take(queue, 9, 9, EVERYBODY, ()) == []
     assert not queue.could_give(9, EVERYBODY, ())
 
 
@@ -126,7 +137,7 @@ class QueueMachine(RuleBasedStateMachine):
         lot, requests = self.make(caller, tenant, count, rows)
         line = self.lines[lot.caller.id, tenant]
         if front:
-            self.queue.push_front(lot)
+            self.queue.push(lot, front=True)
             line[:0] = requests
         else:
             self.queue.push(lot)
@@ -150,7 +161,7 @@ class QueueMachine(RuleBasedStateMachine):
     )
     def take(self, room: int, enough: int, hears: set[bytes], full: set[bytes]) -> None:
         could = self.queue.could_give(room, hears, full)
-        taken = self.queue.take(room, enough, hears, full)
+        taken = take(self.queue, room, enough, hears, full)
         assert could == bool(taken)
         rows = 0
         for lot in taken:
