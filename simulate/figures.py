@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -200,6 +200,7 @@ class Figures:
     broker_busy: float
     events: int
     part_s: float
+    weights: Mapping[str, float]  # of tenants; 1 for others
 
     @property
     def answered_per_s(self) -> float:
@@ -221,7 +222,7 @@ class Figures:
 
     @property
     def fairness(self) -> float:
-        return jain(self.tenant_seconds.values())
+        return jain(seconds / self.weights.get(tenant, 1.0) for tenant, seconds in self.tenant_seconds.items())
 
     def quantile(self, share: float) -> float:
         """Latency of answers, seconds."""
@@ -259,6 +260,7 @@ def summarize(
         broker_busy=busy,
         events=events,
         part_s=part_s,
+        weights=scenario.options.tenant_weights,
     )
 
 

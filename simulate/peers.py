@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from heapq import heapreplace
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from penstock.broker.core import Core as BrokerCore
 from penstock.broker.events import Came, FromCaller, FromWorker, Gone, Share, ToCaller, ToWorker
@@ -222,7 +222,8 @@ class Worker:
 
     def _run(self, batch: Batch, model: Model) -> None:
         now = begin = self._clock.now
-        took = self._costs[batch.model].draw(batch.rows, self._source) / self._speed
+        rows = cast(StandIn, model).runs_as(batch.rows)
+        took = self._costs[batch.model].draw(rows, self._source) / self._speed
         if self._free_at:
             begin = max(now, self._free_at[0])
             heapreplace(self._free_at, begin + took)

@@ -9,7 +9,6 @@ from typing import Final
 
 from penstock.simulate.figures import Figures
 from penstock.simulate.scenario import Scenario, WorkerGroup
-from penstock.worker.config import DEFAULT_BATCH_SIZE
 
 _TARGET: Final = re.compile(r"p(\d{1,2}(?:\.\d{1,3})?)=(\d+(?:\.\d+)?)(us|ms|s)", re.ASCII)
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -70,7 +69,7 @@ def first_guess(scenario: Scenario, group: WorkerGroup) -> int:
     for traffic in scenario.traffic:
         for name, share in traffic.models:
             plan = plans[name]
-            size = (plan.config.max_batch_size or DEFAULT_BATCH_SIZE) if plan.batchable else 1
+            size = plan.config.rows_max if plan.batchable else 1
             rows = sum(traffic.rows) / len(traffic.rows) if plan.batchable else 1
             busy += traffic.rate * scenario.load * share * rows * plan.cost.mean(size) / size
     return max(1, int(busy / (group.speed * wide)))

@@ -42,11 +42,12 @@ from penstock.simulate.schema import (
     TrafficTable,
     WorkersTable,
 )
-from penstock.wire.messages import MAX_TIMEOUT_US
-from penstock.worker.config import DEFAULT_BATCH_SIZE, ConfigError, ModelConfig, load_config
+from penstock.wire.messages import MAX_TENANT, MAX_TIMEOUT_US
+from penstock.worker.config import ConfigError, ModelConfig, load_config
 
 T = TypeVar("T")
 
+_WEIGHT_MIN, _WEIGHT_MAX = 0.001, 1000.0  # of a tenant, as in bin/options.py
 _FILE_MAX_BYTES: Final = 1 << 20
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s|m|h)", re.ASCII)
@@ -139,6 +140,12 @@ class _Reading:
             value = getattr(options, key)
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise self._error(("broker", key), f"it is 0 or more, not {value}")
+        for tenant, weight in options.tenant_weights.items():
+            if not 0 < len(tenant) <= MAX_TENANT or not _WEIGHT_MIN <= weight <= _WEIGHT_MAX:
+                raise self._error(
+                    ("broker", "tenant_weights", tenant),
+                    f"a tenant has 1 to {MAX_TENANT} letters, and a weight from {_WEIGHT_MIN} to {_WEIGHT_MAX}",
+                )
         if workers > options.workers_max:
             where: KeyPath = ("broker", "workers_max") if "workers_max" in values else ("workers", 0, "count")
             raise self._error(where, f"{workers} workers are more than workers_max, which is {options.workers_max}")
@@ -149,7 +156,7 @@ class _Reading:
         self._check_keys(values, (*own, *known), at)
         given = self._convert({key: each for key, each in values.items() if key in own}, ModelTable, at)
         config = self._config({key: each for key, each in values.items() if key not in own}, at)
-        size = (config.max_batch_size or DEFAULT_BATCH_SIZE) if given.batchable else 1
+        size = config.rows_max if given.batchable else 1
         cost = self._cost(given, size, at)
         if given.copies == 1:
             return [ModelPlan(given.name, given.version, config, given.batchable, cost)]
@@ -300,7 +307,7 @@ class _Reading:
         rows = given.rows if isinstance(given.rows, tuple) else (given.rows,)
         for each in models:
             if given.model is not None and fnmatchcase(each.name, given.model):
-                size = each.config.max_batch_size or DEFAULT_BATCH_SIZE
+                size = each.config.rows_max
                 if each.batchable and max(rows) > size:
                     raise self._error((*at, "rows"), f"model '{each.name}' takes at most {size} rows in a batch")
         return rows

@@ -59,9 +59,10 @@ class Run:
         self._progress = progress
         self.clock = Clock()
         self._costs = {(plan.name, plan.version): Drawn(plan.cost) for plan in scenario.models}
-        self._models = {
-            (plan.name, plan.version): StandIn(plan.name, plan.version, plan.config, plan.batchable)
-            for plan in scenario.models
+        self._models = {(plan.name, plan.version): StandIn(plan) for plan in scenario.models}
+        # By the speed of workers: workers that are alike share them.
+        self._at_speed = {
+            group.speed: [StandIn(plan, group.speed) for plan in scenario.models] for group in scenario.groups
         }
         self._arrivals = Arrivals(scenario, self._form)
         self._waiting = iter(self._arrivals)
@@ -146,7 +147,7 @@ class Run:
         group, name, outages = what
         scenario, number = self._scenario, self._lives
         self._lives += 1
-        models = [each for (model, _), each in self._models.items() if model in group.models]
+        models = [each for each in self._at_speed[group.speed] if each.spec.name in group.models]
         instances = group.instances or max(each.config.instances for each in models)
         peer = b"w" + number.to_bytes(7, "big")
         worker = Worker(

@@ -1,8 +1,9 @@
 """What stands in for an ONNX model and for the thread that runs it: nothing is computed, the time is the scenario's.
 
-A worker's core knows of its model what callers need (``spec``), what the user says of it (``config``) and what its runs
-took when it was warmed up (``run_bytes``); that is all there is here. The core decides what is in a batch and when it
-runs, as on a real worker; ``executed`` is what ``worker/execute.py`` would have come back with.
+A worker's core knows of its model what callers need (``spec``), what the user says of it (``config``), to what its
+batches are padded (``sizes``), and what it took when it was warmed up (``run_bytes``, ``warm_s``); that is all there is
+here. The core decides what is in a batch and when it runs, as on a real worker; ``executed`` is what
+``worker/execute.py`` would have come back with.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, cast
 
+from penstock.simulate.scenario import ModelPlan
 from penstock.wire.codec import pack_layout
 from penstock.wire.messages import COMPLETE, Answers, Form
 from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.models import READY, Layout, ModelSpec, ModelState, Tensor, TensorSpec, check
 from penstock.wire.slots import PLACED_MIN_BYTES
 from penstock.worker.batcher import Batch
-from penstock.worker.config import DEFAULT_BATCH_SIZE, ModelConfig
+from penstock.worker.costs import batch_sizes
 from penstock.worker.events import Loaded
 from penstock.worker.execute import Executed, Publication
 from penstock.worker.model import Model
+from penstock.worker.staging import padded
 
 # Rows have no elements, so that a request of any number of rows passes the worker's check without carrying tensors.
 _ROW: Final = TensorSpec("x", "FP32", (-1, 0))
@@ -27,16 +30,24 @@ _NIL: Final = b"\xc0"  # msgpack's nil: nobody looks into an answer
 
 
 class StandIn:
-    """See above. ``gpu`` None: as on the CPU, whose batches nothing watches over."""
+    """See above. ``gpu`` None: as on the CPU, whose batches nothing watches over. ``speed``: of its worker."""
 
-    def __init__(self, name: str, version: str, config: ModelConfig, batchable: bool) -> None:
-        size = (config.max_batch_size or DEFAULT_BATCH_SIZE) if batchable else 1
+    def __init__(self, plan: ModelPlan, speed: float = 1.0) -> None:
+        name, version, config, batchable = plan.name, plan.version, plan.config, plan.batchable
+        size = config.rows_max if batchable else 1
         self.spec = ModelSpec(name, version, "simulated", (_ROW,), (_ROW,), batchable, size)
         self.config = config
         self.why_alone = "" if batchable else "the scenario says so"
         self.run_bytes = 0
         self.run_s = float("inf")
         self.gpu = None
+        self.sizes: tuple[int, ...] = (config.preferred_batch_sizes or ()) if batchable else ()
+        # As on a real worker, each size has run once before the first request comes.
+        self.warm_s = {rows: plan.cost.mean(rows) / speed for rows in self.sizes or batch_sizes(size)}
+
+    def runs_as(self, rows: int) -> int:
+        """How many rows a batch has once it is padded."""
+        return padded(self.sizes, rows)
 
     def loaded(self) -> Loaded:
         """What tells a worker's core that it is there."""

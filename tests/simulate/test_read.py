@@ -180,6 +180,11 @@ def test_there_are_the_scenarios_that_the_documentation_names() -> None:
             "[broker]\nqueue_requests_max = -3",
             "17: key 'broker.queue_requests_max': it is 0 or more, not -3",
         ),
+        (
+            'deadline = "100ms"',
+            "[broker.tenant_weights]\na = 0",
+            "17: key 'broker.tenant_weights.a': a tenant has 1 to",
+        ),
         ('deadline = "100ms"', '[delays]\nhop = "1h"', "17: key 'delays.hop': '1h' is not between 0 and 10 seconds"),
         (
             'deadline = "100ms"',
