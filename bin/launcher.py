@@ -25,7 +25,7 @@ from typing import Final, NamedTuple, NoReturn
 
 from penstock.bin.cpus import format_cpus
 from penstock.bin.devices import VISIBLE, Device
-from penstock.broker.record import RECORD_MAX_BYTES
+from penstock.broker.options import RECORD_MAX_BYTES
 from penstock.gateway.process import listen, url_of
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
 from penstock.wire.process import StopSignal, fields

@@ -16,8 +16,7 @@ import click
 from penstock.bin import logs
 from penstock.bin.cpus import format_cpus, parse_cpus, usable_cpus
 from penstock.bin.devices import CPU, VISIBLE, Device, DeviceError, choose, choose_one
-from penstock.broker.options import BrokerOptions
-from penstock.broker.record import RECORD_MAX_BYTES
+from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
 from penstock.gateway.options import GatewayOptions
 from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
 from penstock.wire.messages import MAX_TENANT

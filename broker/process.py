@@ -28,8 +28,8 @@ from penstock.broker.events import (
     ToCaller,
     ToWorker,
 )
-from penstock.broker.options import BrokerOptions
-from penstock.broker.record import RECORD_MAX_BYTES, Recorder
+from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
+from penstock.broker.record import Recorder
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage

@@ -20,6 +20,7 @@ from typing import Final
 
 import orjson
 
+from penstock.broker.options import RECORD_MAX_BYTES
 from penstock.wire.messages import Requests
 from penstock.wire.process import fields
 
@@ -27,7 +28,6 @@ log = logging.getLogger("penstock.broker")
 
 TRACE_VERSION: Final = 1
 COLUMNS: Final = ("seconds", "model", "version", "count", "rows", "bytes", "tenant", "priority", "timeout_us")
-RECORD_MAX_BYTES: Final = 1 << 30  # of a file, unless it is said
 _BUFFER_GROUPS: Final = 256  # that are written together, in a fifth of a millisecond
 
 
