@@ -25,6 +25,7 @@ from typing import Final, NamedTuple, NoReturn
 
 from penstock.bin.cpus import format_cpus
 from penstock.bin.devices import VISIBLE, Device
+from penstock.broker.options import RECORD_MAX_BYTES
 from penstock.gateway.process import listen, url_of
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
 from penstock.wire.process import StopSignal, fields
@@ -63,6 +64,8 @@ class Plan:
     runtime: RuntimeDir
     log_format: str
     log_level: str
+    record: Path | None = None
+    record_max_bytes: int = RECORD_MAX_BYTES
 
 
 @dataclass(slots=True)
@@ -168,7 +171,12 @@ class Launcher:
         ]
         config = [f"--config={plan.config}"] if plan.config else []
         bind = [f"--bind={plan.bind}"] if plan.bind else []
-        broker = self._start("broker", ["broker", *options, *config, *bind])
+        record = (
+            [f"--record={plan.record}", f"--record-max-bytes={plan.record_max_bytes}"]
+            if plan.record is not None
+            else []
+        )
+        broker = self._start("broker", ["broker", *options, *config, *bind, *record])
         if not self._wait([broker]):
             return False
         results = ["--bind=tcp://127.0.0.1:0"] if plan.bind else []

@@ -16,7 +16,7 @@ import click
 from penstock.bin import logs
 from penstock.bin.cpus import format_cpus, parse_cpus, usable_cpus
 from penstock.bin.devices import CPU, VISIBLE, Device, DeviceError, choose, choose_one
-from penstock.broker.options import BrokerOptions
+from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
 from penstock.gateway.options import GatewayOptions
 from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
 from penstock.wire.messages import MAX_TENANT
@@ -116,6 +116,37 @@ device = click.option(
     default=None,
     help="What models run on: cpu, or GPUs such as cuda:0,cuda:1.  [default: every GPU, else the CPU]",
 )
+
+
+def _check_record(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """What can be told at once: a file that cannot be written later stops no server."""
+    if value is not None and not value.absolute().parent.is_dir():
+        raise click.BadParameter(f"{value} cannot be written: there is no directory {value.absolute().parent}")
+    return value
+
+
+_record = click.option(
+    "--record",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    callback=_check_record,
+    default=None,
+    help="Write what is asked there, for 'penstock simulate': times, models and sizes, and no tensors.",
+)
+_record_max_bytes = click.option(
+    "--record-max-bytes",
+    type=click.IntRange(1),
+    default=RECORD_MAX_BYTES,
+    show_default=True,
+    help="How large that file may become.",
+)
+
+
+def record(command: F) -> F:
+    """Both options of a trace."""
+    return _record(_record_max_bytes(command))
+
+
 # The launcher's own: end when it does, however it ends.
 parent = click.option("--parent", type=int, default=0, hidden=True)
 

@@ -21,6 +21,7 @@ from penstock.bin.cpus import physical_cores, share_cpus, usable_cpus
 @options.pin
 @options.bind
 @options.config_file
+@options.record
 @options.runtime_dir
 @options.log_format
 @options.log_level
@@ -33,6 +34,8 @@ def up(
     pin: bool,
     bind: str,
     config: Path | None,
+    record: Path | None,
+    record_max_bytes: int,
     runtime_dir: Path | None,
     log_format: str,
     log_level: str,
@@ -68,6 +71,8 @@ def up(
             shares=shares,
             bind=bind,
             config=config,
+            record=record,
+            record_max_bytes=record_max_bytes,
             runtime=address.runtime,
             log_format=log_format,
             log_level=log_level,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
+
+RECORD_MAX_BYTES: Final = 1 << 30  # of a trace that is recorded, unless it is said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

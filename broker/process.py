@@ -9,6 +9,7 @@ import select
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import zmq
@@ -27,7 +28,8 @@ from penstock.broker.events import (
     ToCaller,
     ToWorker,
 )
-from penstock.broker.options import BrokerOptions
+from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
+from penstock.broker.record import Recorder
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
@@ -41,6 +43,7 @@ from penstock.wire.messages import (
     CallerHello,
     Carrier,
     Message,
+    Submit,
     WorkerHello,
 )
 from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
@@ -56,12 +59,15 @@ _LINGER_MS: Final = 1000  # for what was said last
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerSettings:
-    """Where a broker listens, and its limits. ``bind``: "" or ``tcp://HOST:PORT`` beside the runtime directory."""
+    """Where a broker listens, and its limits. ``bind``: "" or ``tcp://HOST:PORT`` beside the runtime directory.
+    ``record``: a file for what is asked."""
 
     runtime: RuntimeDir
     bind: str = ""
     drain_s: float = 10.0
     options: BrokerOptions = field(default_factory=BrokerOptions)
+    record: Path | None = None
+    record_max_bytes: int = RECORD_MAX_BYTES
 
 
 class BrokerProcess:
@@ -71,6 +77,7 @@ class BrokerProcess:
         self._settings = settings
         self._poll = select.poll()
         self._opened = contextlib.ExitStack()
+        self._recorder: Recorder | None = None
 
     def start(self) -> None:
         runtime, opened = self._settings.runtime, self._opened
@@ -92,6 +99,10 @@ class BrokerProcess:
         opened.callback(self._stop_signal.restore)
         self._poll.register(self._stop_signal.fileno(), select.POLLIN)
         self._core = Core(self._settings.options, secrets.randbits(63) | 1, time.monotonic())
+        if self._settings.record is not None:
+            self._recorder = Recorder(self._settings.record, self._settings.record_max_bytes)
+            opened.callback(self._recorder.stop)
+            self._recorder.start(time.monotonic())
         self._measure_at = 0.0
         self._watchdog = Watchdog()
         log.info("broker started", extra=fields(runtime_dir=str(runtime.path), epoch=self._core.epoch))
@@ -143,6 +154,8 @@ class BrokerProcess:
         if now >= self._measure_at:
             self._measure_at = now + _MEASURE_S
             measure(self._core.meters)
+            if self._recorder is not None:
+                self._recorder.flush()
         wait_s = min(self._core.due(), until, self._watchdog.due) - now
         for readable, happened in self._poll.poll(max(0.0, wait_s) * 1000):
             if readable == self._callers.fileno():
@@ -166,6 +179,8 @@ class BrokerProcess:
             if isinstance(message, CallerHello | WorkerHello):
                 self._read_controls()  # what it has sent there was sent before
             event = FromCaller(peer, message) if process == "caller" else FromWorker(peer, message)
+            if self._recorder is not None and isinstance(message, Submit):
+                self._recorder.add(message.groups, time.monotonic())
         except BadMessage as error:
             event = Garbage(process, str(error), peer[:PEER_ID_BYTES])
         self._obey(self._core.handle(event, time.monotonic()))

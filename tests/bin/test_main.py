@@ -72,6 +72,7 @@ def test_help_names_every_command(option: str) -> None:
         "infer",
         "bench",
         "tune",
+        "simulate",
         "models",
         "top",
         "systemd",

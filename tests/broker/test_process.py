@@ -185,6 +185,37 @@ def test_a_request_goes_from_its_caller_to_a_worker_and_ends(serve: Callable[...
     serve(talk)
 
 
+def test_what_is_asked_is_recorded_whether_or_not_it_is_accepted(serve: Callable[..., None], tmp_path: Path) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        caller, worker = make("caller", b"caller00"), make("worker", b"worker00")
+        caller.join_as_caller()
+        caller.say(ask(1))
+        caller.hear(Refusals)
+        worker.join_as_worker(caller.id)
+        caller.say(ask(2, 100))
+        worker.hear(Assign)
+
+    serve(talk, record=tmp_path / "trace")
+    head, *groups = (tmp_path / "trace").read_text().splitlines()
+    assert head.startswith('{"penstock_trace":1,')
+    assert [line.partition(",")[2] for line in groups] == [
+        f'"m","1",1,1,0,"",0,{60 * SECOND}]',
+        f'"m","1",1,1,100,"",0,{60 * SECOND}]',
+    ]
+
+
+def test_a_trace_that_cannot_be_written_keeps_nobody_from_being_served(serve: Callable[..., None]) -> None:
+    def talk(make: Callable[[str, bytes], Peer]) -> None:
+        caller, worker = make("caller", b"caller00"), make("worker", b"worker00")
+        worker.join_as_worker()
+        caller.join_as_caller()
+        worker.attach(caller.id)
+        caller.say(ask(2, 100))
+        worker.hear(Assign)
+
+    serve(talk, record=Path("/dev/full"))
+
+
 def test_who_ends_its_control_connection_is_gone_at_once(serve: Callable[..., None], runtime: RuntimeDir) -> None:
     def talk(make: Callable[[str, bytes], Peer]) -> None:
         first, second, caller = make("worker", b"worker00"), make("worker", b"worker01"), make("caller", b"caller00")

@@ -21,7 +21,8 @@ OURS = {
     "client": {"wire"},
     "gateway": {"wire", "client"},
     "load": {"wire", "client"},
-    "bin": {"wire", "broker", "worker", "client", "gateway", "load", "deploy"},
+    "simulate": {"wire", "broker", "worker", "load"},
+    "bin": {"wire", "broker", "worker", "client", "gateway", "load", "simulate", "deploy"},
     "deploy": set[str](),
 }
 LIBRARIES = {"msgpack", "numpy"}
