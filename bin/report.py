@@ -101,9 +101,28 @@ def _tensors(specs: Sequence[TensorSpec], ports: Sequence[Port]) -> str:
 
 
 def _batches(facts: Facts) -> str:
+    config = facts.config
     if facts.spec.batchable:
-        return f"rows of several requests run together, at most {facts.spec.max_batch_size}"
+        said = f"rows of several requests run together, at most {facts.spec.max_batch_size}"
+        if config.preferred_batch_sizes:
+            said += f", padded to {', '.join(map(str, config.preferred_batch_sizes))}"
+        if config.latency_target is not None and (rows := _picked(facts)):
+            said += f"; {rows} for latency_target = '{config.latency_target}', as fast as it is here and now"
+        return said
     return f"each request runs by itself: {facts.why_alone}"
+
+
+def _picked(facts: Facts) -> int:
+    """The rows of a batch that a worker picks for a latency target; 0: nothing was measured."""
+    from penstock.worker.costs import Curve
+    from penstock.worker.tuning import batch_time
+
+    steps = facts.measured.steps
+    if not steps:
+        return 0
+    curve = Curve([step.rows for step in steps], facts.config.preferred_batch_sizes is not None)
+    curve.begin({step.rows: step.seconds for step in steps})
+    return curve.rows_within(batch_time(facts.config.latency_target_s))
 
 
 def _weights(file: OnnxFile, measured: Measured) -> str:

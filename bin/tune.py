@@ -103,9 +103,10 @@ def tune(
     wish = Wish(model, file, latency, load_s, time.monotonic() + budget, rows, inputs)
     tried: dict[Setting, list[Point]] = {}
     try:
-        start = setting_of(load_config(base) if base is not None else file.config)
+        config = load_config(base) if base is not None else file.config
+        start = setting_of(config)
         text = _read(base)
-        why = _try_all(wish, text, start, tried)
+        why = _try_all(wish, text, start, tried, not picks_batches(config))
     except (TuneError, ConfigError, EditError, InputsError, InputError, ServerError, LoadError, PenstockError) as error:
         click.echo(f"penstock: {error}", err=True)
         sys.exit(1)
@@ -160,14 +161,17 @@ def _read(path: Path | None) -> str:
 
 def setting_of(config: ModelConfig) -> Setting:
     """What a model.toml says now."""
-    from penstock.worker.config import DEFAULT_BATCH_SIZE
-
     return Setting(
-        config.max_batch_size or DEFAULT_BATCH_SIZE,
+        config.rows_max,
         round(config.max_queue_delay_s * 1e6),
         config.instances,
         config.intra_op_threads,
     )
+
+
+def picks_batches(config: ModelConfig) -> bool:
+    """Whether batch size and delay are not for tuning: the worker picks them itself, or the engine wants some sizes."""
+    return config.latency_target is not None or config.preferred_batch_sizes is not None
 
 
 def changes(setting: Setting, start: Setting) -> dict[str, int | str]:
@@ -188,8 +192,9 @@ def duration(microseconds: int) -> str:
 # --- trying ---
 
 
-def _try_all(wish: Wish, text: str, start: Setting, tried: dict[Setting, list[Point]]) -> str:
-    """Fill ``tried``. Returns why it ended. Raises all that trying the first setting may."""
+def _try_all(wish: Wish, text: str, start: Setting, tried: dict[Setting, list[Point]], batches: bool = True) -> str:
+    """Fill ``tried``. ``batches``: tune their size and delay, too. Returns why it ended. Raises all that trying the
+    first setting may."""
     begin = time.monotonic()
     first = _FIRST
     batchable = True
@@ -200,7 +205,7 @@ def _try_all(wish: Wish, text: str, start: Setting, tried: dict[Setting, list[Po
         try:
             with _serve(wish, edit(text, changes(setting, start))) as server:
                 if steps is None:
-                    batchable = server.batchable
+                    batchable = server.batchable and batches
                     cores = len(usable_cpus())
                     steps = search(start, ladders(start, batchable, cores, wish.latency_s), cores)
                     next(steps)

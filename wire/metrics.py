@@ -66,6 +66,12 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "penstock_compute_seconds": Family(HISTOGRAM, "How long a batch ran", _MODEL, "worker", SECONDS),
     "penstock_batch_rows": Family(HISTOGRAM, "Rows of a batch", _MODEL, "worker", ROWS),
+    "penstock_batch_rows_max": Family(
+        GAUGE, "Rows of a full batch, as configured or picked for latency_target", _MODEL, "worker"
+    ),
+    "penstock_expected_batch_seconds": Family(
+        GAUGE, "How long a full batch is expected to run, as measured", _MODEL, "worker"
+    ),
     "penstock_model_run_bytes": Family(
         GAUGE, "Memory that a model ran in when it was warmed up, beside its weights", _MODEL, "worker"
     ),

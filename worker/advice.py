@@ -12,6 +12,7 @@ from penstock.wire.models import ModelSpec
 from penstock.worker.config import MAX_BATCH_SIZE, ModelConfig
 from penstock.worker.onnxfile import OnnxFile
 from penstock.worker.trial import Measured, Operators, Optimized, Step
+from penstock.worker.tuning import batch_time
 
 _ENOUGH: Final = 0.95  # of the highest throughput is as good as it
 _SLOWER: Final = 1.25  # times as long for a row is slower
@@ -86,7 +87,8 @@ def _sizes_beside_rows(facts: Facts) -> Iterator[str]:
 
 def _batch_size(facts: Facts) -> Iterator[str]:
     steps = facts.measured.steps
-    if not facts.spec.batchable or len(steps) < 2:
+    picked = facts.config.latency_target is not None or facts.config.preferred_batch_sizes is not None
+    if not facts.spec.batchable or picked or len(steps) < 2:
         return
     best, last = max(steps, key=_rate), steps[-1]
     enough = next(step for step in steps if _rate(step) >= _ENOUGH * _rate(best))
@@ -108,6 +110,16 @@ def _batch_size(facts: Facts) -> Iterator[str]:
         yield (
             f"rows/s still grow at batches of {last.rows}, which is as many as may run together: try "
             f"max_batch_size = {min(2 * last.rows, MAX_BATCH_SIZE)} in model.toml"
+        )
+
+
+def _latency_target(facts: Facts) -> Iterator[str]:
+    target_s, steps = facts.config.latency_target_s, facts.measured.steps
+    if facts.spec.batchable and target_s and steps and steps[0].seconds > batch_time(target_s):
+        yield (
+            f"latency_target = '{facts.config.latency_target}' cannot be kept: a batch of "
+            f"{counted(steps[0].rows, 'row')} takes {steps[0].seconds * 1e3:.3g} ms, and a request that misses one "
+            "waits for two; raise it"
         )
 
 
@@ -196,6 +208,7 @@ _RULES: Final[tuple[Callable[[Facts], Iterator[str]], ...]] = (
     _fixed_rows,
     _mixed_rows,
     _batch_size,
+    _latency_target,
     _sizes_beside_rows,
     _inputs_with_values,
     _movers,

@@ -2,90 +2,175 @@
 
 Requests wait in groups that may share a batch: same model, same shape of a row. A group is closed when it is full,
 when its oldest request has waited as long as the model allows, or at once when an instance is idle and no delay is
-configured; every batch says which it was.
+configured; every batch says which it was. What cannot end in time any more is taken out before, so others have its
+place.
+
+Among models whose groups may run it is the turn of the one that has had the least time on this worker, by its weight:
+start-time fair queueing. A batch begins at the virtual time at which its model's last one ended, or at that of the
+batch that began last anywhere if this is later; it ends there by its expected time over the model's weight later, which
+is put right once it has run. The least beginning is next. So a model that was idle comes soon, and has no credit for
+the time before; one whose batches take long has fewer of them. Within a model the group that waits longest is next.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from penstock.wire.fifo import Fifo
+from penstock.worker import tuning
+from penstock.worker.costs import Curve, batch_sizes
 from penstock.worker.lots import WAITING, Lot
 
 ModelKey: TypeAlias = tuple[str, str]
+
+_DOUBT: Final = 0.9  # of the time that its batch is expected to take a request must have left, or it is given up
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What a model's configuration says of its batches. ``window``: rows that the broker sends before any is
-    finished."""
+    finished. ``weight``: its share of the worker beside other models. ``target_s``: for which the size of batches and
+    the delay are picked, within ``rows_max``; 0: none. ``sizes``: to which batches are padded, ascending to
+    ``rows_max``; none: to none. ``enough``: rows with which a group waits no longer; 0: a full batch."""
 
     rows_max: int
     delay_s: float
     instances: int
     window: int
     batchable: bool
+    weight: float = 1.0
+    target_s: float = 0.0
+    sizes: tuple[int, ...] = ()
+    enough: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Lots that run together. ``serial`` numbers a worker's batches; ``reason`` is one of BATCH_REASONS."""
+    """Lots that run together. ``serial`` numbers a worker's batches; ``reason`` is one of BATCH_REASONS;
+    ``expected_s``: what it is expected to take."""
 
     serial: int
     model: ModelKey
     lots: list[Lot]
     rows: int
     reason: str
+    expected_s: float = 0.0
+
+
+class Line:
+    """A model's place among others. ``limit``: rows of a batch. ``end``: the virtual time at which its last batch
+    ends."""
+
+    __slots__ = ("came", "curve", "end", "held", "limit", "rules", "running")
+
+    def __init__(self, rules: Rules, curve: Curve) -> None:
+        self.rules = rules
+        self.curve = curve
+        self.held = 0  # rows that wait or run
+        self.running = 0  # batches
+        self.end = 0.0
+        self.limit = rules.rows_max
+        self.came = tuning.Fading()  # rows; counted where there is a target
+        self.tune()
+
+    def tune(self) -> None:
+        """Pick the size of batches anew."""
+        target_s = self.rules.target_s
+        if target_s:
+            self.limit = self.curve.rows_within(tuning.batch_time(target_s))
+
+    def take(self, waiting: int) -> int:
+        """How many of so many rows run now. Where batches are padded: all of them, or only as many as fill a smaller
+        size, whichever does more rows in the time."""
+        if waiting >= self.limit:
+            return self.limit
+        sizes = self.rules.sizes
+        if not sizes:
+            return waiting
+        at = bisect_right(sizes, waiting)
+        if at == 0 or sizes[at - 1] == waiting:
+            return waiting
+        whole, padded = sizes[at - 1], sizes[at]
+        # As long as nothing is known of either, time is taken to grow with the size.
+        whole_s, padded_s = self.curve.seconds(whole) or whole, self.curve.seconds(padded) or padded
+        return waiting if waiting * whole_s >= whole * padded_s else whole
 
 
 class Group:
-    """Requests that may share a batch, oldest first."""
+    """Requests that may share a batch, oldest first. ``earliest_deadline``: nothing here has an earlier one.
+    ``delay_s``: how long the oldest may wait."""
 
-    __slots__ = ("earliest_deadline", "key", "lots", "rows")
+    __slots__ = ("delay_s", "earliest_deadline", "key", "line", "lots", "rows")
 
-    def __init__(self, key: tuple[ModelKey, bytes]) -> None:
+    def __init__(self, key: tuple[ModelKey, bytes], line: Line) -> None:
         self.key = key
+        self.line = line
         self.lots: Fifo[Lot] = Fifo()
         self.rows = 0
         self.earliest_deadline = float("inf")
+        self.delay_s = line.rules.delay_s
 
 
 class Batcher:
-    """Not started requests of one worker. Times are seconds of the caller's monotonic clock."""
+    """Not started requests of one worker with so many instances. Times are seconds of the caller's monotonic clock.
 
-    def __init__(self) -> None:
-        self._rules: dict[ModelKey, Rules] = {}
+    ``late``: requests that ``next`` has taken out since they cannot end in time; whoever calls it ends them.
+    """
+
+    def __init__(self, instances: int = 1) -> None:
+        self.late: list[Lot] = []
+        self._instances = instances
+        self._lines: dict[ModelKey, Line] = {}
         self._groups: dict[tuple[ModelKey, bytes], Group] = {}
         self._alone: Fifo[Lot] = Fifo()  # were on a worker that was lost
-        self._held: dict[ModelKey, int] = {}  # rows that wait or run
-        self._running: dict[ModelKey, int] = {}  # batches
+        self._busy = tuning.Fading()  # instances that run; counted where there is a target
+        self._tuned = False  # whether any model has one
+        self._begun = 0.0  # the virtual time at which the last batch began
         self._serial = 0
 
-    def set_rules(self, model: ModelKey, rules: Rules) -> None:
-        self._rules[model] = rules
+    def set_rules(self, model: ModelKey, rules: Rules, curve: Curve | None = None) -> None:
+        """``curve``: what its batches take; whoever learns that tells it. Rules that change keep it."""
+        line = self._lines.get(model)
+        if line is None:
+            line = self._lines[model] = Line(rules, curve or Curve(rules.sizes or batch_sizes(rules.rows_max)))
+        else:
+            line.rules, line.curve, line.limit = rules, curve or line.curve, rules.rows_max
+            line.tune()
+        self._tuned = any(each.rules.target_s for each in self._lines.values())
+
+    def limit(self, model: ModelKey) -> int:
+        """How many rows its batches have at most now."""
+        return self._lines[model].limit
 
     def add(self, lot: Lot) -> None:
         model = lot.plan.key
-        self._held[model] = self._held.get(model, 0) + lot.rows
+        line = self._lines[model]
+        rows = lot.rows
+        line.held += rows
+        if line.rules.target_s:
+            line.came.add(rows, lot.arrived)
         if lot.attempt > 1:
             self._alone.push(lot)
             return
         key = (model, lot.plan.form.key)
         group = self._groups.get(key)
         if group is None:
-            group = self._groups[key] = Group(key)
+            group = self._groups[key] = Group(key, line)
+            if line.rules.target_s:
+                group.delay_s = self._delay(line, rows, lot.arrived)
         group.lots.push(lot)
-        group.rows += lot.rows
-        if self._rules[model].delay_s:
-            group.earliest_deadline = min(group.earliest_deadline, lot.first_deadline)
+        group.rows += rows
+        if lot.first_deadline < group.earliest_deadline:
+            group.earliest_deadline = lot.first_deadline
 
     def remove(self, lot: Lot, whole: bool) -> None:
         """Take out requests that wait: a whole lot, or what has been split from one that stays."""
         model = lot.plan.key
-        self._held[model] -= lot.rows
+        self._lines[model].held -= lot.rows
         if lot.attempt > 1:
             if whole:
                 self._alone.remove(lot)
@@ -98,41 +183,50 @@ class Batcher:
                 del self._groups[group.key]
 
     def next(self, now: float) -> Batch | None:
-        """The batch that an idle instance should run now, if any: of those that may start, the longest waiting one."""
+        """The batch that an idle instance should run now, if any. See ``late``, too."""
         if self._alone:
-            for lot in self._alone:
-                if self._may_run(lot.plan.key):
-                    return self._take_alone(lot)
-        chosen: Group | None = None
-        chosen_reason, oldest = "", float("inf")
-        for group in self._groups.values():
-            arrived = group.lots.first().arrived
-            if arrived < oldest and self._may_run(group.key[0]):
-                reason = self._reason(group, now)
-                if reason:
-                    chosen, chosen_reason, oldest = group, reason, arrived
-        return self._close(chosen, chosen_reason) if chosen else None
+            batch = self._next_alone(now)
+            if batch is not None:
+                return batch
+        while True:
+            chosen: Group | None = None
+            chosen_reason, least, oldest = "", float("inf"), float("inf")
+            for group in self._groups.values():
+                line = group.line
+                if line.running >= line.rules.instances:
+                    continue
+                begin = line.end if line.end > self._begun else self._begun
+                arrived = group.lots.first().arrived
+                if begin < least or (begin == least and arrived < oldest):
+                    reason = self._reason(group, now)
+                    if reason:
+                        chosen, chosen_reason, least, oldest = group, reason, begin, arrived
+            if chosen is None:
+                return None
+            batch = self._close(chosen, chosen_reason, now)
+            if batch is not None:
+                return batch
 
-    def ended(self, batch: Batch) -> None:
-        """A batch has run."""
-        self._held[batch.model] -= batch.rows
-        self._running[batch.model] -= 1
-
-    def shrink(self, batch: Batch, lots: list[Lot]) -> None:
-        """Only ``lots`` of a batch are run after all."""
-        rows = sum([lot.rows for lot in lots])
-        self._held[batch.model] -= batch.rows - rows
-        batch.lots, batch.rows = lots, rows
+    def ended(self, batch: Batch, seconds: float, now: float) -> None:
+        """A batch has run, for so long."""
+        line = self._lines[batch.model]
+        line.held -= batch.rows
+        line.running -= 1
+        line.end += (seconds - batch.expected_s) / line.rules.weight
+        if self._tuned:
+            self._busy.add_span(seconds, now)
+            line.tune()
 
     def due(self) -> float:
         """When waiting alone makes a batch ready, if nothing else does before."""
-        dues = (self._due(group) for group in self._groups.values() if self._may_run(group.key[0]))
+        groups = self._groups.values()
+        dues = (self._due(group) for group in groups if group.line.running < group.line.rules.instances)
         return min(dues, default=float("inf"))
 
     @property
     def running(self) -> int:
         """Batches that have not ended."""
-        return sum(self._running.values())
+        return sum(line.running for line in self._lines.values())
 
     def waiting(self) -> Iterator[Lot]:
         for group in self._groups.values():
@@ -146,65 +240,96 @@ class Batcher:
             lots = list(group.lots)
             assert lots, f"the group {key} is empty"
             assert key == group.key, f"the group {group.key} is found as {key}"
+            assert group.line is self._lines[key[0]], f"the group {key} is in another model's line"
             total = sum(lot.rows for lot in lots)
             assert group.rows == total, f"{key} has {total} rows, and {group.rows} are counted"
             for lot in lots:
                 assert (lot.plan.key, lot.plan.form.key) == key, f"{lot!r} is in the group {key}"
                 assert lot.attempt == 1, f"{lot!r} is in a group"
-                if self._rules[key[0]].delay_s:
-                    assert group.earliest_deadline <= lot.first_deadline, f"{lot!r} is due before its group"
+                assert group.earliest_deadline <= lot.first_deadline, f"{lot!r} is due before its group"
         assert all(lot.attempt > 1 for lot in self._alone), f"{list(self._alone)} run alone without a reason"
         for lot in self.waiting():
             assert lot.ids, "a lot without requests waits"
             assert lot.state == WAITING, f"{lot!r} is among those that wait"
             rows[lot.plan.key] += lot.rows
-        for model, held in self._held.items():
-            running, rules = self._running.get(model, 0), self._rules[model]
+        for model, line in self._lines.items():
+            running, rules = line.running, line.rules
             assert 0 <= running <= rules.instances, f"{running} batches of {model} run"
+            assert 1 <= line.limit <= rules.rows_max, f"batches of {model} have {line.limit} rows"
             low, high = rows[model] + running, rows[model] + running * rules.rows_max
-            assert low <= held <= high, f"{low} to {high} rows of {model} are held, and {held} are counted"
+            assert low <= line.held <= high, f"{low} to {high} rows of {model} are held, and {line.held} are counted"
+            line.curve.validate()
 
-    def _may_run(self, model: ModelKey) -> bool:
-        return self._running.get(model, 0) < self._rules[model].instances
+    def _delay(self, line: Line, rows: int, now: float) -> float:
+        """How long a group of so many rows whose first request has just come, or is the first that is left, waits."""
+        limit, rules = line.limit, line.rules
+        busy = self._busy.rate(now) / self._instances
+        full_s = line.curve.seconds(limit)
+        return tuning.delay(rules.target_s, full_s, max(0, limit - rows), line.came.rate(now), busy)
 
     def _due(self, group: Group) -> float:
-        delay = self._rules[group.key[0]].delay_s
-        return min(group.lots.first().arrived + delay, group.earliest_deadline - delay)
+        return min(group.lots.first().arrived + group.delay_s, self._urgent(group))
+
+    def _urgent(self, group: Group) -> float:
+        """When waiting on would leave the most urgent request less time, beside what its batch takes, than it has
+        waited."""
+        return group.earliest_deadline - group.delay_s - group.line.curve.seconds(group.line.take(group.rows))
 
     def _reason(self, group: Group, now: float) -> str:
         """Why a group should be closed now, or ""."""
-        model = group.key[0]
-        rules = self._rules[model]
+        line = group.line
+        rules = line.rules
         if not rules.batchable:
             return "alone"
-        if group.rows >= rules.rows_max:
+        if group.rows >= line.limit or 0 < rules.enough <= group.rows:
             return "full"
-        if rules.delay_s == 0:
+        if group.delay_s == 0:
             return "idle"
-        if group.lots.first().arrived + rules.delay_s <= now:
+        if group.lots.first().arrived + group.delay_s <= now:
             return "delay"
-        if group.earliest_deadline - rules.delay_s <= now:
-            return "deadline"  # waiting on would leave it less time than it has waited
-        if self._held[model] >= rules.window:
+        if self._urgent(group) <= now:
+            return "deadline"
+        if line.held * rules.rows_max >= rules.window * line.limit:
             return "shape"  # the rest of the window holds rows of other shapes: none can come to fill this one
         return ""
 
-    def _take_alone(self, lot: Lot) -> Batch:
-        if len(lot.ids) > 1:
-            lot = lot.split(lot.ids[:1])
-        else:
-            self._alone.remove(lot)
-        return self._batch(lot.plan.key, [lot], lot.rows, "alone")
+    def _next_alone(self, now: float) -> Batch | None:
+        while (lot := next((each for each in self._alone if self._may_run(each.plan.key)), None)) is not None:
+            curve = self._lines[lot.plan.key].curve
+            ids = lot.late(now + _DOUBT * curve.reliable(lot.plan.rows, now))
+            if ids and self._take_late(lot, ids):
+                continue
+            if len(lot.ids) > 1:
+                lot = lot.split(lot.ids[:1])
+            else:
+                self._alone.remove(lot)
+            return self._batch(lot.plan.key, [lot], lot.rows, "alone")
+        return None
 
-    def _close(self, group: Group, reason: str) -> Batch:
-        room = self._rules[group.key[0]].rows_max
+    def _may_run(self, model: ModelKey) -> bool:
+        line = self._lines[model]
+        return line.running < line.rules.instances
+
+    def _close(self, group: Group, reason: str, now: float) -> Batch | None:
+        """None: nothing in it could end in time."""
+        line = group.line
+        room = line.take(group.rows)
+        if group.earliest_deadline <= now + _DOUBT * line.curve.reliable(room, now):
+            fits = self._drop_late(group, room, now)
+            if not group.lots:
+                return None
+            if fits < min(room, group.rows):
+                reason = "deadline"
+            room = fits
         taken: list[Lot] = []
         waiting = group.lots
         while waiting:
             lot = waiting.first()
             fits = room // lot.plan.rows
-            if not fits:
-                break
+            if fits <= 0:
+                if taken:
+                    break
+                fits = 1  # it has more rows than batches should have
             if fits < len(lot.ids):
                 lot = lot.split(lot.ids[:fits])
             else:
@@ -215,11 +340,49 @@ class Batcher:
         group.rows -= rows
         if not waiting:
             del self._groups[group.key]
-        elif group.earliest_deadline < float("inf"):
-            group.earliest_deadline = min(lot.first_deadline for lot in waiting)
+        else:
+            if line.rules.target_s:
+                group.delay_s = self._delay(line, group.rows, now)
+            if group.delay_s:
+                group.earliest_deadline = min([lot.first_deadline for lot in waiting])
         return self._batch(group.key[0], taken, rows, reason)
 
+    def _drop_late(self, group: Group, room: int, now: float) -> int:
+        """Take out of a group what cannot end in time in a batch of ``room`` rows, so that others have its place; if
+        that left less than half a batch, then in one of half as many, and so on: to run few is better than to drop
+        all. Returns how many rows the batch may have. This is looked for only when something may be late."""
+        curve, lots = group.line.curve, list(group.lots)
+        least = min([lot.plan.rows for lot in lots])
+        while True:
+            late = []
+            for lot in lots:
+                ids = lot.late(now + _DOUBT * curve.reliable(max(room, lot.plan.rows), now))
+                if ids:
+                    late.append((lot, ids))
+            left = group.rows - sum([lot.plan.rows * len(ids) for lot, ids in late])
+            if not late or 2 * left >= room or room <= least:
+                break
+            room //= 2
+        for lot, ids in late:
+            self._take_late(lot, ids)
+        if group.lots:
+            group.earliest_deadline = min([lot.first_deadline for lot in group.lots])
+        return room
+
+    def _take_late(self, lot: Lot, ids: list[int]) -> bool:
+        """Take out some requests of a lot. Whether these are all."""
+        whole = len(ids) == len(lot.ids)
+        late = lot if whole else lot.split(ids)
+        self.remove(late, whole)
+        self.late.append(late)
+        return whole
+
     def _batch(self, model: ModelKey, lots: list[Lot], rows: int, reason: str) -> Batch:
+        line = self._lines[model]
+        expected_s = line.curve.seconds(rows)
+        if line.end > self._begun:
+            self._begun = line.end
+        line.end = self._begun + expected_s / line.rules.weight
+        line.running += 1
         self._serial += 1
-        self._running[model] = self._running.get(model, 0) + 1
-        return Batch(self._serial, model, lots, rows, reason)
+        return Batch(self._serial, model, lots, rows, reason, expected_s)

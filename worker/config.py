@@ -15,6 +15,7 @@ import msgspec.inspect
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s)")
 _MAX_DELAY_S: Final = 60.0
+_SIZES_MAX: Final = 32  # preferred ones
 MAX_BATCH_SIZE: Final = 4096  # rows
 
 CPU: Final = "cpu"  # the device that every worker has; others are cuda:0, cuda:1, ...
@@ -28,13 +29,19 @@ class ConfigError(Exception):
     """A file that cannot be followed; the message names the file, the key and what is expected."""
 
 
-class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The keys of a model.toml, with Triton's names. ``max_queue_delay``: text with a unit, such as "2ms"."""
+_Rows = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH_SIZE)]
 
-    max_batch_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH_SIZE)] | None = (
-        None  # rows; None: DEFAULT_BATCH_SIZE
-    )
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The keys of a model.toml, with Triton's names. Durations are text with a unit, such as "2ms"."""
+
+    max_batch_size: _Rows | None = None  # None: the largest of the preferred, or DEFAULT_BATCH_SIZE
     max_queue_delay: str = "0ms"
+    # Within which requests are done once they are here: batch size and delay are picked for it. None: they are not.
+    latency_target: str | None = None
+    # Rows that batches are padded to, ascending; none: to none. The last is the most that run together.
+    preferred_batch_sizes: Annotated[tuple[_Rows, ...], msgspec.Meta(min_length=1, max_length=_SIZES_MAX)] | None = None
+    weight: Annotated[float, msgspec.Meta(ge=0.001, le=1000)] = 1.0  # the model's share of a worker beside other models
     # Batches of this model that run at once; on a GPU 2, unless it is said.
     instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     intra_op_threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
@@ -52,6 +59,21 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def max_queue_delay_s(self) -> float:
         return parse_duration(self.max_queue_delay)
+
+    @property
+    def latency_target_s(self) -> float:
+        """0: there is none."""
+        return 0.0 if self.latency_target is None else parse_duration(self.latency_target)
+
+    @property
+    def rows_max(self) -> int:
+        """That a batch, or a request, has."""
+        sizes = self.preferred_batch_sizes
+        return self.max_batch_size or (sizes[-1] if sizes else DEFAULT_BATCH_SIZE)
+
+    @property
+    def weight_thousandths(self) -> int:
+        return round(self.weight * 1000)
 
 
 DEFAULT_BATCH_SIZE: Final = 32
@@ -80,15 +102,40 @@ def load_config(path: Path, device: str = CPU) -> ModelConfig:
     if not values.get("cuda_graphs"):
         values.setdefault("instances", default_config(device).instances)
     config = convert(values, ModelConfig, str(path))
-    try:
-        if config.max_queue_delay_s > _MAX_DELAY_S:
-            raise ValueError(f"{config.max_queue_delay!r} is longer than {_MAX_DELAY_S:.0f}s")
-    except ValueError as error:
-        raise ConfigError(f"{path}: key 'max_queue_delay': {error}") from None
-    problem = _contradiction(config)
+    for key in ("max_queue_delay", "latency_target"):
+        text = getattr(config, key)
+        try:
+            if text is not None and parse_duration(text) > _MAX_DELAY_S:
+                raise ValueError(f"{text!r} is longer than {_MAX_DELAY_S:.0f}s")
+        except ValueError as error:
+            raise ConfigError(f"{path}: key '{key}': {error}") from None
+    problem = _contradiction_of_batches(config) or _contradiction(config)
     if problem:
         raise ConfigError(f"{path}: {problem}")
     return config
+
+
+def _contradiction_of_batches(config: ModelConfig) -> str:
+    """What cannot be followed of what a configuration says of batches, or ""."""
+    if config.latency_target is not None:
+        if config.latency_target_s == 0:
+            return "key 'latency_target': it is more than nothing; without the key, nothing is waited for"
+        if config.max_queue_delay_s > 0:
+            return (
+                f"keys 'latency_target' and 'max_queue_delay': with a target the delay is picked, so leave out "
+                f"max_queue_delay = {config.max_queue_delay!r}"
+            )
+    sizes = config.preferred_batch_sizes
+    if sizes is None:
+        return ""
+    if list(sizes) != sorted(set(sizes)):
+        return f"key 'preferred_batch_sizes': they ascend, each once, not {list(sizes)}"
+    if sizes[-1] != config.rows_max:
+        return (
+            f"keys 'preferred_batch_sizes' and 'max_batch_size': the largest preferred size, {sizes[-1]}, is the most "
+            f"rows that can run, and {config.rows_max} are allowed; make them the same, or leave out max_batch_size"
+        )
+    return ""
 
 
 def _contradiction(config: ModelConfig) -> str:

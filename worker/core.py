@@ -26,6 +26,8 @@ from penstock.wire.messages import (
     Attached,
     Beat,
     Bye,
+    Cost,
+    Costs,
     Done,
     Expect,
     Finished,
@@ -44,7 +46,8 @@ from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.metrics import Meters
 from penstock.wire.models import READY, ModelState
 from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
-from penstock.worker.batcher import Batch, Batcher, ModelKey, Rules
+from penstock.worker.batcher import Batcher, ModelKey, Rules
+from penstock.worker.costs import Curve, batch_sizes
 from penstock.worker.events import Command, DeviceLost, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import Executed, Publication, failure_answers
 from penstock.worker.lots import ENDED, RUNNING, WAITING, Lot
@@ -53,6 +56,8 @@ from penstock.worker.plan import Plan
 
 _PLANS_MAX: Final = 4096
 _NO_BATCH: Final = BatchInfo(0, 0, "alone", 0, 0)
+_COSTS_S: Final = 0.1  # between two times that the broker is told what has changed of what batches take
+_ROWS_TOLD: Final = 0.1  # of the size that batches are picked to have: a larger change is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class Core:
         self.kept_bytes = 0
         self._told: tuple[ModelState, ...] = ()  # what the broker knows of the models
         self._models: dict[ModelKey, Model] = {}
-        self._batcher = Batcher()
+        self._batcher = Batcher(identity.instances)
         self._idle = identity.instances
         self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
         self._kept: dict[bytes, dict[int, Kept]] = {}  # by caller
@@ -117,6 +122,10 @@ class Core:
         self._plans: dict[Form, Plan] = {}
         self._series: dict[ModelKey, _Series] = {}
         self._done: list[Finished] = []
+        self._curves: dict[ModelKey, Curve] = {}  # what batches of a model take
+        self._ran: set[ModelKey] = set()  # whose batches have ended since the broker was last told of costs
+        self._rows_told: dict[ModelKey, int] = {}  # how many it was told that their batches have
+        self._costs_due = 0.0  # when it may be told again
         self._commands: list[Command] = []
 
     @property
@@ -258,6 +267,7 @@ class Core:
         self._log("info", "joined the broker", worker=message.name)
         if self._told != tuple(self.states.values()):  # a model has been loaded since the hello
             self._tell_models()
+        self._tell_costs(list(self._models))
 
     def _expect(self, message: Expect) -> None:
         for caller, serial, shares, reads in message.callers:
@@ -394,33 +404,33 @@ class Core:
         """Batches for instances that are idle."""
         while self._idle:
             batch = self._batcher.next(now)
+            if self._batcher.late:
+                self._expire(now)
             if batch is None:
                 return
             for lot in batch.lots:
                 lot.move("start")
-            if any(lot.first_deadline <= now for lot in batch.lots):
-                self._expire(batch, now)
-                if not batch.lots:
-                    self._batcher.ended(batch)
-                    continue
             self._idle -= 1
             self._commands.append(Run(batch, self._models[batch.model]))
 
     def _executed(self, event: Executed, now: float) -> None:
         self._idle += 1
-        self._batcher.ended(event.batch)
-        self._measure(event)
+        if not self._measure(event):  # to find what fails takes much longer
+            self._curves[event.batch.model].learn(event.batch.rows, event.compute_s, now)
+            self._ran.add(event.batch.model)
+        self._batcher.ended(event.batch, event.compute_s, now)
         if event.batch.lots[0].state == ENDED:
             for publication in event.publications.values():
                 publication.give_back()
             return  # dropped: what the new broker may have sent under the same ids is not this
+        row_us = event.compute_s * 1e6 / event.batch.rows
         for caller, publication in event.publications.items():
             index = self._lots[caller]
             for group in publication.groups:
                 for lot in lots_of(index, group.ids):
                     lot.move("finish")
                     self._forget(lot)
-                    self._done.append(Finished(caller, lot.attempt, group.nbytes, lot.ids))
+                    self._done.append(Finished(caller, lot.attempt, group.nbytes, lot.ids, int(row_us * lot.rows)))
             self._publish(caller, publication, event.info)
 
     def _publish(self, caller: bytes, publication: Publication, info: BatchInfo) -> None:
@@ -454,24 +464,17 @@ class Core:
         self._publish(caller, Publication([answers]), _NO_BATCH)
         self._done.append(Finished(caller, attempt, 0, ids))
 
-    def _expire(self, batch: Batch, now: float) -> None:
-        """Take out of a batch what is too late already."""
-        left: list[Lot] = []
-        for lot in batch.lots:
-            ids = lot.late(now)
-            if not ids:
-                left.append(lot)
-                continue
-            late = lot
-            if len(ids) < len(lot.ids):
-                late = lot.split(ids)
-                left.append(lot)
-            late.move("expire")
-            self._forget(late)
-            queue_us = late.waited_us + int((now - late.arrived) * 1e6)
-            error = PenstockError(DEADLINE, f"time was up before the request's batch on '{batch.model[0]}' began")
-            self._refuse(batch.model, late.caller, late.attempt, late.ids, error, queue_us)
-        self._batcher.shrink(batch, left)
+    def _expire(self, now: float) -> None:
+        """End what the batcher has taken out since it cannot end in time."""
+        late, self._batcher.late = self._batcher.late, []
+        for lot in late:
+            lot.move("expire")
+            self._forget(lot)
+            model = lot.plan.key
+            when = "began" if lot.first_deadline <= now else "could have ended"
+            queue_us = lot.waited_us + int((now - lot.arrived) * 1e6)
+            error = PenstockError(DEADLINE, f"time was up before the request's batch on '{model[0]}' {when}")
+            self._refuse(model, lot.caller, lot.attempt, lot.ids, error, queue_us)
 
     def _cancel(self, caller: bytes, ids: Sequence[int]) -> None:
         """Take out what has not started; what runs goes on, and its answer is of no interest."""
@@ -514,13 +517,29 @@ class Core:
         if model is not None:
             self._models[key] = model
             self.meters.value("penstock_model_run_bytes", *key).value = model.run_bytes
-            spec, config = model.spec, model.config
-            window = spec.max_batch_size * (self.identity.instances + 1)
-            rules = Rules(spec.max_batch_size, config.max_queue_delay_s, config.instances, window, spec.batchable)
-            self._batcher.set_rules(key, rules)
+            curve = self._curves[key] = Curve(model.sizes or batch_sizes(model.spec.max_batch_size), bool(model.sizes))
+            curve.begin(model.warm_s)
+            self._batcher.set_rules(key, self._rules(model), curve)
         self.meters.value("penstock_model_ready", *key).value = int(state.state == READY)
         if self.membership.joined:
             self._tell_models()
+            if model is not None:
+                self._tell_costs([key])
+
+    def _rules(self, model: Model) -> Rules:
+        spec, config = model.spec, model.config
+        preferred = config.preferred_batch_sizes if spec.batchable else None
+        return Rules(
+            rows_max=spec.max_batch_size,
+            delay_s=config.max_queue_delay_s,
+            instances=config.instances,
+            window=spec.max_batch_size * (self.identity.instances + 1),
+            batchable=spec.batchable,
+            weight=config.weight,
+            target_s=config.latency_target_s if spec.batchable else 0.0,
+            sizes=model.sizes,
+            enough=preferred[0] if preferred else 0,
+        )
 
     def _device_lost(self, reason: str) -> None:
         """The broker keeps the reason, and gives what this worker holds to others when it ends."""
@@ -534,7 +553,29 @@ class Core:
         self._told = tuple(self.states.values())
         self._say(WorkerModels(self.membership.epoch, self._told))
 
-    def _measure(self, event: Executed) -> None:
+    def _tell_costs(self, keys: Sequence[ModelKey]) -> None:
+        if not keys:
+            return
+        costs = []
+        for key in keys:
+            config = self._models[key].config
+            rows = self._rows_told[key] = self._batcher.limit(key)
+            costs.append(Cost(*key, config.instances, rows, config.weight_thousandths, *self._curves[key].tell()))
+        self._say(Costs(self.membership.epoch, costs))
+
+    def _tell_changed_costs(self, now: float) -> None:
+        """Of models that have run since."""
+        self._costs_due = now + _COSTS_S
+        ran, self._ran = self._ran, set()
+        self._tell_costs([key for key in ran if self._curves[key].changed() or self._rows_changed(key)])
+
+    def _rows_changed(self, key: ModelKey) -> bool:
+        told = self._rows_told[key]
+        return abs(self._batcher.limit(key) - told) > _ROWS_TOLD * told
+
+    def _measure(self, event: Executed) -> bool:
+        """Count a batch. Whether any of it failed."""
+        failed = False
         key, batch = event.batch.model, event.batch
         series = self._series.get(key)
         if series is None:
@@ -547,8 +588,17 @@ class Core:
         series.batches[batch.reason].value += 1
         for caller, publication in event.publications.items():
             for code in publication.failed:
+                failed = True
                 self.meters.value("penstock_request_failures", *key, code).value += 1
                 self._log("warning", "request failed", model=key[0], caller=caller.hex(), code=code)
+        return failed
+
+    def _measure_costs(self) -> None:
+        """What batches are expected to be, at the time of a beat."""
+        for key, curve in self._curves.items():
+            rows = self._batcher.limit(key)
+            self.meters.value("penstock_batch_rows_max", *key).value = rows
+            self.meters.value("penstock_expected_batch_seconds", *key).value = curve.seconds(rows)
 
     # --- speech ---
 
@@ -557,6 +607,8 @@ class Core:
             done, self._done = self._done, []
             if self.membership.joined:
                 self._say(Done(self.membership.epoch, done))
+                if now >= self._costs_due and self._ran:
+                    self._tell_changed_costs(now)
         match self.membership.say(now):
             case "hello":
                 identity = self.identity
@@ -574,6 +626,9 @@ class Core:
                 )
             case "beat":
                 self.meters.value("penstock_unacknowledged_bytes").value = self.kept_bytes
+                self._measure_costs()
+                if self._ran:
+                    self._tell_changed_costs(now)
                 self._commands.append(Say(Beat(self.membership.epoch)))
             case "lost":
                 self._log("warning", "broker silent; looking for it")

@@ -18,7 +18,7 @@ ENDED: Final = "ENDED"  # answered, cancelled or dropped
 TABLE: Final[dict[str, dict[str, str]]] = {
     "start": {WAITING: RUNNING},
     "cancel": {WAITING: ENDED, RUNNING: RUNNING},  # what runs cannot be stopped
-    "expire": {RUNNING: ENDED},  # taken out of a batch just before it runs
+    "expire": {WAITING: ENDED},  # taken out when its batch was to begin
     "finish": {RUNNING: ENDED},
     "drop": {WAITING: ENDED, RUNNING: ENDED},  # a new broker knows nothing of it
 }
@@ -33,13 +33,15 @@ class Lot:
 
     ``payload``: their tensors (see pick_payload), from byte ``start`` on where they lie in one piece. ``arrived``:
     seconds of this process's monotonic clock; ``timeouts_us``: how long after that each may take; ``waited_us``:
-    before that. ``reads``: their caller reads results where they lie in this worker's arena.
+    before that; ``first_deadline``: when the first of them has to have ended. ``reads``: their caller reads results
+    where they lie in this worker's arena.
     """
 
     __slots__ = (
         "arrived",
         "attempt",
         "caller",
+        "first_deadline",
         "ids",
         "index",
         "payload",
@@ -77,21 +79,18 @@ class Lot:
         self.arrived = arrived
         self.reads = reads
         self.state = WAITING
+        self.first_deadline = arrived + min(timeouts_us) * 1e-6
 
     @property
     def rows(self) -> int:
         return self.plan.rows * len(self.ids)
 
-    @property
-    def first_deadline(self) -> float:
-        return self.arrived + min(self.timeouts_us) * 1e-6
-
-    def late(self, now: float) -> list[int]:
-        """Those whose time is up."""
-        if self.first_deadline > now:
+    def late(self, until: float) -> list[int]:
+        """Those whose time is up by then."""
+        if self.first_deadline > until:
             return []
         limits = zip(self.ids, self.timeouts_us, strict=True)
-        return [number for number, us in limits if self.arrived + us * 1e-6 <= now]
+        return [number for number, us in limits if self.arrived + us * 1e-6 <= until]
 
     def move(self, event: str) -> str:
         """Take the transition for ``event`` and return the new state. Raises IllegalTransition."""
@@ -130,6 +129,7 @@ class Lot:
         other.state = self.state
         self.ids = pick(self.ids, outside)
         self.timeouts_us = pick(self.timeouts_us, outside)
+        self.first_deadline = self.arrived + min(self.timeouts_us) * 1e-6
         self.payload, self.start = parts[1]
         self.index.update(dict.fromkeys(other.ids, other))
         return other

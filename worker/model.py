@@ -20,13 +20,14 @@ from penstock.wire.messages import MAX_NAME
 from penstock.wire.models import MAX_TENSORS, ModelSpec, TensorSpec
 from penstock.wire.process import fields
 from penstock.wire.tensors import ITEM_SIZES, MAX_DIMS, Array, element_count
-from penstock.worker.config import CPU, DEFAULT_BATCH_SIZE, ModelConfig
+from penstock.worker.config import CPU, ModelConfig
+from penstock.worker.costs import batch_sizes
 from penstock.worker.cuda import CudaError, Gpu, find_gpu
 from penstock.worker.memory import join_arena
 from penstock.worker.ondevice import AnyStaging, DeviceStaging
 from penstock.worker.onnxfile import OnnxFileError, read_onnx
 from penstock.worker.providers import ProviderError, Session, choose, open_session, tensorrt_version
-from penstock.worker.staging import Staging, bind_inputs, bind_outputs
+from penstock.worker.staging import Staging, bind_inputs, bind_outputs, copy_out, pad, padded
 from penstock.worker.store import Store, StoreError, Weights
 
 log = logging.getLogger("penstock.worker")
@@ -91,7 +92,8 @@ class Foreseen(NamedTuple):
 
 class Model:
     """A loaded model. ``spec`` says what callers need; ``why_alone`` why rows of several requests must not run together
-    (empty when they may); ``dims`` has the names of the inputs' symbolic dimensions.
+    (empty when they may); ``dims`` has the names of the inputs' symbolic dimensions; ``sizes``: to which batches are
+    padded (staging.py), none: to none.
 
     ``run`` may be called by several threads at once: the session is shared by all instances. ``gpu``: what it runs on,
     None for the CPU.
@@ -123,8 +125,9 @@ class Model:
             tuple(_spec("input", each) for each in inputs),
             tuple(_spec("output", each) for each in outputs),
             True,
-            config.max_batch_size or DEFAULT_BATCH_SIZE,
+            config.rows_max,
         )
+        self.sizes: tuple[int, ...] = config.preferred_batch_sizes or ()
         self._names = [each.name for each in self.spec.outputs]
         self._output_dims: list[list[int | str | None]] = [list(each.shape) for each in outputs]
         self._known_shapes: dict[tuple[Any, ...], Foreseen] = {}
@@ -136,6 +139,7 @@ class Model:
         if {"BF16", "BYTES"} <= datatypes:
             raise LoadError("it has both bfloat16 and string tensors, which cannot be run together from Python")
         self.run_s = float("inf")  # how long a full batch took when it was tried
+        self.warm_s: dict[int, float] = {}  # what a batch took at warm-up, by rows
         self.run_bytes = 0  # what its runs take beside its weights, as far as it was tried
         if self.why_alone:
             self.run_alone(self.why_alone)
@@ -144,22 +148,27 @@ class Model:
         """From now on each request runs by itself."""
         self.why_alone = reason
         self.spec = self.spec._replace(batchable=False, max_batch_size=1)
+        self.sizes = ()
 
     def stage(self) -> bool:
         """Make the memory that its batches run in, for as many as run at once. False: none can be made beforehand."""
         if not self._binds:
             return False
+        sizes = self.sizes
+        if self.gpu is not None and self.config.cuda_graphs and self.spec.batchable and not sizes:
+            self.sizes = tuple(batch_sizes(self.spec.max_batch_size))
         try:
             self._stagings.extend([self._make_staging() for _ in range(self.config.instances)])
         except (ValueError, MemoryError):
             self._stagings.clear()
+            self.sizes = sizes
             return False
         return True
 
     def _make_staging(self) -> AnyStaging:
         if self.gpu is None:
-            return Staging(self._session, self.spec)
-        return DeviceStaging(self._session, self.spec, self.gpu, self.config.cuda_graphs)
+            return Staging(self._session, self.spec, self.sizes)
+        return DeviceStaging(self._session, self.spec, self.gpu, self.sizes, self.config.cuda_graphs)
 
     @contextmanager
     def staging(self) -> Iterator[AnyStaging | None]:
@@ -178,6 +187,14 @@ class Model:
     def run(self, feeds: Sequence[Array]) -> list[Array]:
         """The outputs for one array per input, in the order of the spec; BF16 are uint16 arrays, BYTES object arrays
         of str. Releases the GIL. Raises one of RUN_ERRORS when the model fails on them."""
+        rows = len(feeds[0]) if self.sizes else 0
+        size = padded(self.sizes, rows)
+        if size == rows:
+            return self._run_as_it_is(feeds)
+        outputs = self._run_as_it_is([pad(feed, size) for feed in feeds])
+        return [each[:rows] if each.shape[:1] == (size,) else each for each in outputs]
+
+    def _run_as_it_is(self, feeds: Sequence[Array]) -> list[Array]:
         if self._has_bf16:
             return self._run_values(feeds)
         feed = {spec.name: array for spec, array in zip(self.spec.inputs, feeds, strict=True)}
@@ -235,6 +252,8 @@ class Model:
         try:
             if staging is not None and staging.binds:
                 staging.run_into(rows, feeds, shapes, address)
+            elif self.sizes and len(feeds[0]) not in self.sizes:  # there is no room for the rows beyond
+                copy_out(self.run(feeds), shapes, address)
             else:
                 binding = bind_inputs(self._session, self.spec, feeds)
                 bind_outputs(binding, self.spec, shapes, address)

@@ -5,8 +5,8 @@ All inputs of a batch lie side by side, so one copy takes them to the GPU, howev
 its own, so that it goes on while another instance's batch computes. The bindings name the GPU's memory alone: what is
 bound on the host is copied when it is bound (ONNX Runtime's IOBinding), and would be that batch's for ever.
 
-With CUDA graphs, numbers of rows are rounded up to powers of two, as each has a graph of its own; what lies in the rows
-beyond is computed too, and never looked at.
+With CUDA graphs, each number of rows that is run has a graph of its own, so batches are padded as with preferred sizes
+(staging.py): where none are said, to powers of two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import mmap
 import weakref
 from collections.abc import Mapping, Sequence
 from math import prod
-from operator import is_
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -23,7 +22,7 @@ import onnxruntime
 
 from penstock.wire.models import ModelSpec, TensorSpec
 from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array
-from penstock.worker.staging import BYTES_MAX, ONNX_TYPES, Staging, row_shape
+from penstock.worker.staging import BYTES_MAX, ONNX_TYPES, Staging, gather_into, padded, repeat_last, row_shape
 
 _ALIGN: Final = 256  # bytes, as CUDA aligns what it allocates
 
@@ -72,15 +71,17 @@ class DeviceStaging:
     binds = True
     stays = False  # what lies elsewhere is gathered here as well: from here the GPU reads it at its full speed
 
-    def __init__(self, session: Any, spec: ModelSpec, device: Device, graphs: bool = False) -> None:
-        """Raises ValueError when the model cannot run here, and MemoryError."""
+    def __init__(
+        self, session: Any, spec: ModelSpec, device: Device, sizes: Sequence[int] = (), graphs: bool = False
+    ) -> None:
+        """``sizes``: that batches are padded to; ``graphs``: each of them is recorded. Raises ValueError when the model
+        cannot run here, and MemoryError."""
         self._session = session
         self._spec = spec
         self._device = device
         rows = spec.max_batch_size if spec.batchable else 1
-        self._sizes = sizes_for(rows, graphs)
-        most = self._sizes[-1]
-        sides = [_side(tensors, most, spec) for tensors in (spec.inputs, spec.outputs)]
+        self._sizes = sizes
+        sides = [_side(tensors, rows, spec) for tensors in (spec.inputs, spec.outputs)]
         if not spec.inputs or max(side.nbytes for side in sides) > BYTES_MAX:
             raise ValueError(f"rows of '{spec.name}' have no shape of their own, or are too large")
         held: list[tuple[str, int]] = []
@@ -99,11 +100,11 @@ class DeviceStaging:
         except BaseException:
             self._release()
             raise
-        self._of: dict[int, _Size] = {size: self._make(size, graphs) for size in self._sizes}
+        self._of: dict[int, _Size] = {size: self._make(size, graphs) for size in sizes or range(1, rows + 1)}
         self.inputs: list[list[Array]] = [[]]
         self._outputs: list[list[Array]] = [[]]
         for number in range(1, rows + 1):
-            size = self._of[self._size(number)]
+            size = self._of[padded(sizes, number)]
             self.inputs.append(_views(self._hosts[0], size.inputs, spec.inputs, number, spec.batchable))
             self._outputs.append(_views(self._hosts[1], size.outputs, spec.outputs, number, spec.batchable))
 
@@ -127,18 +128,15 @@ class DeviceStaging:
         self._copies.wait()
 
     def _compute(self, rows: int, feeds: Sequence[Array]) -> _Size:
-        for place, feed in zip(self.inputs[rows], feeds, strict=True):
-            if not is_(place, feed):
-                place[...] = feed
-        size = self._of[self._size(rows)]
+        gather_into(self.inputs[rows], feeds)
+        number = padded(self._sizes, rows)
+        if number != rows:
+            repeat_last(self.inputs[number], rows)
+        size = self._of[number]
         self._copies.copy_in(self._on_device[0], self._hosts[0].ctypes.data, size.inputs.nbytes)
         self._copies.wait()  # ONNX Runtime's stream knows nothing of this one
         self._session.run_with_iobinding(size.binding, size.options)
         return size
-
-    def _size(self, rows: int) -> int:
-        """The number of rows that so many run as."""
-        return rows if len(self._sizes) == self._sizes[-1] else next(size for size in self._sizes if size >= rows)
 
     def _make(self, size: int, graphs: bool) -> _Size:
         spec, binding = self._spec, self._session.io_binding()
@@ -157,14 +155,6 @@ class DeviceStaging:
 
 
 AnyStaging: TypeAlias = "Staging | DeviceStaging"
-
-
-def sizes_for(rows: int, graphs: bool) -> list[int]:
-    """The numbers of rows that are run, for batches of at most so many."""
-    if not graphs:
-        return list(range(1, rows + 1))
-    powers = [1 << at for at in range(rows.bit_length()) if 1 << at < rows]
-    return [*powers, rows]
 
 
 def _side(tensors: Sequence[TensorSpec], rows: int, spec: ModelSpec) -> _Side:

@@ -16,6 +16,7 @@ import numpy as np
 from penstock.wire.process import fields
 from penstock.wire.tensors import DTYPES, Array, element_count, from_bf16, to_bf16
 from penstock.worker.config import CPU
+from penstock.worker.costs import batch_sizes
 from penstock.worker.memory import give_back, heap_bytes
 from penstock.worker.model import RUN_ERRORS, LoadError, Model, brief, load
 from penstock.worker.repository import ModelFile
@@ -71,28 +72,41 @@ def probe(model: Model) -> int:
 
 
 def warm_up(model: Model, size: int) -> None:
-    """Run batches of every number of rows, the largest first: ONNX Runtime plans each at its first run, and touches the
-    memory that it runs in. Measures ``run_bytes``. What cannot run, or not within a minute, is left out, and told."""
-    rows = model.spec.max_batch_size if model.spec.batchable else 1
+    """Run batches of every number of rows that is run, the largest first: ONNX Runtime plans each at its first run, and
+    touches the memory that it runs in. Measures ``run_bytes``, and by running some sizes once more ``warm_s``. What
+    cannot run, or not within a minute, is left out, and told."""
+    most = model.spec.max_batch_size if model.spec.batchable else 1
+    sizes = list(model.sizes or range(1, most + 1))
+    ran: set[int] = set()
     start = time.monotonic()
     give_back()
     before = heap_bytes()
     failed: dict[int, str] = {}
     try:
-        feeds = sample(model, rows, size)
+        feeds = sample(model, most, size)
     except FAILURES as error:
-        failed[rows], rows = brief(error), 0
-    while rows and time.monotonic() - start < _WARM_UP_MAX_S:
+        failed[most], sizes = brief(error), []
+    while sizes and time.monotonic() - start < _WARM_UP_MAX_S:
+        rows = sizes.pop()
         try:
             _run(model, rows, feeds)
+            ran.add(rows)
         except FAILURES as error:
             failed[rows] = brief(error)
         model.run_bytes = max(model.run_bytes, heap_bytes() - before)
-        rows -= 1
-    if failed or rows:
+    if failed or sizes:
+        cold = sizes[-1] if sizes else 0
         log.warning(
-            "model warmed up in part", extra=fields(model=model.spec.name, cold_up_to_rows=rows, **_tell(failed))
+            "model warmed up in part", extra=fields(model=model.spec.name, cold_up_to_rows=cold, **_tell(failed))
         )
+    for rows in model.sizes or batch_sizes(most):
+        if rows in ran and time.monotonic() - start < _WARM_UP_MAX_S:
+            begin = time.perf_counter()
+            try:
+                _run(model, rows, feeds)
+            except FAILURES:
+                continue  # for a want of memory, that was not there before
+            model.warm_s[rows] = time.perf_counter() - begin
     give_back()
 
 

@@ -7,10 +7,15 @@ A *binding* (ONNX Runtime's IOBinding) says where every input and output of a ru
 - when each row of each output has a declared shape, outputs are bound: to where their callers read them, or to memory
   here. Else nothing is bound, and ONNX Runtime allocates what comes out (``Model.run``);
 - strings cannot be bound at all.
+
+A model may have sizes that its batches are padded to: there are bindings for these alone, the rows beyond repeat the
+last one, so that the model sees nothing that it would not see elsewhere, and nobody looks at what comes of them.
 """
 
 from __future__ import annotations
 
+import ctypes
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from math import prod
 from operator import is_
@@ -33,9 +38,10 @@ class Staging:
 
     stays = True
 
-    def __init__(self, session: Any, spec: ModelSpec) -> None:
-        """Raises ValueError when the model cannot run here."""
+    def __init__(self, session: Any, spec: ModelSpec, sizes: Sequence[int] = ()) -> None:
+        """``sizes``: see ``padded``. Raises ValueError when the model cannot run here."""
         self._session = session
+        self._sizes = sizes
         self._spec = spec
         rows = spec.max_batch_size if spec.batchable else 1
         inputs, outputs = (
@@ -50,22 +56,31 @@ class Staging:
 
         self.inputs: list[list[Array]] = [rows_of(inputs, number) for number in range(rows + 1)]
         self._outputs: list[list[Array]] = [rows_of(outputs, number) for number in range(rows + 1)]
-        self._bindings: list[Any] = []  # by rows, to the outputs here
-        self._open: list[Any] = []  # by rows, to no outputs
+        self._bindings: dict[int, Any] = {}  # by rows, to the outputs here
+        self._open: dict[int, Any] = {}  # by rows, to no outputs
         if self.binds:
-            # The first is for no rows, which nobody asks for.
-            self._bindings = [None, *[self._bind(self.inputs[number], number) for number in range(1, rows + 1)]]
-            self._open = [None, *[self._bind(self.inputs[number]) for number in range(1, rows + 1)]]
+            for number in sizes or range(1, rows + 1):
+                self._bindings[number] = self._bind(self.inputs[number], number)
+                self._open[number] = self._bind(self.inputs[number])
 
     def run(self, rows: int, feeds: Sequence[Array]) -> list[Array]:
         """The outputs for ``feeds``, each of which is one of ``inputs[rows]`` or lies elsewhere. They are this
         staging's memory, and hold until the next run. Raises one of RUN_ERRORS."""
+        size = padded(self._sizes, rows)
+        if size != rows:
+            gather_into(self.inputs[rows], feeds)
+            repeat_last(self.inputs[size], rows)
+            self._session.run_with_iobinding(self._bindings[size])
+            return self._outputs[rows]
         own = all(map(is_, feeds, self.inputs[rows]))
         self._session.run_with_iobinding(self._bindings[rows] if own else self._bind(feeds, rows))
         return self._outputs[rows]
 
     def run_into(self, rows: int, feeds: Sequence[Array], shapes: Mapping[int, tuple[int, ...]], address: int) -> None:
         """As ``run``, but some outputs, by their indexes, are written side by side to ``address``, and no others."""
+        if padded(self._sizes, rows) != rows:  # there is no room for the rows beyond
+            copy_out(self.run(rows, feeds), shapes, address)
+            return
         if all(map(is_, feeds, self.inputs[rows])):
             binding = self._open[rows]
             binding.clear_binding_outputs()
@@ -96,6 +111,41 @@ def bind_outputs(binding: Any, spec: ModelSpec, shapes: Mapping[int, tuple[int, 
         each = spec.outputs[at]
         binding.bind_output(each.name, "cpu", 0, ONNX_TYPES[each.datatype], shape, address)
         address += prod(shape) * ITEM_SIZES[each.datatype]
+
+
+def padded(sizes: Sequence[int], rows: int) -> int:
+    """What batches of so many rows run as: the next of the sizes, or what they are where there are none."""
+    at = bisect_left(sizes, rows)
+    return sizes[at] if at < len(sizes) else rows
+
+
+def gather_into(places: Sequence[Array], feeds: Sequence[Array]) -> None:
+    """Copy what does not lie there already."""
+    for place, feed in zip(places, feeds, strict=True):
+        if feed is not place:
+            place[...] = feed
+
+
+def repeat_last(arrays: Sequence[Array], rows: int) -> None:
+    """Fill what is behind the first ``rows`` with the last of them."""
+    for array in arrays:
+        array[rows:] = array[rows - 1]
+
+
+def pad(feed: Array, size: int) -> Array:
+    """A copy with so many rows, the last one repeated."""
+    return np.concatenate([feed, np.repeat(feed[-1:], size - len(feed), axis=0)])
+
+
+def copy_out(outputs: Sequence[Array], shapes: Mapping[int, tuple[int, ...]], address: int) -> None:
+    """Copy some outputs, by their indexes, side by side to ``address``, where there is room for them in these shapes.
+    Raises ValueError when one is of another."""
+    for at, shape in shapes.items():
+        if outputs[at].shape != shape:
+            raise ValueError(f"an output is of shape {outputs[at].shape}, not {shape}")
+        array = np.ascontiguousarray(outputs[at])
+        ctypes.memmove(address, array.ctypes.data, array.nbytes)
+        address += array.nbytes
 
 
 def row_shape(tensor: TensorSpec, batchable: bool) -> tuple[int, ...] | None:

@@ -25,6 +25,7 @@ import numpy as np
 import onnxruntime
 
 from penstock.worker.config import ModelConfig
+from penstock.worker.costs import batch_sizes
 from penstock.worker.memory import give_back, share_arena
 from penstock.worker.model import LOG_FATAL_ONLY, RUN_ERRORS, LoadError, Model, brief, load
 from penstock.worker.onnxfile import OnnxFileError, read_onnx
@@ -78,11 +79,6 @@ class Optimized:
     problem: str = ""
 
 
-def batch_sizes(rows_max: int) -> list[int]:
-    """1, 2, 4, ... and ``rows_max``."""
-    return [1 << power for power in range(rows_max.bit_length()) if 1 << power < rows_max] + [rows_max]
-
-
 # --- in the process that asks ---
 
 
@@ -99,8 +95,8 @@ def optimize(path: Path, seconds: float) -> Optimized:
 
 
 def measure(path: Path, config: ModelConfig, why_alone: str, rows_max: int, seconds: float) -> Measured:
-    """Run batches of 1, 2, 4, ... ``rows_max`` rows on made-up inputs, as far as the time goes. ``why_alone``: as the
-    model's; then it is one request."""
+    """Run batches of 1, 2, 4, ... ``rows_max`` rows, or of the sizes that batches are padded to, on made-up inputs, as
+    far as the time goes. ``why_alone``: as the model's; then it is one request."""
     task = {
         "task": "measure",
         "path": str(path),
@@ -196,7 +192,7 @@ def _measure(
     if problem:
         yield {"cut": f"it could not be run on made-up inputs ({problem})", "known": True}
         return
-    sizes = batch_sizes(rows_max) if model.spec.batchable else [1]
+    sizes = list(model.sizes) or batch_sizes(rows_max) if model.spec.batchable else [1]
     row_s = 0.0
     for at, rows in enumerate(sizes):
         left = until - time.monotonic()

@@ -53,6 +53,11 @@ def test_what_is_no_toml_is_said() -> None:
         edit("max_batch_size = \n", {"instances": 1})
 
 
+def test_lists_that_stand_beside_stay() -> None:
+    text = "preferred_batch_sizes = [\n  8,  # small\n  16,\n]\ninstances = 1\nweight = 0.5\n"
+    assert edit(text, {"instances": 2}) == text.replace("instances = 1", "instances = 2")
+
+
 @given(
     st.dictionaries(st.sampled_from(["max_batch_size", "instances", "intra_op_threads", "other"]), st.integers()),
     st.dictionaries(st.sampled_from(["max_batch_size", "instances", "intra_op_threads"]), st.integers()),

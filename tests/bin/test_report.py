@@ -81,6 +81,22 @@ def test_everything_is_told_in_its_order() -> None:
     ]
 
 
+def batches(config: ModelConfig, measured: Measured = FACTS.measured) -> str:
+    """What is said of them, in one line."""
+    [line] = [
+        line for line in render(replace(FACTS, config=config, measured=measured), 500, True) if "batches: " in line
+    ]
+    return line.removeprefix("  batches: rows of several requests run together, at most 8")
+
+
+def test_sizes_that_batches_are_padded_to_and_the_one_that_is_picked_are_told() -> None:
+    """Batches of 2 take 2.5 ms here, of 4 take 4."""
+    assert batches(ModelConfig(preferred_batch_sizes=(4, 8))) == ", padded to 4, 8"
+    target = ModelConfig(latency_target="6.5ms")
+    assert batches(target) == "; 3 for latency_target = '6.5ms', as fast as it is here and now"
+    assert batches(target, Measured()) == ""
+
+
 def test_a_model_whose_requests_run_alone_has_neither_table_nor_plot() -> None:
     spec = SPEC._replace(
         inputs=(TensorSpec("x", "FP32", ()),), outputs=(TensorSpec("y", "FP32", ()),), batchable=False, max_batch_size=1

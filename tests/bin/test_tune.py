@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from penstock.bin.cli import cli
 from penstock.bin.search import Point, Setting
-from penstock.bin.tune import changes, describe, duration, finish, lay_out, render, setting_of
+from penstock.bin.tune import changes, describe, duration, finish, lay_out, picks_batches, render, setting_of
 from penstock.worker.config import ModelConfig
 from penstock.worker.probe import load_and_probe
 from penstock.worker.repository import find_models
@@ -118,6 +118,13 @@ def test_settings_are_those_of_model_toml_and_back() -> None:
     assert changes(START, START) == {}
     assert [duration(each) for each in (0, 500, 2000)] == ["0ms", "500us", "2ms"]
     assert describe(START, batchable=False) == "1 instance, 1 thread"
+
+
+def test_batches_that_the_worker_or_the_engine_sizes_are_not_tuned() -> None:
+    assert not picks_batches(ModelConfig(max_batch_size=8, max_queue_delay="2ms"))
+    assert picks_batches(ModelConfig(latency_target="50ms"))
+    assert picks_batches(ModelConfig(preferred_batch_sizes=(8, 16)))
+    assert setting_of(ModelConfig(preferred_batch_sizes=(8, 16))).max_batch_size == 16
 
 
 def test_the_frontier_is_a_table_and_bars() -> None:

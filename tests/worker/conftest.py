@@ -53,6 +53,7 @@ from penstock.worker.plan import Plan
 Dims: TypeAlias = Sequence[int | str | None] | None
 Ports: TypeAlias = Mapping[str, tuple[int, Dims]]  # by name: the element type and the dimensions
 Answer: TypeAlias = dict[str, Array] | Failure
+MakeLot: TypeAlias = Callable[..., Lot]
 
 FLOAT, INT64, STRING, BFLOAT16 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING, TensorProto.BFLOAT16
 WORKER = b"a worker"
@@ -342,7 +343,8 @@ class Talk:
         return [message for message in messages if isinstance(message, kind)]
 
     def done(self, commands: Sequence[Command]) -> list[Finished]:
-        return [finished for message in self.said(commands, Done) for finished in message.done]
+        """What is said to be done, without what it took, which is never the same twice."""
+        return [each._replace(compute_us=0) for message in self.said(commands, Done) for each in message.done]
 
     def heard(self, commands: Sequence[Command], caller: bytes) -> list[tuple[int, Answer]]:
         """What is published for a caller."""
@@ -394,6 +396,20 @@ def twice(workshop: Workshop) -> Model:
 
 
 @pytest.fixture(scope="session")
+def padded(workshop: Workshop) -> Model:
+    """As ``double``, and its batches have three or eight rows."""
+    return _double(workshop, "padded", preferred_batch_sizes=(3, 8), weight=0.5)
+
+
+@pytest.fixture(scope="session")
+def tuned(workshop: Workshop) -> Model:
+    """As ``double``, but how many rows its batches have and what they wait for is picked."""
+    model = _double(workshop, "tuned", latency_target="10ms", instances=2)
+    model.warm_s = {rows: 0.001 * rows for rows in (1, 2, 4, 8)}
+    return model
+
+
+@pytest.fixture(scope="session")
 def pair(workshop: Workshop) -> Model:
     """s = a + a, float32 [N, 3]; t = b + b, int64 [N]."""
     nodes = [helper.make_node("Add", ["a", "a"], ["s"]), helper.make_node("Add", ["b", "b"], ["t"])]
@@ -420,6 +436,35 @@ def strings(workshop: Workshop) -> Model:
 def alone(workshop: Workshop) -> Model:
     """Its first dimension is fixed, so each request runs by itself."""
     return workshop.unary("Neg", FLOAT, [2, "M"], name="alone")
+
+
+@pytest.fixture(scope="session")
+def make_lot(requests: Requests, double: Model, slow: Model) -> MakeLot:
+    """``make_lot(ids, now, rows=1, width=1, timeouts_us=MINUTE_US, attempt=1, model="double")``: a lot that arrived at
+    ``now``. Requests of other widths cannot share a batch."""
+    models = {"double": double, "slow": slow}
+    plans: dict[tuple[str, int, int], Plan] = {}
+
+    def make(
+        ids: list[int],
+        now: float,
+        rows: int = 1,
+        width: int = 1,
+        timeouts_us: int | Sequence[int] = MINUTE_US,
+        attempt: int = 1,
+        model: str = "double",
+    ) -> Lot:
+        request = requests.ask(models[model], {"x": np.ones((rows, width), np.float32)})
+        plan = plans.get((model, rows, width))
+        if plan is None:
+            plan = plans[model, rows, width] = Plan(models[model], request.form)
+        timeouts = [timeouts_us] * len(ids) if isinstance(timeouts_us, int) else timeouts_us
+        every = [request] * len(ids)
+        lot = requests.lot(models[model], every, ids, timeouts_us=timeouts, arrived=now, attempt=attempt, plan=plan)
+        lot.index.update(dict.fromkeys(ids, lot))
+        return lot
+
+    return make
 
 
 @pytest.fixture

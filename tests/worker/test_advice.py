@@ -101,6 +101,19 @@ def test_rows_that_take_longer_in_large_batches_are_a_limit() -> None:
     assert said == "a row takes 1.5 times as long in batches of 8 as of 2: max_batch_size = 2 in model.toml"
 
 
+def test_size_that_is_picked_or_that_the_engine_wants_is_not_advised_against() -> None:
+    measured = steps(_1=4e-3, _2=5e-3, _4=11e-3, _8=30e-3)
+    for config in (ModelConfig(latency_target="50ms"), ModelConfig(preferred_batch_sizes=(8,))):
+        assert advise(replace(GOOD, config=config, measured=measured)) == []
+
+
+def test_target_that_a_row_alone_misses_is_told() -> None:
+    facts = replace(GOOD, config=ModelConfig(latency_target="7ms"), measured=steps(_1=4e-3, _2=5e-3))
+    assert only(facts).startswith("latency_target = '7ms' cannot be kept: a batch of 1 row takes 4 ms, and a request")
+    assert advise(replace(facts, config=ModelConfig(latency_target="8ms"))) == []
+    assert advise(replace(facts, measured=Measured())) == []
+
+
 def test_throughput_that_still_grows_is_a_reason_to_try_more() -> None:
     growing = steps(_1=4e-3, _2=4e-3, _4=4e-3, _8=4e-3)
     said = only(replace(GOOD, measured=growing))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.worker.config import ConfigError, ModelConfig, load_config, parse_duration
+from penstock.worker.config import DEFAULT_BATCH_SIZE, ConfigError, ModelConfig, load_config, parse_duration
 
 
 @pytest.fixture
@@ -93,9 +93,83 @@ def test_unknown_key_suggests_the_one_that_was_meant(path: Path, key: str, near:
 def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
     text = complaint(path, "[zebra]\nx = 1")
     assert text == (
-        "unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, instances, intra_op_threads, "
-        "intra_op_spinning, providers, gpu_memory_limit, gpu_arena, cudnn_search, tf32, fp16, cuda_graphs"
+        "unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, latency_target, preferred_batch_sizes, "
+        "weight, instances, intra_op_threads, intra_op_spinning, providers, gpu_memory_limit, gpu_arena, "
+        "cudnn_search, tf32, fp16, cuda_graphs"
     )
+
+
+# --- batches that are tuned, padded and weighed ---
+
+
+def test_target_sizes_and_weight_are_read(path: Path) -> None:
+    path.write_text('latency_target = "50ms"\npreferred_batch_sizes = [8, 16, 32]\nweight = 2.5\n')
+    config = load_config(path)
+    assert (config.latency_target_s, config.preferred_batch_sizes) == (0.05, (8, 16, 32))
+    assert (config.weight, config.weight_thousandths, config.rows_max) == (2.5, 2500, 32)
+
+
+def test_without_them_nothing_is_picked_or_padded(path: Path) -> None:
+    config = load_config(path)
+    assert (config.latency_target_s, config.preferred_batch_sizes, config.weight_thousandths) == (0.0, None, 1000)
+    assert config.rows_max == DEFAULT_BATCH_SIZE
+
+
+@pytest.mark.parametrize("value", ["", "50", "-1ms", "5 minutes"])
+def test_target_is_a_duration(path: Path, value: str) -> None:
+    text = complaint(path, f'latency_target = "{value}"')
+    assert text.startswith(f"key 'latency_target': '{value}' is not a duration")
+
+
+def test_target_has_bounds(path: Path) -> None:
+    assert "key 'latency_target': '61s' is longer than 60s" in complaint(path, 'latency_target = "61s"')
+    assert complaint(path, 'latency_target = "0ms"').startswith("key 'latency_target': it is more than nothing")
+    assert complaint(path, "latency_target = 50").startswith("key 'latency_target': Expected `str")
+
+
+def test_target_beside_a_delay_is_a_contradiction(path: Path) -> None:
+    text = complaint(path, 'latency_target = "50ms"\nmax_queue_delay = "2ms"')
+    assert text.startswith("keys 'latency_target' and 'max_queue_delay': ")
+    assert text.endswith("leave out max_queue_delay = '2ms'")
+    path.write_text('latency_target = "50ms"\nmax_queue_delay = "0ms"')
+    assert load_config(path).latency_target_s == 0.05
+
+
+@pytest.mark.parametrize("sizes", ["[16, 8]", "[8, 8]"])
+def test_preferred_sizes_ascend(path: Path, sizes: str) -> None:
+    assert complaint(path, f"preferred_batch_sizes = {sizes}").startswith("key 'preferred_batch_sizes': they ascend")
+
+
+@pytest.mark.parametrize(
+    "sizes", ["[]", "[0]", "[5000]", "8", '["8"]', "[1.5]", f"[{', '.join(map(str, range(1, 34)))}]"]
+)
+def test_preferred_sizes_are_one_to_32_numbers_of_rows(path: Path, sizes: str) -> None:
+    text = complaint(path, f"preferred_batch_sizes = {sizes}")
+    assert text.startswith("key 'preferred_batch_sizes")
+    assert "Expected `" in text
+
+
+@pytest.mark.parametrize("rows", [8, 31, 33])
+def test_largest_preferred_size_is_the_largest_batch(path: Path, rows: int) -> None:
+    text = complaint(path, f"preferred_batch_sizes = [8, 32]\nmax_batch_size = {rows}")
+    assert text.startswith("keys 'preferred_batch_sizes' and 'max_batch_size': the largest preferred size, 32, ")
+    assert f"{rows} are allowed" in text
+    path.write_text("preferred_batch_sizes = [8, 32]\nmax_batch_size = 32")
+    assert load_config(path).rows_max == 32
+
+
+@pytest.mark.parametrize("value", ["0", "0.0009", "1000.1", "-1", "inf", "nan", '"1"', "true"])
+def test_weight_out_of_range_or_of_another_type_names_its_key(path: Path, value: str) -> None:
+    assert complaint(path, f"weight = {value}").startswith("key 'weight': ")
+
+
+@pytest.mark.parametrize(("value", "thousandths"), [("0.001", 1), ("1000", 1_000_000), ("2", 2000)])
+def test_weights_may_be_whole_and_reach_their_bounds(path: Path, value: str, thousandths: int) -> None:
+    path.write_text(f"weight = {value}")
+    assert load_config(path).weight_thousandths == thousandths
+
+
+# --- what is no configuration ---
 
 
 @pytest.mark.parametrize("content", ["instances", "instances = ", "instances = 1\ninstances = 2", "[", "a = [" * 5000])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 
 from penstock.wire.errors import BAD_INPUT, DEADLINE, MODEL_FAILED, UNAVAILABLE
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
@@ -18,6 +22,8 @@ from penstock.wire.messages import (
     Attached,
     Beat,
     Bye,
+    Cost,
+    Costs,
     Done,
     Expect,
     Expected,
@@ -34,16 +40,19 @@ from penstock.wire.messages import (
 from penstock.wire.models import LOADING, READY, ModelState
 from penstock.wire.models import UNAVAILABLE as NOT_LOADED
 from penstock.worker import core
-from penstock.worker.events import Command, DeviceLost, Loaded, Publish, Unsubscribed
+from penstock.worker.events import Command, DeviceLost, Loaded, Publish, Run, Unsubscribed
+from penstock.worker.execute import Executed, execute
 from penstock.worker.model import Model
 
 if TYPE_CHECKING:
-    from tests.worker.conftest import Request, Requests, Talk
+    from tests.worker.conftest import Request, Requests, Talk, Workshop
 
     StartTalk = Callable[..., Talk]
 
 A, B = b"caller a", b"caller b"
 MS_US = 1000
+MINUTE_US = 60_000_000
+FLOAT = TensorProto.FLOAT
 
 
 @pytest.fixture
@@ -648,6 +657,219 @@ def test_waiting_in_the_worker_counts_from_the_brokers_acceptance(talk: Talk, ro
     assert message.groups[0].queue_us == pytest.approx(2_250_000, abs=2)
 
 
+# --- what batches take ---
+
+
+def ended(run: Run, seconds: float) -> Executed:
+    """A batch that took so long, whatever it took."""
+    return replace(execute(run.model, run.batch), compute_s=seconds)
+
+
+def finish(talk: Talk, seconds: float) -> list[Command]:
+    """The first batch ends after so long."""
+    run = talk.batches.pop(0)
+    return talk.hear(ended(run, seconds), seconds)
+
+
+def costs(talk: Talk, commands: list[Command]) -> dict[str, Cost]:
+    """What is said of what models take, by their names."""
+    return {cost.model: cost for message in talk.said(commands, Costs) for cost in message.costs}
+
+
+@pytest.fixture
+def steady(workshop: Workshop) -> Model:
+    """As ``double``, and was warmed up: 10 ms, and 1 ms for each row."""
+    model = workshop.unary("Neg", FLOAT, ["N", "M"], name="steady", max_batch_size=8, weight=2.5)
+    model.warm_s = {rows: 0.010 + 0.001 * rows for rows in (1, 2, 4, 8)}
+    return model
+
+
+@pytest.fixture
+def steady_row(requests: Requests, steady: Model) -> Request:
+    return requests.ask(steady, {"x": np.array([[1, 2]], np.float32)})
+
+
+@pytest.fixture
+def warm(start_talk: StartTalk, steady: Model, double: Model) -> Talk:
+    talk = start_talk(steady, double)
+    talk.join()
+    talk.expect(A)
+    return talk
+
+
+def test_broker_that_welcomes_a_worker_is_told_what_its_models_take(
+    start_talk: StartTalk, steady: Model, double: Model
+) -> None:
+    talk = start_talk(steady, double)
+    for epoch in 7, 8:
+        told = costs(talk, talk.join(epoch))
+        assert told["steady"] == Cost("steady", "1", 1, 8, 2500, (1, 2, 4, 8), (11_000, 12_000, 14_000, 18_000))
+        assert told["double"] == Cost("double", "1", 1, 8, 1000, (), ())  # it was not warmed up
+
+
+def test_broker_is_told_of_a_model_that_is_loaded_later(start_talk: StartTalk, steady: Model, double: Model) -> None:
+    talk = start_talk(double)
+    talk.join()
+    commands = talk.load(steady)
+    assert costs(talk, commands).keys() == {"steady"}
+    kinds = [type(command.message) for command in commands if isinstance(command, Say)]
+    assert kinds.index(WorkerModels) < kinds.index(Costs), "it is known by then"
+
+
+def test_first_batch_of_a_model_that_was_not_warmed_up_is_told(warm: Talk, row: Request) -> None:
+    warm.assign(A, [1], row)
+    told = costs(warm, finish(warm, 0.020))
+    assert told["double"].times_us == (20_000, 40_000, 80_000, 160_000)
+    assert "steady" not in told
+
+
+def test_change_is_told_with_what_is_done_at_most_ten_times_a_second(warm: Talk, steady_row: Request) -> None:
+    told = []
+    for number in range(40):
+        warm.assign(A, [number], steady_row)
+        commands = finish(warm, 0.044)  # four times as long
+        assert not warm.said(commands, Costs) or warm.said(commands, Done)
+        if costs(warm, commands):
+            told.append((warm.now, costs(warm, commands)["steady"]))
+    assert 2 <= len(told) <= 8
+    assert all(later - sooner >= 0.1 for (sooner, _), (later, _) in itertools.pairwise(told))
+    assert told[-1][1].times_us[0] == pytest.approx(44_000, rel=0.11)
+    assert told[-1][1].times_us[3] == pytest.approx(72_000, rel=0.2), "larger batches with it"
+
+
+def test_what_does_not_change_is_not_told_again(warm: Talk, steady_row: Request) -> None:
+    for number in range(40):
+        warm.assign(A, [number], steady_row)
+        assert not costs(warm, finish(warm, 0.0105))
+
+
+def test_last_change_is_told_with_a_beat_when_nothing_follows(warm: Talk, steady_row: Request) -> None:
+    for number in range(4):
+        warm.assign(A, [number], steady_row)
+        assert not costs(warm, finish(warm, 0.022))
+    assert costs(warm, warm.wait(QUIET_BEAT_S))["steady"].times_us[0] > 16_000
+    assert not costs(warm, warm.wait(QUIET_BEAT_S))
+
+
+def test_batch_in_which_something_failed_teaches_nothing(
+    start_talk: StartTalk, lookup: Model, index: Callable[[int], Request]
+) -> None:
+    """What failed together is run again one by one, which takes much longer."""
+    talk = start_talk(lookup)
+    talk.join()
+    talk.expect(A)
+    talk.assign(A, [1], index(9))
+    assert not costs(talk, finish(talk, 1.0))
+    assert not costs(talk, talk.wait(QUIET_BEAT_S))
+
+
+def test_requests_are_charged_for_their_rows_share_of_the_batch(talk: Talk, requests: Requests, double: Model) -> None:
+    talk.assign(A, [1], requests.ask(double, {"x": np.ones((1, 2), np.float32)}))
+    talk.finish()
+    talk.expect(B)
+    talk.assign(A, [0], requests.ask(double, {"x": np.ones((1, 2), np.float32)}))
+    talk.assign(A, [2, 3], requests.ask(double, {"x": np.ones((3, 2), np.float32)}))
+    talk.assign(B, [1], requests.ask(double, {"x": np.ones((2, 2), np.float32)}))
+    talk.finish()
+    commands = finish(talk, 0.008)
+    [done] = talk.said(commands, Done)
+    assert {(each.caller, each.ids): each.compute_us for each in done.done} == {(A, (2, 3)): 6000, (B, (1,)): 2000}
+
+
+def test_what_did_not_run_is_charged_nothing(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.assign(A, [2, 3], row, timeouts_us=[0, MINUTE_US])
+    [cancelled] = talk.said(talk.cancel(A, 3, 3), Done)
+    [done] = talk.said(finish(talk, 0.001), Done)
+    assert [each.compute_us for each in (*cancelled.done, *done.done)] == [0, 1000, 0]
+
+
+def test_request_that_cannot_end_in_time_is_answered_before_it_runs(warm: Talk, steady_row: Request) -> None:
+    warm.assign(A, [1], steady_row)
+    warm.assign(A, [2, 3], steady_row, timeouts_us=[20 * MS_US, MINUTE_US])
+    commands = finish(warm, 0.011)  # 9 ms are left for a batch that takes 12
+    answer = dict(warm.heard(commands, A))[2]
+    assert isinstance(answer, Failure)
+    assert (answer.code, answer.message) == (
+        DEADLINE,
+        "time was up before the request's batch on 'steady' could have ended",
+    )
+    assert Finished(A, 1, 0, (2,)) in warm.done(commands)
+    assert [lot.ids for lot in warm.batches[0].batch.lots] == [(3,)]
+
+
+def test_request_that_can_just_end_in_time_is_run(warm: Talk, steady_row: Request) -> None:
+    """With some doubt: nine tenths of what its batch is expected to take are enough."""
+    warm.assign(A, [1], steady_row)
+    warm.assign(A, [2], steady_row, timeouts_us=[21 * MS_US + 100])
+    commands = finish(warm, 0.011)
+    assert ids(warm, commands) == [1]
+    assert [lot.ids for lot in warm.batches[0].batch.lots] == [(2,)]
+
+
+def test_worker_that_was_slow_for_a_moment_does_not_refuse_for_ever(warm: Talk, steady_row: Request) -> None:
+    for number in range(10):
+        warm.assign(A, [number], steady_row)
+        finish(warm, 5.0)
+    assert failure(warm, warm.assign(A, [20], steady_row, timeouts_us=[100 * MS_US])).code == DEADLINE
+    warm.wait(60.0)
+    warm.tell(Beat(warm.epoch))
+    assert ids(warm, warm.assign(A, [21], steady_row, timeouts_us=[100 * MS_US])) == []
+    assert len(warm.batches) == 1
+
+
+def test_size_that_is_picked_for_a_target_is_told_and_kept(start_talk: StartTalk, workshop: Workshop) -> None:
+    """A batch of eight takes 18 ms, of five 15, and may take 15.5."""
+    model = workshop.unary("Neg", FLOAT, ["N", "M"], name="tuned", max_batch_size=8, latency_target="31ms")
+    model.warm_s = {rows: 0.010 + 0.001 * rows for rows in (1, 2, 4, 8)}
+    talk = start_talk(model)
+    assert costs(talk, talk.join())["tuned"].batch_rows == 5
+    talk.expect(A)
+    talk.assign(A, list(range(12)), talk.requests.ask(model, {"x": np.ones((1, 2), np.float32)}))
+    assert talk.batches[0].batch.rows == 5
+    while talk.batches:
+        finish(talk, 2 * (0.010 + 0.001 * talk.batches[0].batch.rows))  # twice as long
+    assert costs(talk, talk.wait(QUIET_BEAT_S))["tuned"].batch_rows < 5
+    assert count(talk, "penstock_batch_rows_max", "tuned", "1") < 5
+
+
+def test_preferred_sizes_are_told_as_steps(start_talk: StartTalk, workshop: Workshop) -> None:
+    model = workshop.unary("Neg", FLOAT, ["N", "M"], name="fixed", preferred_batch_sizes=(4, 8))
+    model.warm_s = {4: 0.004, 8: 0.006}
+    talk = start_talk(model)
+    told = costs(talk, talk.join())["fixed"]
+    assert (told.batch_rows, told.rows, told.times_us) == (8, (1, 4, 5, 8), (4000, 4000, 6000, 6000))
+    talk.expect(A)
+    commands = talk.assign(A, list(range(3)), talk.requests.ask(model, {"x": np.ones((1, 2), np.float32)}))
+    commands = talk.finish()
+    assert ids(talk, commands) == [0, 1, 2]
+    assert [about.rows for about in talk.about(commands)] == [3], "nobody sees the rows that fill it"
+
+
+def test_full_batch_of_each_model_is_in_the_metrics(warm: Talk) -> None:
+    warm.wait(QUIET_BEAT_S)
+    assert count(warm, "penstock_batch_rows_max", "steady", "1") == 8
+    assert count(warm, "penstock_expected_batch_seconds", "steady", "1") == pytest.approx(0.018)
+    assert count(warm, "penstock_expected_batch_seconds", "double", "1") == 0
+
+
+def test_heavy_model_does_not_starve_a_light_one(warm: Talk, row: Request, steady_row: Request) -> None:
+    """Both have more to do than there is time: ``steady`` has two and a half times the weight, and takes 250 ms where
+    ``double`` takes 1."""
+    last = itertools.count()
+    took: Counter[str] = Counter()
+    for _ in range(1200):
+        for request in steady_row, row:
+            name = request.form.model
+            if sum(lot.plan.key[0] == name for lot in warm.core._batcher.waiting()) < 2:
+                warm.assign(A, [next(last) for _ in range(8)], request)
+        seconds = 0.250 if warm.batches[0].batch.model[0] == "steady" else 0.001
+        took[warm.batches[0].batch.model[0]] += round(seconds * 1000)
+        finish(warm, seconds)
+        warm.core.membership.heard(warm.now)
+    assert took["steady"] == pytest.approx(2.5 * took["double"], rel=0.3)
+
+
 # --- what cannot run ---
 
 
@@ -809,7 +1031,7 @@ def test_tick_without_anything_due_is_silent(talk: Talk) -> None:
         (lambda core: core.__dict__.update(_idle=5), "5 instances are idle while 1 batches run"),
         (lambda core: core.__dict__.update(kept_bytes=1), "bytes are kept, and 1 are counted"),
         (lambda core: core._lots[A].pop(3), "are indexed as"),
-        (lambda core: core._batcher._held.update({("double", "1"): 99}), "are held, and 99 are counted"),
+        (lambda core: core._batcher._lines["double", "1"].__setattr__("held", 99), "are held, and 99 are counted"),
         (lambda core: core._kept.update({B: {}}), "empty index of results"),
         (lambda core: (core._callers.clear(), core._expected.clear(), core._subscriptions.clear()), "which has gone"),
         (lambda core: core._subscriptions.update({B: 0}), "subscriptions are"),

@@ -53,7 +53,7 @@ NOBODYS = Sent(0, 0.0, "", False)  # ended while no broker was there
 GROUPS = st.lists(
     st.tuples(
         st.sampled_from(CALLERS),
-        st.sampled_from([*["double", "twice", "slow"] * 4, "lying", "unknown"]),
+        st.sampled_from([*["double", "twice", "slow", "padded", "tuned"] * 3, "lying", "unknown"]),
         st.integers(1, 3),  # rows of a request
         st.sampled_from([1, 2, 2, WIDE]),  # numbers in a row
         st.integers(1, 4),  # requests
@@ -307,7 +307,7 @@ class CoreMachine(RuleBasedStateMachine):
         assert self.slots.arena.allocator.used == 0, "a slot is lost"
         self.slots.arena.close()
         assert core._idle == core.identity.instances
-        assert not any(core._batcher._held.values())
+        assert not any(line.held for line in core._batcher._lines.values())
 
 
 def as_freed(keys: set[Key]) -> list[Freed]:
@@ -318,7 +318,7 @@ def as_freed(keys: set[Key]) -> list[Freed]:
 
 
 def test_every_request_ends_once_whatever_happens(
-    start_talk: StartTalk, double: Model, slow: Model, twice: Model
+    start_talk: StartTalk, double: Model, slow: Model, twice: Model, padded: Model, tuned: Model
 ) -> None:
-    machine: Any = lambda: CoreMachine(start_talk, [double, slow, twice])  # noqa: E731
+    machine: Any = lambda: CoreMachine(start_talk, [double, slow, twice, padded, tuned])  # noqa: E731
     run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=120, stateful_step_count=80))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 from contextlib import closing
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +17,7 @@ from penstock.wire.slots import Slots
 from penstock.worker.cuda import Gpu
 from penstock.worker.execute import execute
 from penstock.worker.model import Model
-from penstock.worker.ondevice import DeviceStaging, sizes_for
+from penstock.worker.ondevice import DeviceStaging
 from tests.worker.hostdevice import HostDevice
 from tests.worker.test_staging import same, sample
 
@@ -159,12 +158,3 @@ def test_a_declaration_that_is_wrong_is_found_and_not_followed_again(workshop: W
         same(requests.answers(requests.run(model, lots))[A], {number: {"y": x[:, ::2]}})
     with model.staging() as staging:
         assert staging is None
-
-
-@given(st.integers(1, 4096))
-def test_graphs_are_for_powers_of_two_and_the_most_rows(rows: int) -> None:
-    sizes = sizes_for(rows, graphs=True)
-    assert sizes[-1] == rows
-    assert sizes[:-1] == [1 << at for at in range(len(sizes) - 1)]
-    assert all(2 * small >= large for small, large in itertools.pairwise(sizes))
-    assert sizes_for(rows, graphs=False) == list(range(1, rows + 1))

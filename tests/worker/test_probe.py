@@ -266,14 +266,35 @@ def test_batches_of_every_size_are_run_the_largest_first(
         assert model.stage()
     sizes = Sizes(model, monkeypatch)
     warm_up(model, 8)
-    assert sizes.seen == [6, 5, 4, 3, 2, 1]
+    assert sizes.seen[:6] == [6, 5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("preferred", "first", "timed"), [(None, [6, 5, 4, 3, 2, 1], [1, 2, 4, 6]), ((3, 6), [6, 3], [3, 6])]
+)
+def test_sizes_that_have_run_are_timed_in_a_second_run(
+    workshop: Workshop,
+    monkeypatch: pytest.MonkeyPatch,
+    preferred: tuple[int, ...] | None,
+    first: list[int],
+    timed: list[int],
+) -> None:
+    """The first plans memory, which takes longer."""
+    model = workshop.unary("Neg", T.FLOAT, ["N", 4], max_batch_size=6, preferred_batch_sizes=preferred)
+    assert model.stage()
+    sizes = Sizes(model, monkeypatch)
+    warm_up(model, 8)
+    assert sizes.seen == [*first, *timed]
+    assert list(model.warm_s) == timed
+    assert all(seconds > 0 for seconds in model.warm_s.values())
 
 
 def test_a_model_that_runs_alone_is_warmed_up_once(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     model = workshop.unary("Neg", T.FLOAT, [3, 4])
     sizes = Sizes(model, monkeypatch)
     warm_up(model, 8)
-    assert sizes.seen == [3]
+    assert sizes.seen == [3, 3]
+    assert list(model.warm_s) == [1]
 
 
 def test_sizes_that_cannot_run_are_left_out_and_told(
@@ -285,7 +306,8 @@ def test_sizes_that_cannot_run_are_left_out_and_told(
     model = make(workshop, *nodes, constants=shapes, max_batch_size=6)
     sizes = Sizes(model, monkeypatch)
     warm_up(model, 8)
-    assert sizes.seen == [6, 5, 4, 3, 2, 1]
+    assert sizes.seen == [6, 5, 4, 3, 2, 1, 2, 4, 6]
+    assert list(model.warm_s) == [2, 4, 6]
     [record] = [record for record in caplog.records if record.message == "model warmed up in part"]
     told = record.fields  # type: ignore[attr-defined]
     assert (told["sizes_failed"], told["rows"], told["cold_up_to_rows"]) == (3, 1, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +17,12 @@ from penstock.wire.errors import MODEL_FAILED
 from penstock.wire.messages import Failure
 from penstock.wire.slots import Slots
 from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array, to_bf16
+from penstock.worker.cuda import Gpu
 from penstock.worker.execute import execute
 from penstock.worker.model import RUN_ERRORS, Model
+from penstock.worker.probe import probe
 from penstock.worker.staging import Staging
+from tests.worker.hostdevice import HostDevice
 
 if TYPE_CHECKING:
     from tests.worker.conftest import Answer, Ports, Requests, Workshop
@@ -36,14 +39,15 @@ def staged(model: Model) -> Model:
     return model
 
 
-@pytest.fixture(scope="module")
-def dense(workshop: Workshop) -> Model:
+@pytest.fixture(scope="module", params=[None, (3, ROWS_MAX)], ids=["plain", "padded"])
+def dense(workshop: Workshop, request: pytest.FixtureRequest) -> Model:
     """y = x w, 3 -> 2, and z = -k of whole numbers."""
     weights = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
     nodes = [node("MatMul", ["x", "w"], ["y"]), node("Neg", ["k"], ["z"])]
     inputs: Ports = {"x": (T.FLOAT, ["N", 3]), "k": (T.INT64, ["N"])}
     outputs: Ports = {"y": (T.FLOAT, ["N", 2]), "z": (T.INT64, ["N"])}
-    return staged(workshop.make(nodes, inputs, outputs, {"w": weights}, name="dense", max_batch_size=ROWS_MAX))
+    sizes = {"max_batch_size": ROWS_MAX, "preferred_batch_sizes": request.param}
+    return staged(workshop.make(nodes, inputs, outputs, {"w": weights}, name="dense", **sizes))
 
 
 def sample(rows: int, seed: int) -> dict[str, Array]:
@@ -189,15 +193,16 @@ def test_a_batch_that_fails_leaves_the_next_one_well(workshop: Workshop, request
 # --- what lies elsewhere ---
 
 
-@pytest.fixture(scope="module")
-def wide(workshop: Workshop) -> Model:
+@pytest.fixture(scope="module", params=[None, (4, ROWS_MAX)], ids=["plain", "padded"])
+def wide(workshop: Workshop, request: pytest.FixtureRequest) -> Model:
     """y = -x, z = |x|, rows of 16 KB."""
     ports: tuple[Ports, Ports] = (
         {"x": (T.FLOAT, ["N", WIDE])},
         {"y": (T.FLOAT, ["N", WIDE]), "z": (T.FLOAT, ["N", WIDE])},
     )
     nodes = [node("Neg", ["x"], ["y"]), node("Abs", ["x"], ["z"])]
-    return staged(workshop.make(nodes, *ports, name="wide", max_batch_size=ROWS_MAX))
+    sizes = {"max_batch_size": ROWS_MAX, "preferred_batch_sizes": request.param}
+    return staged(workshop.make(nodes, *ports, name="wide", **sizes))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])  # one is copied, more are read where they lie
@@ -251,3 +256,129 @@ def test_the_memory_of_a_staging_is_aligned(workshop: Workshop) -> None:
     for array, spec in zip(staging.inputs[3], model.spec.inputs, strict=True):
         assert array.ctypes.data % 64 == 0
         assert array.itemsize == ITEM_SIZES[spec.datatype]
+
+
+# --- padding ---
+
+PREFERRED = (2, 5, ROWS_MAX)
+
+
+def betrayer(workshop: Workshop, kind: int, dims: list[int | str], **config: Any) -> Model:
+    """y = x + the sum of x over all rows, so that each answer tells what was beside it: rows that nobody sent, too."""
+    nodes = [node("ReduceSum", ["x", "axis"], ["all"], keepdims=1), node("Add", ["x", "all"], ["y"])]
+    ports: tuple[Ports, Ports] = {"x": (kind, dims)}, {"y": (kind, dims)}
+    axis = {"axis": np.array([0], np.int64)}
+    return workshop.make(nodes, *ports, axis, name="betrayer", preferred_batch_sizes=PREFERRED, **config)
+
+
+def padded_sum(x: Array) -> Array:
+    """What it gives when batches are filled with the last row."""
+    size = next(size for size in PREFERRED if size >= len(x))
+    answer: Array = x + x.sum(axis=0, keepdims=True) + (size - len(x)) * x[-1]
+    return answer
+
+
+@pytest.fixture(scope="module", params=["staged", "dynamic", "device", "graphs", "unbound"])
+def padding(workshop: Workshop, request: pytest.FixtureRequest) -> Model:
+    """Wherever its batches run."""
+    dims: list[int | str] = ["N", "M"] if request.param == "dynamic" else ["N", WIDE]
+    graphs = {"cuda_graphs": True} if request.param == "graphs" else {}
+    model = betrayer(workshop, T.FLOAT, dims, **graphs)
+    if request.param in ("device", "graphs"):
+        model.gpu = cast(Gpu, HostDevice())
+    if request.param != "unbound":
+        assert model.stage() == (request.param != "dynamic")
+    assert model.sizes == PREFERRED
+    return model
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["in messages", "in the arena"])
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "side by side"])
+@pytest.mark.parametrize("rows", range(1, ROWS_MAX + 1))
+def test_batches_run_as_the_next_preferred_size_filled_with_the_last_row(
+    padding: Model, requests: Requests, rows: int, together: bool, reads: bool
+) -> None:
+    x = np.arange(rows * WIDE, dtype=np.float32).reshape(rows, WIDE) % 8
+    pieces = [x] if together else [x[at : at + 1] for at in range(rows)]
+    lots = [requests.lot(padding, [requests.ask(padding, {"x": piece})], [at]) for at, piece in enumerate(pieces)]
+    with closing(Arena(1 << 21, "test")) as arena:
+        slots = Slots(arena)
+        for lot in lots:
+            lot.reads = reads
+        executed = requests.run(padding, lots, lambda model, batch: execute(model, batch, slots))
+        assert executed.info.rows == rows, "nobody sees the rows that fill it"
+        publication = executed.publications[A]
+        got = []
+        if reads:
+            for group in publication.groups:
+                [place] = group.places
+                got.append(np.frombuffer(bytes(arena.view(place, group.nbytes)), np.float32).reshape(-1, WIDE))
+        else:
+            answers = requests.answers(executed)[A]
+            for at in range(len(pieces)):
+                answer = answers[at]
+                assert not isinstance(answer, Failure), answer
+                got.append(answer["y"])
+        np.testing.assert_array_equal(np.concatenate(got), padded_sum(x))
+        publication.give_back()
+        assert arena.allocator.used == 0
+
+
+def test_rows_that_fill_a_batch_are_indexes_that_exist(workshop: Workshop, requests: Requests) -> None:
+    """What a larger batch left there might be none."""
+    table = np.arange(4, dtype=np.float32)
+    ports: tuple[Ports, Ports] = {"i": (T.INT64, ["N"])}, {"y": (T.FLOAT, ["N"])}
+    for device in None, HostDevice():
+        model = workshop.make([node("Gather", ["t", "i"], ["y"])], *ports, {"t": table}, preferred_batch_sizes=(4, 8))
+        model.gpu = cast(Gpu, device)
+        staged(model)
+        with model.staging() as staging:
+            assert staging is not None
+            staging.inputs[8][0][...] = 99
+        answers = requests.answers(
+            requests.run(model, [requests.lot(model, [requests.ask(model, {"i": np.array([1, 3])})], [1])])
+        )
+        same(answers[A], {1: {"y": np.array([1, 3], np.float32)}})
+
+
+def test_strings_are_filled_too(workshop: Workshop, requests: Requests) -> None:
+    model = workshop.unary("Identity", T.STRING, ["N"], preferred_batch_sizes=(4,))
+    lot = requests.lot(model, [requests.ask(model, {"x": np.array(["a", "b"], object)})], [1])
+    answer = requests.answers(requests.run(model, [lot]))[A][1]
+    assert not isinstance(answer, Failure)
+    assert answer["y"].tolist() == [b"a", b"b"]
+
+
+def test_there_are_bindings_for_preferred_sizes_alone(workshop: Workshop) -> None:
+    model = staged(workshop.unary("Neg", T.FLOAT, ["N", 2], preferred_batch_sizes=(4, 8)))
+    with model.staging() as staging:
+        assert isinstance(staging, Staging)
+        assert list(staging._bindings) == list(staging._open) == [4, 8]
+
+
+def test_graphs_without_preferred_sizes_are_for_powers_of_two(workshop: Workshop) -> None:
+    model = workshop.unary("Neg", T.FLOAT, ["N", 2], max_batch_size=12, cuda_graphs=True)
+    assert model.sizes == ()
+    staged(model)
+    assert model.sizes == (), "on the CPU they mean nothing"
+    model = workshop.unary("Neg", T.FLOAT, ["N", 2], max_batch_size=12, cuda_graphs=True)
+    model.gpu = cast(Gpu, HostDevice())
+    staged(model)
+    assert model.sizes == (1, 2, 4, 8, 12)
+
+
+def test_a_model_that_runs_alone_is_not_padded(workshop: Workshop, requests: Requests) -> None:
+    model = staged(workshop.unary("Neg", T.FLOAT, [2, 3], preferred_batch_sizes=(4, 8)))
+    assert (model.sizes, model.spec.max_batch_size) == ((), 1)
+    x = np.ones((2, 3), np.float32)
+    same(
+        requests.answers(requests.run(model, [requests.lot(model, [requests.ask(model, {"x": x})], [1])]))[A],
+        {1: {"y": -x}},
+    )
+
+
+def test_rows_that_are_mixed_are_found_in_padded_batches(workshop: Workshop) -> None:
+    model = betrayer(workshop, T.FLOAT, ["N", 4])
+    probe(model)
+    assert "changes with the rows beside it" in model.why_alone
+    assert (model.sizes, model.spec.batchable) == ((), False)

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 
 from penstock.worker import trial
 from penstock.worker.config import MAX_BATCH_SIZE, ModelConfig
-from penstock.worker.trial import Measured, batch_sizes, measure, optimize
+from penstock.worker.costs import batch_sizes
+from penstock.worker.trial import Measured, measure, optimize
 from tests.system.models import dense
 
 if TYPE_CHECKING:
