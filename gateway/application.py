@@ -53,6 +53,7 @@ STATUSES: Final = {
     errors.MODEL_FAILED: 500,
     errors.INTERNAL: 500,
 }
+_REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
 _JOIN_MAX_BYTES: Final = 64 * 1024  # a larger payload is written behind the head instead of being copied
@@ -88,6 +89,7 @@ class Application:
         self._parser = Parser()
         self._responses: dict[int, Value] = {}
         self.seconds = caller.meters.histogram("penstock_http_request_seconds")
+        self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
         self._server = {"name": "penstock", "version": version("penstock"), "extensions": ["binary_tensor_data"]}
         routes: list[Route[Handler]] = [
             Route("GET", "/v2", self._metadata),
@@ -160,6 +162,11 @@ class Application:
         sentence = f"[request id: {identifier}] {error.message}" if identifier else error.message
         self._count(status)
         exchange.answer_error(status, sentence, extra)
+
+    def count_refusal(self, error: PenstockError, seconds: float) -> None:
+        """Of an inference request that an error has ended, ``seconds`` after all of it had come."""
+        if STATUSES[error.code] in _REFUSALS:
+            self._refusals.observe(seconds)
 
     def name(self, identifier: str, number: int) -> str:
         """By which the log and the metrics name a request. ``identifier``: its own id, ``number``: the broker's for
@@ -420,7 +427,11 @@ class _Inference:
         """Raises PenstockError when too much is under way."""
         application, query = self._application, self._query
         timeout_s = query.timeout_s or application.options.request_timeout_s
-        self._number = application.caller.submit(query.form, payload, timeout_s, self, self._start)
+        try:
+            self._number = application.caller.submit(query.form, payload, timeout_s, self, self._start)
+        except PenstockError as error:
+            application.count_refusal(error, time.monotonic() - self._start)
+            raise
         self._exchange.gone = self
 
     def complete(self, answer: Complete) -> None:
@@ -431,6 +442,7 @@ class _Inference:
 
     def fail(self, error: PenstockError) -> None:
         self._application.fail(self._exchange, error, self._query.id, self._number)
+        self._application.count_refusal(error, time.monotonic() - self._start)
 
     def __call__(self) -> None:
         """The client has hung up: nobody else wants the result."""
