@@ -116,18 +116,17 @@ class Group:
 
 
 class Batcher:
-    """Not started requests of one worker with so many instances. Times are seconds of the caller's monotonic clock.
+    """Not started requests of one worker. Times are seconds of the caller's monotonic clock.
 
     ``late``: requests that ``next`` has taken out since they cannot end in time; whoever calls it ends them.
     """
 
-    def __init__(self, instances: int = 1) -> None:
+    def __init__(self) -> None:
         self.late: list[Lot] = []
-        self._instances = instances
         self._lines: dict[ModelKey, Line] = {}
         self._groups: dict[tuple[ModelKey, bytes], Group] = {}
         self._alone: Fifo[Lot] = Fifo()  # were on a worker that was lost
-        self._busy = tuning.Fading()  # instances that run; counted where there is a target
+        self._busy = tuning.Fading()  # batches that run at once; counted where there is a target
         self._tuned = False  # whether any model has one
         self._begun = 0.0  # the virtual time at which the last batch began
         self._serial = 0
@@ -263,7 +262,7 @@ class Batcher:
     def _delay(self, line: Line, rows: int, now: float) -> float:
         """How long a group of so many rows whose first request has just come, or is the first that is left, waits."""
         limit, rules = line.limit, line.rules
-        busy = self._busy.rate(now) / self._instances
+        busy = self._busy.rate(now) / rules.instances  # when so many always run, it waits for others at every batch
         full_s = line.curve.seconds(limit)
         return tuning.delay(rules.target_s, full_s, max(0, limit - rows), line.came.rate(now), busy)
 

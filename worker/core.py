@@ -109,7 +109,7 @@ class Core:
         self.kept_bytes = 0
         self._told: tuple[ModelState, ...] = ()  # what the broker knows of the models
         self._models: dict[ModelKey, Model] = {}
-        self._batcher = Batcher(identity.instances)
+        self._batcher = Batcher()
         self._idle = identity.instances
         self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
         self._kept: dict[bytes, dict[int, Kept]] = {}  # by caller

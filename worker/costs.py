@@ -21,7 +21,7 @@ _PACE_GAIN: Final = 0.3
 _KNOWN: Final = 15  # batches; what a size takes beside others is their mean, then later ones count for more
 _CURVE_GAIN: Final = 1 / (1 + _KNOWN)
 _RATIO_MAX: Final = 1.5  # what one batch may say at most of a size that is known
-_WARM_UP_WEIGHT: Final = 4.0  # batches that one run at warm-up counts for: nothing else ran then
+_WARM_UP_WEIGHT: Final = 8.0  # batches that one run at warm-up counts for: nothing else ran then
 _TOLD: Final = 0.1  # a time that has changed by a larger share is told anew
 _STALE_S: Final = 1.0  # what was learned longer ago, or longer than
 _STALE_BATCHES: Final = 10  # so many times what the batch takes, is not relied on
@@ -52,7 +52,7 @@ class Curve:
         self._weights = [0.0] * len(self.sizes)  # batches that said so
         self._before = (1.0, 1.0)  # the last two ratios of what a batch took to what the curve says
         self._learned = float("-inf")  # when the last batch ended
-        self._told: tuple[int, ...] = ()
+        self._told: list[float] = []
 
     def begin(self, seconds: Mapping[int, float]) -> None:
         """What runs at warm-up took, by rows; those of other sizes than ``sizes`` tell nothing."""
@@ -128,14 +128,15 @@ class Curve:
 
     def changed(self) -> bool:
         """Whether a time has changed by more than a tenth since ``tell``."""
-        times = self._times_us()
-        if len(times) != len(self._told):
+        if len(self._seconds) != len(self._told):
             return True
-        return any(abs(time - told) > _TOLD * told for time, told in zip(times, self._told, strict=True))
+        pace, pairs = self.pace, zip(self._seconds, self._told, strict=True)
+        return any(abs(seconds * pace - told) > _TOLD * told for seconds, told in pairs)
 
     def tell(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Rows and microseconds, with straight lines between, as in a message's Cost."""
-        self._told = times = self._times_us()
+        self._told = [seconds * self.pace for seconds in self._seconds]
+        times = tuple([min(MAX_TIMEOUT_US, max(1, round(seconds * _US))) for seconds in self._told])
         if not times or not self._padded:
             return (self.sizes if times else ()), times
         rows: list[int] = []
@@ -154,10 +155,6 @@ class Curve:
         """For tests. Raises AssertionError saying what is wrong."""
         assert self._seconds == sorted(self._seconds), f"a larger batch takes less: {self._seconds}"
         assert all(each > 0 for each in (*self._seconds, self.pace)), f"{self._seconds} at a pace of {self.pace}"
-
-    def _times_us(self) -> tuple[int, ...]:
-        scale = self.pace * _US
-        return tuple([min(MAX_TIMEOUT_US, max(1, round(seconds * scale))) for seconds in self._seconds])
 
     def _place(self, rows: int) -> tuple[int, float]:
         """Where so many rows lie: the index of the next larger size, and how far they are on the way to it from the
@@ -194,11 +191,10 @@ class Curve:
         times = self._seconds
         if times[low] > times[high]:
             times[low] = times[high]
-        for at in range(low - 1, -1, -1):
-            if times[at] <= times[at + 1]:
-                break
-            times[at] = times[at + 1]
-        for at in range(high + 1, len(times)):
-            if times[at] >= times[at - 1]:
-                break
-            times[at] = times[at - 1]
+        while low and times[low - 1] > times[low]:
+            times[low - 1] = times[low]
+            low -= 1
+        high += 1
+        while high < len(times) and times[high] < times[high - 1]:
+            times[high] = times[high - 1]
+            high += 1

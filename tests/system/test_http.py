@@ -214,6 +214,8 @@ def test_the_metrics_name_what_happened(server: Server) -> None:
             "penstock_batches_total",
             "penstock_model_ready",
             "penstock_model_run_bytes",
+            "penstock_batch_rows_max",
+            "penstock_expected_batch_seconds",
             "penstock_heap_bytes",
             "penstock_http_request_seconds_count",
             "penstock_process_cpu_seconds_total",
