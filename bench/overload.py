@@ -86,6 +86,8 @@ class Turn:
     how they ended. ``p50_ms``, ``p99_ms``: of answers, with those that were waited for in vain.
     ``gateway_refusal_p99_ms``: as far as its buckets tell. ``expired``: requests a second whose time was up before a
     batch. ``running``: the share of the time that batches ran. ``cores``: processor time over time, by kind of process.
+    ``per_core``: good answers for each second of processor time that who computes (the workers, or the whole server)
+    has got; what others take of the machine is not in it.
     ``behind_ms``: how late 99 of 100 requests were sent at most."""
 
     times: float
@@ -102,6 +104,7 @@ class Turn:
     batch_rows: float | None
     running: float | None
     cores: Mapping[str, float]
+    per_core: float
     generator: float
     others: float
     behind_ms: float
@@ -293,6 +296,7 @@ def make_turn(
     ran = risen.sum("penstock_compute_seconds_sum")
     expired = risen.sum("penstock_request_failures_total", reason="deadline")
     by_gateway = risen.quantile("penstock_http_refusal_seconds", 0.99)
+    computing = cores.get("worker", cores.get("server", 0.0))
     of_all = (after.machine_s - before.machine_s) / seconds
     return Turn(
         times=times,
@@ -309,6 +313,7 @@ def make_turn(
         batch_rows=rows / batches if rows is not None and batches else None,
         running=None if ran is None else ran / seconds,
         cores=cores,
+        per_core=good / job.duration_s / computing if computing else 0.0,
         generator=figures.generator,
         others=max(0.0, of_all - sum(cores.values()) - figures.generator - own_s / seconds),
         behind_ms=figures.behind_s * 1e3,
@@ -367,6 +372,7 @@ def run(courses: Sequence[Course], arguments: argparse.Namespace) -> None:
     """Capacities, a first overload of each, which makes what is kept from then on, and then all turns."""
     found: dict[str, list[float]] = {}
     seconds, deadline_s = arguments.seconds, arguments.deadline / 1e3
+    settle_s = min(SETTLE_S, seconds)
 
     def capacity(course: Course, number: int) -> None:
         key = course.server.key
@@ -380,7 +386,7 @@ def run(courses: Sequence[Course], arguments: argparse.Namespace) -> None:
         fresh = resident_mb(server.root)
         with watching(server.root, peak):
             load(server, max(arguments.times) * course.capacity, seconds, deadline_s, 0, lambda: None)
-            time.sleep(SETTLE_S)
+            time.sleep(settle_s)
         course.memory = {"fresh": fresh, "first_peak": max(peak), "before": peak[-1], "peak": peak[-1]}
 
     def turns(course: Course, number: int) -> None:
@@ -393,7 +399,7 @@ def run(courses: Sequence[Course], arguments: argparse.Namespace) -> None:
                 made = measure(server, times, course.capacity, seconds, deadline_s, seed)
                 course.turns = [*(course.turns or []), made]
                 print(f"{server.key}, {times:g} x: {made.goodput:.0f} good/s of {made.offered:.0f}", file=sys.stderr)
-                time.sleep(SETTLE_S)
+                time.sleep(settle_s)
         course.memory["peak"] = max(course.memory["peak"], *seen)
         course.memory["after"] = seen[-1]
 

@@ -71,7 +71,8 @@ def tell(content: Mapping[str, Any]) -> list[str]:
         *results(servers),
         *(f"{title_of(each['server'])}: {each['why']}" for each in (*content["failed"], *servers) if each["why"]),
         "",
-        "In cores, meanwhile; behind: how late 99 of 100 requests were sent at most:",
+        "In cores, meanwhile; good/s a core: for the processor time that the workers, or a whole other server, had;",
+        "behind: how late 99 of 100 requests were sent at most:",
         "",
         *use(servers),
         *notes(servers),
@@ -115,17 +116,24 @@ def results(servers: Sequence[Mapping[str, Any]]) -> list[str]:
 def use(servers: Sequence[Mapping[str, Any]]) -> list[str]:
     """Who used the processors."""
     lines = [
-        "| server | offered/s | its processes | generator | others | behind ms |",
-        "|---|---|---|---|---|---|",
+        "| server | offered/s | its processes | good/s a core of who computes | generator | others | behind ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for server in servers:
+        best = max((each["per_core"] for each in server["loads"]), default=0.0)
         for each in server["loads"]:
             cores = ", ".join(f"{kind} {each['cores'][kind]:.2f}" for kind in KINDS if kind in each["cores"])
             mark = "*" if each["doubts"] else ""
-            lines.append(
-                f"| {_name(server)} | {each['offered']:.0f} ({each['times']:g} x) | {cores} "
-                f"| {each['generator']:.2f}{mark} | {each['others']:.2f} | {each['behind_ms']:.1f}{mark} |"
-            )
+            cells = [
+                _name(server),
+                f"{each['offered']:.0f} ({each['times']:g} x)",
+                cores,
+                _known(each["per_core"], "{:.0f}") + (f" ({each['per_core'] / best:.0%})" if best else ""),
+                f"{each['generator']:.2f}{mark}",
+                f"{each['others']:.2f}",
+                f"{each['behind_ms']:.1f}{mark}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
