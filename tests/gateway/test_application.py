@@ -513,6 +513,8 @@ def test_every_failure_has_its_status(
     assert (answer.status, answer.error) == (status, "[request id: a1] because")
     known = {"Content-Type": "application/json", "Content-Length": str(len(answer.body))}
     assert answer.headers == known | headers
+    refusals = joined.caller.meters.histogram("penstock_http_refusal_seconds")
+    assert sum(refusals.counts) == (status in (503, 504))
 
 
 def test_every_code_has_a_status() -> None:
@@ -552,6 +554,7 @@ def test_too_many_requests_under_way_are_503(joined: Desk) -> None:
     answer = said(joined.infer())
     assert (answer.status, answer.error) == (503, "4 requests of this process are under way")
     assert all(map(waits, waiting))
+    assert sum(joined.caller.meters.histogram("penstock_http_refusal_seconds").counts) == 1
 
 
 def test_client_that_leaves_has_its_request_cancelled(joined: Desk) -> None:
