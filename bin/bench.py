@@ -15,6 +15,8 @@ import click
 from penstock.bin import options
 from penstock.bin.infer import InputError, read_inputs
 from penstock.client import Client, PenstockError
+from penstock.client.terms import check_terms
+from penstock.wire.messages import MAX_PRIORITY
 from penstock.wire.models import READY
 
 if TYPE_CHECKING:
@@ -98,6 +100,8 @@ class Subject:
 @click.option("--timeout", type=options.Duration(0.001), default="30s", show_default=True, help="For each answer.")
 @click.option("--deadline", type=options.Duration(), default="0s", help="Answers after that count as late.")
 @click.option("--tell-deadline", is_flag=True, help="Requests over HTTP say it, as the parameter 'timeout'.")
+@click.option("--priority", type=click.IntRange(0, MAX_PRIORITY), default=0, help="Of all requests, 1 is the highest.")
+@click.option("--tenant", default="", help="For whom all requests are.")
 @click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="In each request.")
 @click.option(
     "--input",
@@ -139,6 +143,8 @@ def bench(
     timeout: float,
     deadline: float,
     tell_deadline: bool,
+    priority: int,
+    tenant: str,
     rows: int,
     inputs: Sequence[str],
     encoding: str,
@@ -162,6 +168,10 @@ def bench(
     from penstock.load.server import ServerError
 
     by = by or ("client" if runtime_dir or server else "http")
+    try:
+        check_terms(priority, tenant)
+    except PenstockError as error:
+        raise click.UsageError(error.message) from None
     if by == "http" and (runtime_dir or server):
         raise click.UsageError("--runtime-dir and --server go with --by client; over HTTP it is --url")
     if by == "client" and (url or encoding != "auto"):
@@ -175,10 +185,23 @@ def bench(
         shapes, files = divide_inputs(inputs)
         if by == "http":
             subject = over_http(
-                model, version, url or DEFAULT_URL, encoding, rows, shapes, files, pid, metrics, told_us
+                model,
+                version,
+                url or DEFAULT_URL,
+                encoding,
+                rows,
+                shapes,
+                files,
+                pid,
+                metrics,
+                told_us,
+                priority,
+                tenant,
             )
         else:
-            subject = through_library(model, version, server or runtime_dir, rows, shapes, files, pid, metrics)
+            subject = through_library(
+                model, version, server or runtime_dir, rows, shapes, files, pid, metrics, priority, tenant
+            )
         jobs = make_jobs(subject, connections, rate, outstanding, warmup, duration, timeout, deadline)
         if not as_json:
             click.echo("\n".join(_introduction(subject, duration)))
@@ -226,8 +249,11 @@ def over_http(
     pids: Sequence[int],
     metrics: str | None,
     timeout_us: int = 0,
+    priority: int = 0,
+    tenant: str = "",
 ) -> Subject:
-    """``timeout_us``: what requests tell the server of their deadline. Raises click.UsageError, and InputsError,
+    """``timeout_us``: what requests tell the server of their deadline. ``priority``, ``tenant``: with the headers that
+    Penstock knows, and others ignore. Raises click.UsageError, and InputsError,
     InputError and ServerError, also when the request is refused."""
     from penstock.load.measure import Account
     from penstock.load.server import HttpServer, ServerError
@@ -241,7 +267,7 @@ def over_http(
     specs = server.inputs_of(model, version)
     chosen = _choose(model, specs, rows, shapes, files)
     try:
-        target = server.prepare(model, version, chosen, specs, binary, timeout_us)
+        target = server.prepare(model, version, chosen, specs, binary, timeout_us, _headers(priority, tenant))
     except ServerError as error:
         raise ServerError(f"{error}{_hint(specs, files)}") from None
     way = f"over HTTP, {'binary tensors' if binary else 'JSON'}"
@@ -257,6 +283,8 @@ def through_library(
     files: Sequence[str],
     pids: Sequence[int],
     metrics: str | None,
+    priority: int = 0,
+    tenant: str = "",
 ) -> Subject:
     """Raises click.UsageError, and InputsError, InputError and PenstockError, also when the request is refused."""
     from penstock.load.job import LibraryTarget
@@ -269,7 +297,7 @@ def through_library(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     where = str(address) if isinstance(address, str) else str(broker)
-    with Client(address, timeout=_LIBRARY_S) as client:
+    with Client(address, timeout=_LIBRARY_S, tenant=tenant) as client:
         states = [state for state in client.models() if state.name == model and version in ("", state.version)]
         spec = next((state.spec for state in states if state.state == READY and state.spec is not None), None)
         if spec is None:  # whatever is wrong, a call says it
@@ -278,13 +306,18 @@ def through_library(
         specs = list(spec.inputs)
         chosen = _choose(model, specs, rows, shapes, files)
         try:
-            client.infer(model, chosen, version=version)
+            client.infer(model, chosen, version=version, priority=priority)
         except PenstockError as error:
             raise PenstockError(error.code, f"{error}{_hint(specs, files)}") from None
     runtime = broker.runtime.path if broker.runtime is not None else None
-    target = LibraryTarget(str(address or (runtime or "")), model, version, chosen)
+    target = LibraryTarget(str(address or (runtime or "")), model, version, chosen, priority, tenant)
     account = Account(model, pids, metrics=told, runtime=runtime)
     return Subject(model, where, "with the client library", _about(specs, chosen), target, account)
+
+
+def _headers(priority: int, tenant: str) -> dict[str, str]:
+    headers = {"Penstock-Priority": str(priority)} if priority else {}
+    return headers | {"Penstock-Tenant": tenant} if tenant else headers
 
 
 def _choose(

@@ -144,7 +144,7 @@ class Assigner:
 
     def _give(self, model: ModelQueue, worker: WorkerPeer, room: int, enough: int, given: Given, now: float) -> bool:
         taking = Taking(room, worker.callers, worker.full, now)
-        if model.row_us:
+        if model.row_us and not model.is_stale(now):
             taking.horizon, taking.hopeless = self._horizon(model, worker, min(enough, model.rows), now)
         gave = model.take(taking, enough)
         self.late += taking.late

@@ -6,6 +6,7 @@ test. Requests that arrive between two ticks are assigned together at the second
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -50,6 +51,7 @@ from penstock.wire.messages import (
     Metrics,
     Models,
     Payload,
+    Refusal,
     Refusals,
     Snapshot,
     Submit,
@@ -63,6 +65,7 @@ from penstock.wire.messages import (
 from penstock.wire.metrics import Meters
 
 _SWEEP_S: Final = 2.0  # between two looks at what need not be exact; each wakes an idle broker
+_LOG_S: Final = 1.0  # between two lines that requests were refused
 _SETTLE_S: Final = 0.25  # a dead process's files are all closed by then
 _BROKER: Final = "broker"  # its name among the peers'
 
@@ -88,6 +91,7 @@ class Core:
         self._left_behind = False  # a worker has gone, perhaps without removing its socket
         self._free_at = float("inf")  # when acknowledgments travel even if no work does
         self._sweep_at = now
+        self._noted: dict[str, tuple[float, int]] = {}  # codes: until when no more is logged, and how many were not
         self._commands: list[Command] = []
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -115,7 +119,7 @@ class Core:
                 self.ledger.draining = True
             case End():
                 self.ledger.end_all(self.callers.values())
-                self._send_refusals()
+                self._send_refusals(now)
                 self._commands += [ToCaller(number, Bye(self.epoch)) for number in self.callers]
                 self._commands += [ToWorker(number, Bye(self.epoch)) for number in self.workers]
             case _:
@@ -238,6 +242,7 @@ class Core:
                     queue = self.registry.queues.get((cost.model, cost.version))
                     if queue is not None:
                         queue.learn(worker)
+                        queue.measured = now
                 self._assigner.room_came(worker)
             case Beat():
                 worker.samples = message.samples
@@ -323,6 +328,7 @@ class Core:
                 self._left_behind = False
                 self._commands.append(Sweep())
             self.ledger.sweep(now)
+            self._log_refused(now)
         if self._open:
             given = self._assigner.assign(now)
             self.ledger.hand_out(given)
@@ -332,7 +338,7 @@ class Core:
                     self._send_work(worker, part, now)
         self._send_news(now)
         if self.ledger.refusals:
-            self._send_refusals()
+            self._send_refusals(now)
         if self._workers_changed:
             self._workers_changed = False
             for caller in self.callers.values():
@@ -378,21 +384,40 @@ class Core:
         elif waited or self._free_at == float("inf"):
             self._free_at = now + self.options.free_delay_s
 
-    def _send_refusals(self) -> None:
+    def _send_refusals(self, now: float) -> None:
         refusals, self.ledger.refusals = self.ledger.refusals, {}
         for caller, refused in refusals.items():
             for at in range(0, len(refused), MAX_REQUESTS):
                 self._commands.append(ToCaller(caller.id, Refusals(self.epoch, refused[at : at + MAX_REQUESTS])))
-            first = refused[0]
-            self._log(
-                "warning",
-                "requests refused",
-                caller=caller.name or caller.id.hex(),
-                count=len(refused),
-                request=f"{caller.id.hex()}:{first.id}",
-                code=first.code,
-                reason=first.message,
-            )
+            for code, count in Counter([each.code for each in refused]).items():
+                first = next(each for each in refused if each.code == code)
+                self._note_refused(code, count, caller, first, now)
+
+    def _note_refused(self, code: str, count: int, caller: CallerPeer, first: Refusal, now: float) -> None:
+        """Log refusals, of each code at most once in a while: under overload a line for each would be the overload."""
+        until, unsaid = self._noted.get(code, (now, 0))
+        count += unsaid
+        if now < until:
+            self._noted[code] = until, count
+            return
+        self._noted[code] = now + _LOG_S, 0
+        self._log(
+            "warning",
+            "requests refused",
+            caller=caller.name or caller.id.hex(),
+            count=count,
+            request=f"{caller.id.hex()}:{first.id}",
+            code=code,
+            reason=first.message,
+        )
+
+    def _log_refused(self, now: float) -> None:
+        """What has not been logged yet of refusals."""
+        for code, (until, count) in list(self._noted.items()):
+            if now >= until:
+                del self._noted[code]
+                if count:
+                    self._log("warning", "requests refused", count=count, code=code)
 
     def _drop_silent(self, now: float) -> None:
         """Peers that have not been heard for too long. (On one host the end of a control connection tells sooner.)"""

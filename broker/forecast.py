@@ -24,8 +24,7 @@ class Forecast(NamedTuple):
         model = self.model
         batch = min(rows, model.batch_rows)
         behind_us = (rows - batch) * model.row_us / self.servers
-        if self.wait_us:
-            batch = model.batch_rows  # what waits runs together with others
+        batch = min(batch + model.rows, model.batch_rows)  # what waits runs together with others
         return (self.wait_us + behind_us) * _DOUBT + model.batch_us(batch)
 
 

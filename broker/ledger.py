@@ -113,7 +113,7 @@ class Ledger:
             self._refuse_new(caller, key, ids[room:], self._full(model, caller, form, held))
             ids, timeouts_us = ids[:room], timeouts_us[:room]
         if model.row_us and ids:
-            room, late = self._in_time(model, form, caller, timeouts_us)
+            room, late = self._in_time(model, form, caller, timeouts_us, now)
             if late is not None:
                 self._refuse_new(caller, key, ids[room:], late)
                 ids, timeouts_us = ids[:room], timeouts_us[:room]
@@ -168,7 +168,7 @@ class Ledger:
 
     @staticmethod
     def _in_time(
-        model: ModelQueue, form: Form, caller: CallerPeer, timeouts_us: Sequence[int]
+        model: ModelQueue, form: Form, caller: CallerPeer, timeouts_us: Sequence[int], now: float
     ) -> tuple[int, PenstockError | None]:
         """How many new requests are expected to be done in time, and why no more."""
         forecast = forecast_for(model, form.priority or DEFAULT_PRIORITY, form.tenant or caller.id)
@@ -176,7 +176,9 @@ class Ledger:
             return len(timeouts_us), None
         waits = [forecast.done_us((at + 1) * form.rows) for at in range(len(timeouts_us))]
         count = next((at for at, us in enumerate(timeouts_us) if waits[at] > us), len(timeouts_us))
-        if count == len(timeouts_us):  # the last have more time than the first
+        if not count and not forecast.wait_us and model.is_stale(now):
+            count = 1
+        if count == len(timeouts_us):  # the last have more time than the first, or it is tried
             return count, None
         done_us = waits[count]
         return count, PenstockError(
@@ -266,6 +268,7 @@ class Ledger:
                     continue
                 worker.subtract(lot, now)
                 if compute_us:
+                    lot.model.measured = now
                     count = len(lot.ids)
                     over_us = compute_us * count / len(ids) - lot.cost_us * count
                     lot.model.charge(lot, over_us)

@@ -93,10 +93,10 @@ class Pool:
         worker.open = ()
 
     def candidates(self, model: ModelQueue) -> Iterator[WorkerPeer]:
-        """Workers that may have room for a model, the least busy first."""
+        """Workers that may have room for a model, the least busy first. Ask anew once one has been given something."""
         looks = 0
         for batches in sorted(self._by_batches):
-            for worker in list(self._by_batches[batches]) if looks else self._by_batches[batches]:
+            for worker in self._by_batches[batches]:
                 yield worker
                 looks += 1
                 if looks >= _LOOKS_MAX:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 ModelKey: TypeAlias = tuple[str, str]
 _SLOW: Final = 1.5  # times what the fastest worker takes
+# What was measured longer ago, or longer than so many times what a batch takes, is not relied on.
+_STALE_S: Final = 1.0
+_STALE_BATCHES: Final = 10
 _NO_WEIGHTS: Final[Mapping[str, float]] = {}
 
 
@@ -48,6 +51,7 @@ class ModelQueue:
         self.batch_rows = 1  # of a full batch
         self._cost: Cost | None = None  # of the fastest of its workers
         self.best_row_us = 0.0  # on the fastest of its workers
+        self.measured = float("-inf")  # when one of its batches was last known to have run
         self._told_us: dict[WorkerPeer, float] = {}  # what a row takes there
         self._rows_per_us = 0.0  # of all of them together
 
@@ -146,7 +150,7 @@ class ModelQueue:
         before_us = self._told_us.get(worker, 0.0)
         self._told_us[worker] = told_us
         self._count_told(told_us, before_us)
-        if told_us <= self.best_row_us or not self.best_row_us:
+        if told_us <= self.best_row_us or len(self._told_us) == 1:
             self.best_row_us, self._cost = told_us, cost
         elif before_us == self.best_row_us:
             self._find_best()
@@ -165,6 +169,11 @@ class ModelQueue:
     def batch_us(self, rows: int) -> int:
         """What a batch takes on the fastest of its workers, 0 if nobody knows."""
         return batch_us(self._cost, rows) if self._cost is not None else 0
+
+    def is_stale(self, now: float) -> bool:
+        """Whether what is known was measured long ago. A request is refused on the strength of it, and were it wrong,
+        nothing would run any more that could put it right: so now and then one is tried."""
+        return now - self.measured > max(_STALE_S, _STALE_BATCHES * self.batch_us(self.batch_rows) * 1e-6)
 
     def is_slow(self, worker: WorkerPeer) -> bool:
         """Whether others are so much faster that what would be late on this one may be in time there."""

@@ -37,10 +37,10 @@ class Forms:
     travel together only if it is the same object."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Layout, int], tuple[ModelSpec, Form]] = {}
+        self._known: dict[tuple[Layout, int, str], tuple[ModelSpec, Form]] = {}
 
     def build(
-        self, spec: ModelSpec, inputs: Mapping[str, Any], outputs: Sequence[str]
+        self, spec: ModelSpec, inputs: Mapping[str, Any], outputs: Sequence[str], priority: int = 0, tenant: str = ""
     ) -> tuple[Form, Sequence[Buffer]]:
         """The form and the payload of a request, in parts, which may be the inputs' own memory. Raises PenstockError
         naming the input that does not fit."""
@@ -62,18 +62,19 @@ class Forms:
             tensors.append(Tensor(name, datatype, array.shape, at, len(part)))
             parts.append(part)
             at += len(part)
-        return self.find(spec, Layout(tuple(tensors), tuple(outputs)), at), parts
+        return self.find(spec, Layout(tuple(tensors), tuple(outputs)), at, priority, tenant), parts
 
-    def find(self, spec: ModelSpec, layout: Layout, nbytes: int, priority: int = 0) -> Form:
+    def find(self, spec: ModelSpec, layout: Layout, nbytes: int, priority: int = 0, tenant: str = "") -> Form:
         """The form of requests with this layout and payload bytes. Raises PenstockError when they do not fit the
         model."""
-        known = self._known.get((layout, priority))
+        key = layout, priority, tenant
+        known = self._known.get(key)
         if known is not None and known[0] is spec and known[1].nbytes == nbytes:
             return known[1]
-        form = make_form(spec, layout, nbytes, priority)
+        form = make_form(spec, layout, nbytes, priority, tenant)
         if len(self._known) >= _FORMS_MAX:
             self._known.clear()
-        self._known[layout, priority] = spec, form
+        self._known[key] = spec, form
         return form
 
 

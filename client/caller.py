@@ -101,6 +101,7 @@ class Caller:
         self._last_id = 0
         self._last_serial = 0
         self._workers: dict[bytes, WorkerAddress] = {}  # those that the broker has named
+        self._names: dict[bytes, str] = {}  # of those, and of those that it named before
         self._left: dict[bytes, WorkerAddress] = {}  # those that it names no more, and that are still heard
         self._endpoints: set[str] = set()  # of those that are heard
         self._arenas: dict[bytes, Arena] = {}  # by worker
@@ -207,6 +208,10 @@ class Caller:
         if state.spec is None:
             raise PenstockError(UNAVAILABLE, f"model '{name}' is not ready ({state.state}): {state.reason}", 1.0)
         return state.spec
+
+    def worker_name(self, worker: bytes) -> str:
+        """What a worker that has answered is called; its id where the broker has not said."""
+        return self._names.get(worker) or worker.hex()
 
     def is_ready(self) -> bool:
         """Whether every model of the server can be asked."""
@@ -406,6 +411,8 @@ class Caller:
     def _set_workers(self, workers: Sequence[WorkerAddress]) -> None:
         """Whoever shares its arena is heard once that has come: so its results can always be read."""
         self._left |= self._workers
+        # Also of those that have just left: their last answers may still be on the way.
+        self._names = {address.worker: address.name for address in (*self._workers.values(), *workers)}
         self._workers = {address.worker: address for address in workers}
         before, self._sharing = self._sharing, {each.worker: each.arena for each in workers if each.arena}
         for worker, serial in before.items():

@@ -16,9 +16,11 @@ from typing import Any, Final
 
 from penstock.client.arrays import Forms, decode_outcome
 from penstock.client.events import Complete
+from penstock.client.explain import explain
 from penstock.client.link import Link
 from penstock.client.short import Plan, Short
 from penstock.client.talk import Talk, give_back
+from penstock.client.terms import check_terms, check_timeout
 from penstock.wire.arena import Arena, ArenaError
 from penstock.wire.endpoints import EndpointError, default_runtime_dir, parse_broker
 from penstock.wire.errors import (
@@ -31,7 +33,7 @@ from penstock.wire.errors import (
     BadMessage,
     PenstockError,
 )
-from penstock.wire.messages import MAX_TIMEOUT_US, Batch, Payload
+from penstock.wire.messages import Payload
 from penstock.wire.models import ModelState
 from penstock.wire.process import fields
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
@@ -39,7 +41,6 @@ from penstock.wire.tensors import Array, Buffer
 
 log = logging.getLogger("penstock.client")
 
-_TIMEOUT_MAX_S: Final = MAX_TIMEOUT_US / 1_000_000
 _LEAST_S: Final = 1e-6
 DEFAULT_ARENA_BYTES: Final = 64 << 20
 ARENA_WAIT_MAX_S: Final = 10.0  # for room in it; a call's own time may be shorter
@@ -47,13 +48,22 @@ ARENA_WAIT_MAX_S: Final = 10.0  # for room in it; a call's own time may be short
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What became of a request on its way; seconds, and rows of the batch that it ran in. ``reason``: why that batch
-    was closed when it was."""
+    """What became of a request on its way, in seconds, and the batch that it ran in.
+
+    ``queue_s``: from its acceptance by the broker until its batch began: ``held_s`` at the broker, then ``waited_s`` on
+    the worker. ``compute_s``: of the batch, ``model_s`` of that in the model itself. ``batch``: its number on that
+    worker. ``reason``: why it was closed when it was. ``worker``: its name.
+    """
 
     queue_s: float
     compute_s: float
     batch_rows: int
     reason: str
+    held_s: float
+    waited_s: float
+    model_s: float
+    worker: str
+    batch: int
 
 
 class Result(Mapping[str, Array]):
@@ -61,17 +71,34 @@ class Result(Mapping[str, Array]):
     that may lie in the worker's memory. As a context it lets go of its outputs at the end; what lies there is the
     worker's again when no array over it is left, or the client has been closed."""
 
-    def __init__(self, model: str, version: str, outputs: dict[str, Array], queue_us: int, batch: Batch) -> None:
+    def __init__(self, model: str, version: str, outputs: dict[str, Array], answer: Complete, worker: str) -> None:
+        """``worker``: the name of the one that answered."""
         self.model = model
         self.version = version
         self._outputs = outputs
-        self._queue_us = queue_us
-        self._batch = batch
+        # Not the answer itself, which knows who waited for it and where it lay.
+        self._times = answer.queue_us, answer.held_us
+        self._batch = answer.batch
+        self._worker = worker
 
     @property
     def timing(self) -> Timing:
-        batch = self._batch
-        return Timing(self._queue_us * 1e-6, batch.compute_us * 1e-6, batch.rows, batch.reason)
+        (queue_us, held_us), batch = self._times, self._batch
+        return Timing(
+            queue_us * 1e-6,
+            batch.compute_us * 1e-6,
+            batch.rows,
+            batch.reason,
+            held_us * 1e-6,
+            max(0, queue_us - held_us) * 1e-6,
+            batch.model_us * 1e-6,
+            self._worker,
+            batch.serial,
+        )
+
+    def explain(self) -> str:
+        """Where the request waited and why, and in which batch on which worker it ran, in one line of words."""
+        return explain(*self._times, self._batch, self._worker)
 
     def __enter__(self) -> Result:
         return self
@@ -127,29 +154,30 @@ class _Call(Future[Result]):
         if answer is not None:
             try:
                 let_go = partial(self._talk.release, self._link, answer.held) if answer.held else None
-                self.set_result(_read(answer, self._copy, let_go))
+                self.set_result(_read(self._link, answer, self._copy, let_go))
             except PenstockError as unreadable:
                 self.set_exception(unreadable)
         else:
             self.set_exception(error)
 
 
-def _read(answer: Complete, copy: bool, let_go: Callable[[], None] | None = None) -> Result:
+def _read(link: Link, answer: Complete, copy: bool, let_go: Callable[[], None] | None = None) -> Result:
     """``let_go``: called once nothing is read any more where the answer lies. Raises PenstockError."""
     try:
         outcome, outputs = decode_outcome(answer.body, answer.payload, copy, let_go)
     except (BadMessage, PenstockError) as error:
         raise PenstockError(INTERNAL, f"a worker's answer cannot be read: {error}") from None
-    return Result(outcome.model, outcome.version, outputs, answer.queue_us, answer.batch)
+    return Result(outcome.model, outcome.version, outputs, answer, link.caller.worker_name(answer.worker))
 
 
 class Client:
     """A connection to a Penstock server. Safe to share between threads; not across a fork.
 
     ``address``: the server's runtime directory (default: where ``penstock up`` puts it), ``ipc://`` and that
-    directory, or ``tcp://HOST:PORT``. ``timeout``: seconds for each call that does not say otherwise. Connecting is
-    part of the first call. ``arena_bytes``: shared memory for large inputs on the way to workers on this host, which is
-    allocated then; with 0 they are sent. Raises PenstockError for an address that cannot be one.
+    directory, or ``tcp://HOST:PORT``. ``timeout``, ``tenant``: for each call that does not say otherwise, see
+    ``infer``. Connecting is part of the first call. ``arena_bytes``: shared memory for large inputs on the way to
+    workers on this host, which is allocated then; with 0 they are sent. Raises PenstockError for an address that cannot
+    be one.
     """
 
     def __init__(
@@ -157,9 +185,12 @@ class Client:
         address: str | os.PathLike[str] | None = None,
         *,
         timeout: float = 30.0,
+        tenant: str = "",
         arena_bytes: int = DEFAULT_ARENA_BYTES,
     ) -> None:
-        self._timeout_s = _check_timeout(timeout)
+        self._timeout_s = check_timeout(timeout)
+        check_terms(0, tenant)
+        self._tenant = tenant
         self._arena_bytes = arena_bytes
         try:
             self._address = parse_broker(address if address is not None else default_runtime_dir())
@@ -181,17 +212,23 @@ class Client:
         version: str = "",
         outputs: Sequence[str] = (),
         timeout: float | None = None,
+        priority: int = 0,
+        tenant: str | None = None,
         copy: bool = True,
     ) -> Result:
         """Run a model and wait for its outputs.
 
         ``inputs``: arrays by name; for a batchable model the first dimension counts rows. Lists become arrays of the
         type that the model expects; strings are BYTES. ``outputs``: names, none for all. ``timeout``: seconds.
-        ``copy=False``: large outputs are not copied out of the worker's memory; use the result as a context, so that
-        the worker gets its memory back soon. Raises PenstockError; its ``retryable`` says whether the same call may
-        succeed later.
+        ``priority``: from 1, the most urgent, to 5; 0 for the usual one, which is 3. ``tenant``: for whom it is, among
+        whom the server shares its time; at most 64 printable ASCII characters. ``copy=False``: large outputs are not
+        copied out of the worker's memory; use the result as a context, so that the worker gets its memory back soon.
+        Raises PenstockError; its ``retryable`` says whether the same call may succeed later.
         """
-        limit_s = self._timeout_s if timeout is None else _check_timeout(timeout)
+        limit_s = self._timeout_s if timeout is None else check_timeout(timeout)
+        if tenant is None:
+            tenant = self._tenant
+        check_terms(priority, tenant)
         talk = self._open
         if talk is None or not talk.ready:
             start = time.monotonic()
@@ -199,7 +236,7 @@ class Client:
             limit_s = max(limit_s - (time.monotonic() - start), _LEAST_S)
         link = talk.link
         assert link.short is not None
-        prepared = link.short.prepare(model, version, inputs, outputs, link.slots())
+        prepared = link.short.prepare(model, version, inputs, outputs, link.slots(), priority, tenant)
         plan: Plan | None = None
         payload: Payload
         if prepared is not None:
@@ -207,7 +244,7 @@ class Client:
             form = plan.form
         else:
             start = time.monotonic()
-            form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs)
+            form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs, priority, tenant)
             payload = self._gather(talk, link, parts, form.nbytes, start + limit_s)
             limit_s = max(limit_s - (time.monotonic() - start), _LEAST_S)
         try:
@@ -216,11 +253,11 @@ class Client:
             if type(payload) is Slot:
                 payload.give_back()
         if not answer.held:
-            return _read(answer, copy)
+            return _read(link, answer, copy)
         if not copy:
-            return _read(answer, False, partial(talk.release, link, answer.held))
+            return _read(link, answer, False, partial(talk.release, link, answer.held))
         try:
-            return _read(answer, True)
+            return _read(link, answer, True)
         finally:
             talk.let_go(link, answer.held)
 
@@ -232,6 +269,8 @@ class Client:
         version: str = "",
         outputs: Sequence[str] = (),
         timeout: float | None = None,
+        priority: int = 0,
+        tenant: str | None = None,
         copy: bool = True,
     ) -> Future[Result]:
         """As ``infer``, without waiting for the result: its future ends with it, or with a PenstockError. Cancelling
@@ -244,10 +283,13 @@ class Client:
         when there never will be.
         """
         start = time.monotonic()
-        limit_s = _check_timeout(self._timeout_s if timeout is None else timeout)
+        limit_s = check_timeout(self._timeout_s if timeout is None else timeout)
+        if tenant is None:
+            tenant = self._tenant
+        check_terms(priority, tenant)
         talk = self._reach(limit_s)
         link = talk.link
-        form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs)
+        form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs, priority, tenant)
         payload = self._gather(talk, link, parts, form.nbytes, start + limit_s)
         call = _Call(talk, link, payload, copy)
         talk.submit(link, call, form, payload, limit_s - (time.monotonic() - start))
@@ -258,7 +300,7 @@ class Client:
 
     def models(self, *, timeout: float | None = None) -> list[ModelState]:
         """What the server serves, and how each model fares. Raises PenstockError when no server is reached in time."""
-        talk = self._reach(_check_timeout(self._timeout_s if timeout is None else timeout))
+        talk = self._reach(check_timeout(self._timeout_s if timeout is None else timeout))
         return [state for versions in (talk.link.caller.models or {}).values() for state in versions.values()]
 
     def close(self) -> None:
@@ -389,12 +431,3 @@ def _take_within(slots: Slots, nbytes: int, limit_s: float) -> Slot | None:
             slot.give_back()
         raise
     return slots.end(wait)
-
-
-def _check_timeout(timeout: float) -> float:
-    """Seconds that a call may take. Raises PenstockError for what is none."""
-    if not 0 < timeout <= _TIMEOUT_MAX_S:
-        raise PenstockError(
-            BAD_INPUT, f"a timeout is more than 0 and at most {_TIMEOUT_MAX_S:.0f} seconds, not {timeout!r}"
-        )
-    return timeout

@@ -79,11 +79,18 @@ class Short:
         self.topic_frame = bytes((1, len(self.topic))) + self.topic  # with a head that says: more follows
 
     def prepare(
-        self, model: str, version: str, inputs: Mapping[str, Any], outputs: Any, slots: Slots | None
+        self,
+        model: str,
+        version: str,
+        inputs: Mapping[str, Any],
+        outputs: Any,
+        slots: Slots | None,
+        priority: int = 0,
+        tenant: str = "",
     ) -> tuple[Plan, bytes | Slot] | None:
         """How to ask this, and a copy of the inputs; None when it is not plain, needs a slot and there is none, or does
-        not fit, which the general way tells."""
-        signature = [model, version, outputs]
+        not fit, which the general way tells. ``priority`` and ``tenant`` have been checked."""
+        signature = [model, version, outputs, priority, tenant]
         try:
             for name, array in inputs.items():
                 if type(array) is not np.ndarray:
@@ -107,7 +114,7 @@ class Short:
             return None
         try:
             spec = self._caller.find(signature[0], signature[1])
-            form, _ = self._forms.build(spec, inputs, outputs)
+            form, _ = self._forms.build(spec, inputs, outputs, *signature[3:5])
         except PenstockError:
             return None
         expected = {each.name: each.datatype for each in spec.inputs}

@@ -22,11 +22,13 @@ from penstock.client.events import Complete
 from penstock.gateway.compression import choose, compress, decompress
 from penstock.gateway.connection import Exchange
 from penstock.gateway.feed import Feed
-from penstock.gateway.inference import Parser, Query, render, render_body, wrap
+from penstock.gateway.inference import OK, Parser, Query, render, render_body, wrap
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.page import load_page
 from penstock.gateway.reports import Reports, form_for
 from penstock.gateway.routes import Route, RouteError, Routes
+from penstock.gateway.terms import read_terms
+from penstock.gateway.timing import ServerTiming, explanation, total_line
 from penstock.gateway.tracing import Tracing
 from penstock.wire import errors
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
@@ -87,6 +89,7 @@ class Application:
         self._feed = Feed(loop, reports, lambda: caller.name, self._states)
         self._page = load_page()
         self._parser = Parser()
+        self._timing = ServerTiming()
         self._responses: dict[int, Value] = {}
         self.seconds = caller.meters.histogram("penstock_http_request_seconds")
         self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
@@ -129,7 +132,8 @@ class Application:
     def _crashed(self, exchange: Exchange) -> None:
         """A defect of ours must end one request, not the connections of everybody else."""
         self._count(500)
-        exchange.answer_error(500, "an internal error; it is in the gateway's log")
+        total = total_line(time.monotonic() - exchange.arrived)
+        exchange.answer_error(500, "an internal error; it is in the gateway's log", total)
 
     def refused(self, status: int, sentence: str) -> None:
         """A connection was answered without a request."""
@@ -154,19 +158,17 @@ class Application:
                 reason=error.message,
             ),
         )
-        extra = b""
+        seconds = time.monotonic() - exchange.arrived
+        if status in _REFUSALS:
+            self._refusals.observe(seconds)
+        extra = total_line(seconds)
         if status == 503:
-            extra = b"Retry-After: %d\r\n" % max(1, math.ceil(error.retry_after_s))
+            extra += b"Retry-After: %d\r\n" % max(1, math.ceil(error.retry_after_s))
         elif status == 501:
-            extra = _ACCEPT_ENCODING
+            extra += _ACCEPT_ENCODING
         sentence = f"[request id: {identifier}] {error.message}" if identifier else error.message
         self._count(status)
         exchange.answer_error(status, sentence, extra)
-
-    def count_refusal(self, error: PenstockError, seconds: float) -> None:
-        """Of an inference request that an error has ended, ``seconds`` after all of it had come."""
-        if STATUSES[error.code] in _REFUSALS:
-            self._refusals.observe(seconds)
 
     def name(self, identifier: str, number: int) -> str:
         """By which the log and the metrics name a request. ``identifier``: its own id, ``number``: the broker's for
@@ -258,7 +260,9 @@ class Application:
 
     def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:
-            query, payload = self._parser.parse(self._find(target), body, target.header_length)
+            query, payload = self._parser.parse(
+                self._find(target), body, target.header_length, target.priority, target.tenant
+            )
             inference = self._inference(self, exchange, query)
             if query.form.nbytes >= PLACED_MIN_BYTES:
                 placed = exchange.place(payload)
@@ -289,15 +293,21 @@ class Application:
 
         exchange.wait(len(payload), partial(self._later, exchange, start), partial(self._later, exchange, fail))
 
-    def finish(self, exchange: Exchange, query: Query, answer: Complete) -> None:
-        """Answer an inference request with its result."""
-        encoding = exchange.request.head.target.accepts
+    def finish(self, exchange: Exchange, query: Query, answer: Complete, asked: float, total_s: float) -> None:
+        """Answer an inference request with its result, which was back ``total_s`` seconds after all of it had come.
+        ``asked``: when it was on its way to the broker, in seconds of the monotonic clock."""
+        target: Target = exchange.request.head.target
+        begin, parameters = self._timing.begin(answer.batch, answer.queue_us, total_s), b""
+        if query.explain or target.explain:
+            worker, arrived = self.caller.worker_name(answer.worker), exchange.arrived
+            parameters = explanation(answer, worker, arrived - exchange.began, asked - arrived, total_s)
+        encoding = target.accepts
         try:
             if encoding:
-                json, binary = render_body(answer.body, answer.payload, query.style, query.id)
-                self._send_compressed(exchange, json, binary, encoding)
+                json, binary = render_body(answer.body, answer.payload, query.style, query.id, parameters)
+                self._send_compressed(exchange, json, binary, encoding, begin)
             else:
-                head, tail = render(answer.body, answer.payload, query.style, query.id)
+                head, tail = render(answer.body, answer.payload, query.style, query.id, begin, parameters)
                 if answer.held and tail is answer.payload:
                     self._count(200)
                     exchange.send(200, head, tail, partial(self._release, answer.held))
@@ -309,14 +319,15 @@ class Application:
         if answer.held:  # what is sent of it has been copied
             self._release(answer.held)
 
-    def _send_compressed(self, exchange: Exchange, json: bytes, binary: bytes, encoding: str) -> None:
+    def _send_compressed(self, exchange: Exchange, json: bytes, binary: bytes, encoding: str, begin: bytes) -> None:
         if len(json) + len(binary) < self.options.compress_bytes_min:
-            self._send(exchange, wrap(json, len(binary), b"", bool(binary)), binary)
+            self._send(exchange, wrap(json, len(binary), begin, bool(binary)), binary)
             return
 
         def compressed(body: bytes) -> None:
             self._count(200)
-            extra = b"Content-Encoding: %b\r\nVary: Accept-Encoding\r\n" % encoding.encode()
+            lines = b"%bContent-Encoding: %b\r\nVary: Accept-Encoding\r\n"
+            extra = lines % (begin.removeprefix(OK), encoding.encode())
             if binary:
                 extra += b"Inference-Header-Content-Length: %d\r\n" % len(json)
             exchange.answer(200, body, b"application/octet-stream" if binary else b"application/json", extra)
@@ -386,12 +397,16 @@ class Application:
 
 class Target:
     """What a request's head means here. ``header_length``: bytes of JSON in front of binary tensors, None without any.
-    ``encoding``: of the body, "" as it is. ``accepts``: the encoding that the answer should have.
+    ``encoding``: of the body, "" as it is. ``accepts``: the encoding that the answer should have. The others: see
+    ``Terms``, of which a request then costs four look-ups less.
 
     Raises PenstockError for headers that say nothing that can be.
     """
 
-    __slots__ = ("accepts", "encoding", "handler", "header_length", "model", "version")
+    __slots__ = (
+        *("accepts", "encoding", "handler", "header_length", "model", "version"),
+        *("explain", "priority", "tenant", "timeout_s"),
+    )
 
     def __init__(self, handler: Handler, arguments: Mapping[str, str], headers: Mapping[str, bytes]) -> None:
         self.handler = handler
@@ -401,6 +416,7 @@ class Target:
         encoding = headers.get("content-encoding", b"identity").decode("latin-1").strip()
         self.encoding = "" if encoding.lower() == "identity" else encoding
         self.accepts = choose(headers.get("accept-encoding", b"").decode("latin-1"))
+        self.timeout_s, self.priority, self.tenant, self.explain = read_terms(headers)
 
 
 def _header_length(value: bytes | None) -> int | None:
@@ -413,36 +429,47 @@ def _header_length(value: bytes | None) -> int | None:
 
 
 class _Inference:
-    """An inference request under way: where its answer goes. Its time runs from now on."""
+    """An inference request under way: where its answer goes."""
 
-    __slots__ = ("_application", "_exchange", "_number", "_query", "_start")
+    __slots__ = ("_application", "_asked", "_exchange", "_number", "_query")
 
     def __init__(self, application: Application, exchange: Exchange, query: Query) -> None:
         self._application = application
         self._exchange = exchange
         self._query = query
-        self._start = time.monotonic()
 
     def start(self, payload: Payload) -> None:
-        """Raises PenstockError when too much is under way."""
-        application, query = self._application, self._query
-        timeout_s = query.timeout_s or application.options.request_timeout_s
-        try:
-            self._number = application.caller.submit(query.form, payload, timeout_s, self, self._start)
-        except PenstockError as error:
-            application.count_refusal(error, time.monotonic() - self._start)
-            raise
-        self._exchange.gone = self
+        """Raises PenstockError when too much is under way, or its time is up already.
+
+        A time that the request names runs since its head has come, so a body that comes slowly uses it up, and so do
+        expanding it and waiting for room. The time of those that name none begins when all of them is there.
+        """
+        application, exchange, query = self._application, self._exchange, self._query
+        timeout_s, since = query.timeout_s, exchange.began
+        header_s: float = exchange.request.head.target.timeout_s
+        if header_s and not 0 < timeout_s <= header_s:
+            timeout_s = header_s
+        if not timeout_s:
+            timeout_s, since = application.options.request_timeout_s, exchange.arrived
+        self._asked = now = time.monotonic()
+        if now >= since + timeout_s:
+            raise PenstockError(
+                errors.DEADLINE,
+                f"time was up before the request was queued: {now - since:.3f} s after it began to come, and it has "
+                f"{timeout_s:g} s",
+            )
+        self._number = application.caller.submit(query.form, payload, timeout_s, self, since)
+        exchange.gone = self
 
     def complete(self, answer: Complete) -> None:
-        application, query, seconds = self._application, self._query, time.monotonic() - self._start
+        application, exchange, query = self._application, self._exchange, self._query
+        seconds = time.monotonic() - exchange.arrived
         if application.seconds.observe_one(seconds):
             application.seconds.exemplify(seconds, application.name(query.id, self._number))
-        application.finish(self._exchange, query, answer)
+        application.finish(exchange, query, answer, self._asked, seconds)
 
     def fail(self, error: PenstockError) -> None:
         self._application.fail(self._exchange, error, self._query.id, self._number)
-        self._application.count_refusal(error, time.monotonic() - self._start)
 
     def __call__(self) -> None:
         """The client has hung up: nobody else wants the result."""
@@ -474,5 +501,5 @@ class _TracedInference(_Inference):
     def _ended(self, status: int, answer: Complete | None = None, error: PenstockError | None = None) -> None:
         query = self._query
         model = query.form.model, query.form.version
-        seconds = time.monotonic() - self._start
+        seconds = time.monotonic() - self._exchange.arrived
         self._tracing.ended(self._exchange.request.head, model, seconds, status, query.id, answer, error)

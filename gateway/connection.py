@@ -9,6 +9,7 @@ large bodies straight into a buffer of their own.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol, cast
@@ -69,11 +70,15 @@ class Application(Protocol):
 
 class Exchange:
     """A request and its one answer. ``gone`` is called when the client leaves before it has been answered, and when a
-    gateway that drains ends an answer that goes on."""
+    gateway that drains ends an answer that goes on. ``began``, ``arrived``: when all of the request's head, and all of
+    the request, had come, in seconds of the monotonic clock."""
 
-    __slots__ = ("_connection", "_response", "_sent", "_tail", "gone", "request", "status")
+    __slots__ = ("_connection", "_response", "_sent", "_tail", "arrived", "began", "gone", "request", "status")
 
-    def __init__(self, connection: Connection, request: Request) -> None:
+    def __init__(self, connection: Connection, request: Request, began: float = 0.0) -> None:
+        """``began``: 0 where the body came with its head."""
+        self.arrived = time.monotonic()
+        self.began = began or self.arrived
         self.request = request
         self.status = 0
         self.gone: Callable[[], None] | None = None
@@ -231,7 +236,9 @@ class Connection(asyncio.BufferedProtocol):
         self._reading_paused = False
         self._writing_paused = False
         self._phase = IDLE  # the one that the deadline is for
+        self._began = 0.0  # when the head came whose body is still to come, on the monotonic clock
         self._wait: BoundedWait | None = None  # for room for the body that has begun
+        self._fileno = -1  # while hanging up is watched for, because nothing is read
         self._stream: Stream | None = None  # the answer that goes on
 
     def wait(self, nbytes: int, lead: int, then: Callable[[Slot], None], late: Callable[[str], None]) -> BoundedWait:
@@ -262,6 +269,7 @@ class Connection(asyncio.BufferedProtocol):
         self._http.forget(self)
         self._no_stream()
         self._wait_no_longer()
+        self._forget_hangup()
         self._reader.close()
         for exchange in self._exchanges:
             self._drop(exchange)
@@ -325,7 +333,8 @@ class Connection(asyncio.BufferedProtocol):
             if self._last:
                 http.budget.release(request)
                 continue
-            exchange = Exchange(self, request)
+            exchange = Exchange(self, request, self._began)
+            self._began = 0.0
             self._exchanges.append(exchange)
             if not request.head.keep_alive or http.draining:
                 self._last = True
@@ -335,6 +344,7 @@ class Connection(asyncio.BufferedProtocol):
             self.deadline = float("inf")  # the answers have deadlines of their own
             if len(self._exchanges) >= http.options.pipelined_max:
                 self._pause_reading()
+                self._watch_hangup()
         elif not self._last:
             self._set_deadline()
 
@@ -348,6 +358,8 @@ class Connection(asyncio.BufferedProtocol):
             self._reader.wants_continue = False
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if phase != self._phase:
+            if phase != HEAD and self._phase in (IDLE, HEAD):
+                self._began = time.monotonic()
             self._phase = phase
             if not self._writing_paused:  # which has a deadline of its own
                 self._set_deadline()
@@ -356,9 +368,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _wait_for_room(self) -> None:
         """For the body that has begun. It stays with its client meanwhile, who cannot be late."""
-        assert self._transport is not None
-        self._fileno = self._transport.get_extra_info("socket").fileno()
-        self._http.hangups.watch(self._fileno, self.abort)
+        self._watch_hangup()
         nbytes, lead = self._reader.wanted
         self._wait = self.wait(nbytes, lead, self._has_room, self._has_none)
 
@@ -376,7 +386,17 @@ class Connection(asyncio.BufferedProtocol):
         if self._wait is not None:
             self._wait.leave()
             self._wait = None
+
+    def _watch_hangup(self) -> None:
+        """While nothing is read, though the client waits for what it has asked, or for room for it."""
+        if self._fileno < 0 and self._transport is not None and not self._transport.is_closing():
+            self._fileno = self._transport.get_extra_info("socket").fileno()
+            self._http.hangups.watch(self._fileno, self.abort)
+
+    def _forget_hangup(self) -> None:
+        if self._fileno >= 0:
             self._http.hangups.forget(self._fileno, self.abort)
+            self._fileno = -1
 
     def _set_deadline(self) -> None:
         options, now = self._http.options, self._http.loop.time()
@@ -515,6 +535,7 @@ class Connection(asyncio.BufferedProtocol):
         with it the answer that says why (RFC 9112, 9.6)."""
         assert self._transport is not None
         self._wait_no_longer()
+        self._forget_hangup()
         if self._reader.phase == IDLE or not self._transport.can_write_eof():
             self._close()
             return
@@ -544,6 +565,7 @@ class Connection(asyncio.BufferedProtocol):
         )
         if ready and self._reading_paused and self._transport is not None and not self._transport.is_closing():
             self._reading_paused = False
+            self._forget_hangup()
             self._transport.resume_reading()
 
     def abort(self) -> None:

@@ -37,7 +37,8 @@ class Style(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What a request's JSON says: everything but its tensors. ``timeout_s``: 0 for the default.
+    """What a request's JSON says: everything but its tensors. ``timeout_s``: 0 where it names none. ``explain``: the
+    answer is to say where its time went.
 
     ``reusable``: another request with the same JSON and other binary tensors means the same, as long as the model
     stays.
@@ -48,6 +49,7 @@ class Query(NamedTuple):
     style: Style
     id: str
     timeout_s: float
+    explain: bool
     reusable: bool
 
 
@@ -55,31 +57,36 @@ class Parser:
     """Parses bodies for models, and remembers the JSON parts that come again and again."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str, bytes], Query] = {}
+        self._known: dict[tuple[str, str, bytes, int, str], Query] = {}
         self._forms = Forms()
 
-    def parse(self, spec: ModelSpec, body: Buffer, header_length: int | None) -> tuple[Query, Payload]:
-        """``header_length``: bytes of JSON before the binary tensors, None when all is JSON. Raises PenstockError."""
+    def parse(
+        self, spec: ModelSpec, body: Buffer, header_length: int | None, priority: int = 0, tenant: str = ""
+    ) -> tuple[Query, Payload]:
+        """``header_length``: bytes of JSON before the binary tensors, None when all is JSON. ``priority``: what holds
+        whatever the JSON says, unless it is 0. Raises PenstockError."""
         if header_length is None:
-            return self._parse(spec, body, memoryview(b""))
+            return self._parse(spec, body, memoryview(b""), priority, tenant)
         if not 0 < header_length <= len(body):
             raise PenstockError(
                 BAD_INPUT, f"Inference-Header-Content-Length is {header_length}, and the body has {len(body)} bytes"
             )
         if header_length > _KNOWN_BYTES_MAX:
-            return self._parse(spec, body[:header_length], memoryview(body)[header_length:])
-        key = (spec.name, spec.version, bytes(body[:header_length]))
+            return self._parse(spec, body[:header_length], memoryview(body)[header_length:], priority, tenant)
+        key = (spec.name, spec.version, bytes(body[:header_length]), priority, tenant)
         query = self._known.get(key)
         if query is not None and query.spec is spec and query.form.nbytes == len(body) - header_length:
             return query, body[header_length:]
-        query, payload = self._parse(spec, key[2], memoryview(body)[header_length:])
+        query, payload = self._parse(spec, key[2], memoryview(body)[header_length:], priority, tenant)
         if query.reusable:
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()
             self._known[key] = query
         return query, payload
 
-    def _parse(self, spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Query, Payload]:
+    def _parse(
+        self, spec: ModelSpec, text: Buffer, binary: memoryview, priority: int, tenant: str
+    ) -> tuple[Query, Payload]:
         request = _object(loads(text), "the request")
         identifier = request.get("id", "")
         if type(identifier) is not str or len(identifier) > _ID_MAX:
@@ -88,10 +95,16 @@ class Parser:
         outputs, style = _read_outputs(request.get("outputs", []), parameters)
         _check_style(spec, outputs, style)
         tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
-        priority = _integer(parameters, "priority", MAX_PRIORITY)
-        timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
-        form = self._forms.find(spec, Layout(tuple(tensors), tuple(outputs)), len(payload), priority)
-        return Query(spec, form, style, identifier, timeout_us / 1e6, all_binary and not identifier), payload
+        timeout_us, explain = 0, False
+        if parameters:
+            own_priority = _integer(parameters, "priority", MAX_PRIORITY)  # checked in any case
+            priority = priority or own_priority
+            timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
+            explain = _flag(parameters, "explain", False)
+        layout = Layout(tuple(tensors), tuple(outputs))
+        form = self._forms.find(spec, layout, len(payload), priority, tenant)
+        reusable = all_binary and not identifier
+        return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable), payload
 
 
 def _read_inputs(inputs: Any, binary: memoryview) -> tuple[list[Tensor], Payload, bool]:
@@ -212,36 +225,39 @@ class _Output(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """What answers of one shape and style have in common. ``start``: JSON up to the outputs, without an id."""
+    """What answers of one shape and style have in common. ``start``: JSON up to the outputs, without an id or
+    parameters."""
 
     start: bytes
     outputs: list[_Output]
-    response: bytes  # head and JSON of a response without an id, when all outputs are binary; else empty
+    response: bytes  # head, behind its first lines, and JSON of one without those, if all is binary; else empty
     whole_bytes: int  # of a payload that is just the binary outputs, in their order; -1: none is
 
 
 _HEADS_MAX: Final = 4096
+OK: Final = b"HTTP/1.1 200 OK\r\n"
+_OUTPUTS: Final = b'"outputs":['
 _BINARY_HEAD: Final = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n"
-    b"%bInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n%b"
+    b"%bContent-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n%b"
 )
-_JSON_HEAD: Final = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\n\r\n%b"
+_JSON_HEAD: Final = b"%bContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
 
 
 @lru_cache(maxsize=_HEADS_MAX)
 def _head(body: bytes, style: Style) -> _Head:
     """Raises BadMessage for a body that is no packed Outcome."""
     outcome = unpack_outcome(body)
-    start = b'{"model_name":%b,"model_version":%b,"outputs":[' % (
+    start = b'{"model_name":%b,"model_version":%b,%b' % (
         orjson.dumps(outcome.model),
         orjson.dumps(outcome.version),
+        _OUTPUTS,
     )
     outputs = [_output(tensor, style.is_binary(tensor.name)) for tensor in outcome.tensors]
     response = b""
     if all(output.binary for output in outputs):
         json = start + b",".join(output.before for output in outputs) + b"]}"
         nbytes = sum(output.nbytes for output in outputs)
-        response = _BINARY_HEAD % (b"", len(json), len(json) + nbytes, json)
+        response = wrap(json, nbytes, b"", True)
     return _Head(start, outputs, response, _whole_bytes(outcome))
 
 
@@ -260,23 +276,27 @@ def _whole_bytes(outcome: Outcome) -> int:
     return at
 
 
-def render(body: bytes, payload: Payload, style: Style, identifier: str) -> tuple[bytes, Payload]:
+def render(
+    body: bytes, payload: Payload, style: Style, identifier: str, begin: bytes = OK, parameters: bytes = b""
+) -> tuple[bytes, Payload]:
     """An answer as an HTTP response: its head and JSON, and the binary outputs that follow: the payload itself, when
-    that is just these.
+    that is just these. ``begin``: its first lines. ``parameters``: a JSON object for the answer's, if any.
 
     Raises BadMessage or PenstockError for an answer that cannot be rendered.
     """
     head = _head(body, style)
     if head.response and len(payload) == head.whole_bytes:
-        if not identifier:
-            return head.response, payload
-        json = b"%b%b]}" % (_start(head, identifier), b",".join([output.before for output in head.outputs]))
-        return wrap(json, len(payload), b"", True), payload
-    json, binary = render_body(body, payload, style, identifier)
-    return wrap(json, len(binary), b"", style.binary or bool(binary)), binary
+        if not (identifier or parameters):
+            return begin + head.response, payload
+        json = b"%b%b]}" % (_start(head, identifier, parameters), b",".join([each.before for each in head.outputs]))
+        return wrap(json, len(payload), begin, True), payload
+    json, binary = render_body(body, payload, style, identifier, parameters)
+    return wrap(json, len(binary), begin, style.binary or bool(binary)), binary
 
 
-def render_body(body: bytes, payload: Payload, style: Style, identifier: str) -> tuple[bytes, bytes]:
+def render_body(
+    body: bytes, payload: Payload, style: Style, identifier: str, parameters: bytes = b""
+) -> tuple[bytes, bytes]:
     """An answer's JSON and its binary outputs."""
     head = _head(body, style)
     view = memoryview(payload)
@@ -291,15 +311,18 @@ def render_body(body: bytes, payload: Payload, style: Style, identifier: str) ->
             binary.append(data)
         else:
             parts.append(b"%b%b}" % (before, dump_data(datatype, shape, data)))
-    return b"%b%b]}" % (_start(head, identifier), b",".join(parts)), b"".join(binary)
+    return b"%b%b]}" % (_start(head, identifier, parameters), b",".join(parts)), b"".join(binary)
 
 
-def _start(head: _Head, identifier: str) -> bytes:
-    return b'{"id":%b,%b' % (orjson.dumps(identifier), head.start[1:]) if identifier else head.start
+def _start(head: _Head, identifier: str, parameters: bytes) -> bytes:
+    start = head.start
+    if parameters:
+        start = b'%b"parameters":%b,%b' % (start.removesuffix(_OUTPUTS), parameters, _OUTPUTS)
+    return b'{"id":%b,%b' % (orjson.dumps(identifier), start[1:]) if identifier else start
 
 
-def wrap(json: bytes, binary_bytes: int, extra: bytes, binary: bool) -> bytes:
-    """The head of a response and its JSON, before ``binary_bytes`` more. ``extra``: more header lines."""
+def wrap(json: bytes, binary_bytes: int, begin: bytes, binary: bool) -> bytes:
+    """The head of a response and its JSON, before ``binary_bytes`` more. ``begin``: its first lines."""
     if binary:
-        return _BINARY_HEAD % (extra, len(json), len(json) + binary_bytes, json)
-    return _JSON_HEAD % (extra, len(json), json)
+        return _BINARY_HEAD % (begin, len(json), len(json) + binary_bytes, json)
+    return _JSON_HEAD % (begin, len(json), json)

@@ -45,6 +45,10 @@ _KNOWN: Final = {
         b"expect",
         b"host",
         b"inference-header-content-length",
+        b"penstock-explain",
+        b"penstock-priority",
+        b"penstock-tenant",
+        b"penstock-timeout",
         b"traceparent",
         b"tracestate",
         b"transfer-encoding",
@@ -52,7 +56,19 @@ _KNOWN: Final = {
 }
 # As clients write them: a look-up instead of a conversion.
 _KNOWN.update({name.title(): text for name, text in list(_KNOWN.items())})
-_ONCE: Final = frozenset({"host", "content-length", "inference-header-content-length", "content-type", "expect"})
+_ONCE: Final = frozenset(
+    {
+        "host",
+        "content-length",
+        "inference-header-content-length",
+        "content-type",
+        "expect",
+        "penstock-explain",
+        "penstock-priority",
+        "penstock-tenant",
+        "penstock-timeout",
+    }
+)
 
 
 class HttpError(Exception):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -187,10 +188,13 @@ def _plain(spec: TensorSpec, array: Array) -> list[Any]:
     return elements
 
 
-def write_request(host: str, path: str, body: bytes, json_bytes: int) -> bytes:
-    """All bytes of a POST over HTTP/1.1. ``host``: with the port, as in a URL."""
+def write_request(
+    host: str, path: str, body: bytes, json_bytes: int, more: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
+    """All bytes of a POST over HTTP/1.1. ``host``: with the port, as in a URL. ``more``: headers."""
     kind = "application/octet-stream" if json_bytes else "application/json"
     lines = [f"POST {path} HTTP/1.1", f"Host: {host}", f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
     if json_bytes:
         lines.append(f"Inference-Header-Content-Length: {json_bytes}")
+    lines += [f"{name}: {value}" for name, value in more.items()]
     return "\r\n".join([*lines, "", ""]).encode("ascii") + body

@@ -29,12 +29,14 @@ class HttpTarget:
 
 @dataclass(frozen=True, slots=True)
 class LibraryTarget:
-    """``address``: of a broker, as ``Client`` takes it."""
+    """``address``: of a broker, as ``Client`` takes it. ``priority``, ``tenant``: of all requests."""
 
     address: str
     model: str
     version: str
     inputs: dict[str, Array]
+    priority: int = 0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

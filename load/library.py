@@ -23,7 +23,7 @@ class LibraryLoad:
         assert isinstance(job.target, LibraryTarget)
         self._job = job
         self._target = job.target
-        self._client = Client(job.target.address, timeout=job.timeout_s)
+        self._client = Client(job.target.address, timeout=job.timeout_s, tenant=job.target.tenant)
 
     def start(self) -> None:
         """Raises PenstockError."""
@@ -48,7 +48,7 @@ class LibraryLoad:
         target, client = self._target, self._client
         while (intended := monotonic_ns()) < meter.end:
             try:
-                client.infer(target.model, target.inputs, version=target.version)
+                client.infer(target.model, target.inputs, version=target.version, priority=target.priority)
             except PenstockError as error:
                 _book_error(meter, intended, monotonic_ns(), error)
             else:
@@ -100,7 +100,7 @@ class LibraryLoad:
         """Whether ``note`` will be called with when it was to start, when it ended, and how."""
         target = self._target
         try:
-            future = self._client.submit(target.model, target.inputs, version=target.version)
+            future = self._client.submit(target.model, target.inputs, version=target.version, priority=target.priority)
         except PenstockError as error:
             _book_error(meter, intended, monotonic_ns(), error)
             return False

@@ -7,6 +7,7 @@ import http.client
 import json
 from collections.abc import Mapping
 from contextlib import closing
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -98,18 +99,19 @@ class HttpServer:
         specs: list[TensorSpec],
         binary: bool,
         timeout_us: int = 0,
+        more: Mapping[str, str] = MappingProxyType({}),
     ) -> HttpTarget:
-        """A request that has been tried once. ``timeout_us``: see write_body. Raises ServerError when the server
-        refuses it, and InputsError."""
+        """A request that has been tried once. ``timeout_us``: see write_body. ``more``: headers. Raises ServerError
+        when the server refuses it, and InputsError."""
         body, json_bytes = write_body(inputs, specs, binary, timeout_us)
         path = _path(model, version) + "/infer"
-        headers = {"Content-Type": "application/octet-stream" if json_bytes else "application/json"}
+        headers = {"Content-Type": "application/octet-stream" if json_bytes else "application/json", **more}
         if json_bytes:
             headers["Inference-Header-Content-Length"] = str(json_bytes)
         status, answer = self.ask("POST", path, body, headers)
         if not 200 <= status < 300:
             raise ServerError(f"the server answers {status} to the request: {say(answer)}")
-        request = write_request(self.place.shown, self.place.base + path, body, json_bytes)
+        request = write_request(self.place.shown, self.place.base + path, body, json_bytes, more)
         return HttpTarget(self.address, self.place.port, request)
 
 

@@ -83,6 +83,26 @@ def test_requests_tell_their_deadline_when_they_are_to() -> None:
         assert "parameters" not in json.loads(other.requests[-1][1])
 
 
+def test_requests_say_their_priority_and_tenant_when_they_are_to(server: Server) -> None:
+    with plain_server() as other:
+        run("m", "--url", other.url, "--connections", "1", "--priority", "2", "--tenant", "team blue")
+        asked = [headers for headers, _ in other.requests]
+        assert {(each["penstock-priority"], each["penstock-tenant"]) for each in asked} == {("2", "team blue")}
+        run("m", "--url", other.url, "--connections", "1")
+        assert not {"penstock-priority", "penstock-tenant"} & other.requests[-1][0].keys()
+    for where in (("--url", server.url), ("--runtime-dir", str(server.runtime))):
+        for load in (("--connections", "1"), ("--connections", "2"), ("--rate", "100")):
+            [measured] = loads(run("dense", *where, *load, "--json", "--priority", "5", "--tenant", "red"))
+            assert (measured["errors"], measured["requests_per_s"] > 0) == ({}, True)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--priority", "6"), ("--tenant", "x" * 65), ("--tenant", "é")])
+def test_a_priority_or_tenant_that_cannot_be_is_refused(option: str, value: str) -> None:
+    result = run("m", option, value)
+    assert result.exit_code == 2
+    assert "at most 64 printable ASCII" in result.output if option == "--tenant" else "0<=x<=5" in result.output
+
+
 def test_an_overloaded_server_shows_with_the_client_library_too(server: Server) -> None:
     arguments = ("--runtime-dir", str(server.runtime), "--json")
     [load] = loads(run("dense", *arguments, "--rate", "50000", "--outstanding", "2"))

@@ -100,7 +100,7 @@ def test_other_models_take_their_part_of_the_workers() -> None:
     talk, caller, _ = server(1, cost("m"), cost("n", weight=3000))
     caller.submit(320, "n")
     talk.tick()
-    assert done_ms(talk) == pytest.approx(32 * 4 / 3 + 16), "m is behind n, and served next"
+    assert done_ms(talk) == pytest.approx(32 * 4 / 3 + 4), "m is behind n, and served next"
     caller.submit(32, "m")
     talk.tick()
     assert done_ms(talk, tenant=caller.id) == pytest.approx((32 + 32 * (1 + 3)) * 4 / 3 + 16)
@@ -121,6 +121,13 @@ def test_the_quickest_may_go() -> None:
     workers[1].vanish()
     queue = talk.core.registry.queues["m", "1"]
     assert (queue.row_us, queue.best_row_us) == (5000, 5000)
+
+
+def test_who_comes_while_nothing_waits_is_not_taken_to_run_in_a_full_batch() -> None:
+    talk, caller, _ = server()
+    caller.submit(1)
+    talk.tick()
+    assert done_ms(talk) == pytest.approx(1 * 4 / 3 + 4)
 
 
 # --- refusals ---
@@ -228,3 +235,21 @@ def test_time_really_taken_is_charged() -> None:
         if 160 in given.values():
             break
     assert given["quick"] / given["slow"] > 1.8
+
+
+def test_what_was_measured_long_ago_is_tried_again() -> None:
+    talk, caller, [worker] = server()
+    caller.submit(timeout_s=0.003)
+    talk.tick()
+    assert caller.refused() == {1: "overloaded"}
+    talk.live(1.5)
+    caller.submit(3, timeout_s=0.003)
+    talk.tick()
+    assert caller.refused() == {3: "overloaded", 4: "overloaded"}
+    assert worker.got() == [2]
+    worker.done(caller, 2, compute_us=2000)
+    worker.say(Costs(EPOCH, [cost()._replace(times_us=(2000, 8000))]))
+    caller.submit(timeout_s=0.003)
+    talk.tick()
+    assert caller.refused() == {}
+    assert worker.got() == [5]

@@ -468,6 +468,19 @@ def test_words_of_another_epoch_are_ignored(joined: Conversation, form: MakeForm
     assert joined.caller.membership.joined
 
 
+def test_workers_have_names_until_their_last_answers_have_come(joined: Conversation) -> None:
+    one, other = b"worker 1", b"worker 2"
+    addresses = [WorkerAddress(one, "ipc:///1", 0, "gpu0"), WorkerAddress(other, "ipc:///2", 0, "gpu1")]
+    name = joined.caller.worker_name
+    assert name(one) == one.hex()
+    joined.broker(Workers(9, addresses))
+    assert (name(one), name(other)) == ("gpu0", "gpu1")
+    joined.broker(Workers(9, addresses[1:]))
+    assert (name(one), name(other)) == ("gpu0", "gpu1"), "what it published last may still be on the way"
+    joined.broker(Workers(9, addresses[1:]))
+    assert (name(one), name(other)) == (one.hex(), "gpu1"), "nor are they kept for ever"
+
+
 def test_bye_of_the_broker_fails_what_it_had(joined: Conversation, form: MakeForm) -> None:
     [end] = joined.send(form())
     joined.broker(Bye(9))

@@ -29,7 +29,7 @@ from penstock.client.link import Link
 from penstock.wire.arena import Arena
 from penstock.wire.endpoints import parse_broker
 from penstock.wire.errors import BAD_INPUT, CANCELLED, DEADLINE, LOST, NOT_FOUND, OVERLOADED, TOO_LARGE, UNAVAILABLE
-from penstock.wire.messages import Metrics
+from penstock.wire.messages import Form, Metrics
 from penstock.wire.slots import Slot, Slots
 from penstock.wire.tensors import Array
 
@@ -103,11 +103,57 @@ def test_result_is_what_the_model_says(client: Client, images: Array, scores: Ar
 
 
 def test_result_tells_what_became_of_the_request(client: Client, images: Array) -> None:
-    timing = client.infer("digits", {"image": images[:3]}).timing
-    assert timing.batch_rows == 3
-    assert timing.reason == "idle"
-    assert 0 <= timing.queue_s < 20
-    assert 0 < timing.compute_s < 20
+    first = client.infer("digits", {"image": images[:3]})
+    second = client.submit("digits", {"image": images[:3]}).result(20)
+    for result in (first, second):
+        timing = result.timing
+        assert timing.batch_rows == 3
+        assert timing.reason == "idle"
+        assert 0 <= timing.queue_s < 20
+        assert timing.held_s + timing.waited_s == pytest.approx(timing.queue_s)
+        assert 0 < timing.model_s <= timing.compute_s < 20
+        assert timing.worker.startswith("cpu")
+        assert f"worker {timing.worker}" in result.explain()
+        assert f"batch {timing.batch} of that worker, with 3 rows" in result.explain()
+    assert second.timing.batch > first.timing.batch
+
+
+@pytest.mark.parametrize("way", ["infer", "submit"])
+def test_priorities_and_tenants_go_with_each_call(
+    server: Server, images: Array, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms: list[tuple[int, str]] = []
+    with Client(server.runtime, tenant="blue") as client:
+        client.models()
+        assert client._talk is not None
+        caller = client._talk.link.caller
+
+        def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+            def note(form: Form, *rest: Any) -> Any:
+                forms.append((form.priority, form.tenant))
+                return method(form, *rest)
+
+            return note
+
+        for name in ("submit", "begin"):
+            monkeypatch.setattr(caller, name, noting(getattr(caller, name)))
+        for terms in ({}, {"priority": 1}, {"tenant": "red"}, {"tenant": "", "priority": 5}, {}):
+            answer = getattr(client, way)("digits", {"image": images[:1]}, **terms)
+            assert len(answer if way == "infer" else answer.result(20)) == 1
+    assert list(dict.fromkeys(forms)) == [(0, "blue"), (1, "blue"), (0, "red"), (5, "")]
+    assert forms[-1] == (0, "blue")
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [({"priority": 6}, "a priority is"), ({"priority": "1"}, "a priority is"), ({"tenant": "é"}, "a tenant is")],
+)
+def test_terms_that_cannot_be_are_refused(client: Client, images: Array, terms: dict[str, Any], words: str) -> None:
+    for method in (client.infer, client.submit):
+        error = refused(method, "digits", {"image": images[:1]}, **terms)
+        assert (error.code, words in error.message) == (BAD_INPUT, True)
+    if "tenant" in terms:
+        assert refused(Client, **terms).code == BAD_INPUT
 
 
 def test_outputs_are_the_receivers_own(client: Client, images: Array) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -167,6 +168,15 @@ class Desk:
 
     def begin(self, method: str, url: str, body: bytes = b"", **headers: str) -> Exchange:
         """A request that may be answered later."""
+        exchange = self.exchange(self.read(method, url, body, **headers))
+        self.application.handle(exchange)
+        return exchange
+
+    def exchange(self, request: Request, began_s: float = 0.0) -> Exchange:
+        """``began_s``: when its head came, from now, if that was before its body."""
+        return Exchange(cast(Connection, Line(self)), request, time.monotonic() + began_s if began_s else 0.0)
+
+    def read(self, method: str, url: str, body: bytes = b"", **headers: str) -> Request:
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         head = "\r\n".join([f"{method} {url} HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", *lines, "", ""])
         reader, data = self._reader, head.encode("latin-1") + body
@@ -178,9 +188,7 @@ class Desk:
             reader.feed(memoryview(data[100_000:]))
         [request] = self._reader.requests
         self._reader.requests = []
-        exchange = Exchange(cast(Connection, Line(self)), request)
-        self.application.handle(exchange)
-        return exchange
+        return request
 
     def ask(self, method: str, url: str, body: bytes = b"", **headers: str) -> Said:
         return said(self.begin(method, url, body, **headers))
@@ -207,7 +215,9 @@ def waits(exchange: Exchange) -> bool:
 
 
 X = np.array([[1, 2]], "<f4").tobytes()
+INFER_URL = "/v2/models/double/infer"
 INFER = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
+BODY = json.dumps(INFER).encode()
 DOUBLED = (
     b'{"model_name":"double","model_version":"1","outputs":'
     b'[{"name":"y","datatype":"FP32","shape":[1,2],"data":[2.0,4.0]}]}'
@@ -413,12 +423,147 @@ def test_request_goes_to_the_broker_and_its_result_to_the_client(joined: Desk) -
     assert unpack_layout(requests.form.body).tensors == (Tensor("x", "FP32", (1, 2), 0, 8),)
     assert message.blob == X
     joined.double(1, X)
-    assert said(exchange) == (
-        200,
-        {"Content-Type": "application/json", "Content-Length": str(len(DOUBLED))},
-        DOUBLED,
+    answer = said(exchange)
+    timing = answer.headers.pop("Server-Timing")
+    assert answer == (200, {"Content-Type": "application/json", "Content-Length": str(len(DOUBLED))}, DOUBLED)
+    assert re.fullmatch(r"queue;dur=0\.007, batch;dur=0\.010, model;dur=0\.005, total;dur=\d+\.\d{3}", timing)
+    assert joined.caller.calls == {}
+
+
+# --- what is asked of the scheduler ---
+
+
+TERMS = {"Penstock_Priority": "2", "Penstock_Tenant": "blue", "Penstock_Timeout": "5"}
+
+
+def test_headers_say_how_urgent_a_request_is_for_whom_and_what_time_it_has(joined: Desk) -> None:
+    joined.infer(**TERMS)
+    [group] = joined.sent().groups
+    assert (group.form.priority, group.form.tenant) == (2, "blue")
+    assert group.timeouts_us[0] == pytest.approx(5e6, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "headers", "priority", "timeout_s"),
+    [
+        ({"priority": 4}, {}, 4, 30),
+        ({"priority": 4}, {"Penstock_Priority": "1"}, 1, 30),
+        ({"priority": 4}, {"Penstock_Priority": "0"}, 4, 30),
+        ({"timeout": 3_000_000}, {"Penstock_Timeout": "5"}, 0, 3),
+        ({"timeout": 7_000_000}, {"Penstock_Timeout": "5"}, 0, 5),
+        ({"timeout": 0}, {"Penstock_Timeout": "5"}, 0, 5),
+        ({"timeout": 7_000_000}, {}, 0, 7),
+        ({}, {"Penstock_Timeout": "3600"}, 0, 3600),
+    ],
+)
+def test_headers_and_parameters_together(
+    joined: Desk, parameters: dict[str, int], headers: dict[str, str], priority: int, timeout_s: float
+) -> None:
+    joined.infer(INFER | {"parameters": parameters}, **headers)
+    [group] = joined.sent().groups
+    assert group.form.priority == priority
+    assert group.timeouts_us[0] == pytest.approx(timeout_s * 1e6, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("Penstock-Timeout", "-1"),
+        ("Penstock-Timeout", "86401"),
+        ("Penstock-Priority", "9"),
+        ("Penstock-Tenant", "x" * 65),
+        ("Penstock-Explain", "please"),
+    ],
+)
+def test_header_that_asks_for_what_cannot_be_is_400_and_named(joined: Desk, header: str, value: str) -> None:
+    for _ in range(2):  # the head is known the second time, and what it means is not
+        answer = said(joined.infer(**{header.replace("-", "_"): value}))
+        assert answer.status == 400
+        assert answer.error.startswith(f"the header {header}")
+    assert joined.caller.calls == {}
+
+
+def test_invented_tenants_grow_nothing_without_a_limit(joined: Desk) -> None:
+    for number in range(3000):
+        joined.application._parser.parse(spec(), json.dumps(INFER).encode(), None, 0, f"tenant {number}")
+    assert len(joined.application._parser._forms._known) <= 1024
+
+
+def test_time_of_a_request_runs_since_its_head_has_come(joined: Desk) -> None:
+    exchange = joined.exchange(joined.read("POST", INFER_URL, BODY, Penstock_Timeout="5"), -2.0)
+    joined.application.handle(exchange)
+    [group] = joined.sent().groups
+    assert group.timeouts_us[0] == pytest.approx(3e6, rel=0.1)
+
+
+@pytest.mark.parametrize("way", ["header", "parameter"])
+def test_request_whose_time_was_up_when_it_had_come_is_504_and_goes_nowhere(joined: Desk, way: str) -> None:
+    parameters = {"parameters": {"timeout": 100_000}} if way == "parameter" else {}
+    headers = {"Penstock_Timeout": "0.1"} if way == "header" else {}
+    exchange = joined.exchange(
+        joined.read("POST", INFER_URL, json.dumps({"id": "7", **INFER, **parameters}).encode(), **headers), -0.2
+    )
+    joined.application.handle(exchange)
+    answer = said(exchange)
+    assert answer.status == 504
+    assert re.fullmatch(
+        r"time was up before the request was queued: 0\.\d{3} s after it began to come, and it has 0\.1 s", answer.error
     )
     assert joined.caller.calls == {}
+    assert joined.meter("penstock_request_failures", "double", "", errors.DEADLINE) == 1
+
+
+def test_request_that_names_no_time_has_all_of_it_when_it_has_come(joined: Desk) -> None:
+    exchange = joined.exchange(joined.read("POST", INFER_URL, BODY), -60.0)
+    joined.application.handle(exchange)
+    [group] = joined.sent().groups
+    assert group.timeouts_us[0] == pytest.approx(30e6, rel=0.1)
+
+
+# --- where time went ---
+
+
+EXPLAINED = ("why", "worker", "batch", "batch_rows", "batch_reason", "body_ms", "ahead_ms", "held_ms", "waited_ms",
+             "batch_ms", "model_ms", "rest_ms", "total_ms")  # fmt: skip
+
+
+@pytest.mark.parametrize("identifier", ["", "7"])
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("accept", ["", "gzip"])
+def test_answer_explains_itself_to_who_asks(
+    desk: Desk, identifier: str, binary: bool, header: bool, accept: str
+) -> None:
+    desk.join(ready())
+    desk.hear(FromBroker(Workers(EPOCH, [WorkerAddress(b"worker 0", "ipc://results", 0, "gpu0")])))
+    parameters = {"binary_data_output": binary, "explain": True} if not header else {"binary_data_output": binary}
+    headers = {"Penstock_Explain": "1"} if header else {}
+    if accept:
+        headers["Accept_Encoding"] = accept
+    exchange = desk.infer(INFER | {"id": identifier, "parameters": parameters}, **headers)
+    desk.sent()
+    desk.double(1, X)
+    answer = said(exchange)
+    body = gzip.decompress(answer.body) if answer.headers.get("Content-Encoding") == "gzip" else answer.body
+    told = json.loads(body[: int(answer.headers.get("Inference-Header-Content-Length", len(body)))])
+    assert list(told) == [*(["id"] if identifier else []), "model_name", "model_version", "parameters", "outputs"]
+    assert tuple(told["parameters"]) == EXPLAINED
+    assert (told["parameters"]["worker"], told["parameters"]["batch_reason"]) == ("gpu0", "idle")
+    assert "Server-Timing" in answer.headers
+    if binary:
+        assert np.frombuffer(body[-8:], "<f4").tolist() == [2, 4]
+
+
+def test_nobody_else_is_told(joined: Desk) -> None:
+    exchange = joined.infer(INFER | {"parameters": {"explain": False}})
+    joined.sent()
+    joined.double(1, X)
+    assert said(exchange).body == DOUBLED
+
+
+def test_explain_is_true_or_false(joined: Desk) -> None:
+    answer = said(joined.infer(INFER | {"parameters": {"explain": 1}}))
+    assert (answer.status, answer.error) == (400, "parameter 'explain' is true or false")
 
 
 def test_version_in_the_path_is_the_one_that_is_asked(desk: Desk) -> None:
@@ -512,6 +657,7 @@ def test_every_failure_has_its_status(
     answer = said(exchange)
     assert (answer.status, answer.error) == (status, "[request id: a1] because")
     known = {"Content-Type": "application/json", "Content-Length": str(len(answer.body))}
+    assert re.fullmatch(r"total;dur=\d+\.\d{3}", answer.headers.pop("Server-Timing"))
     assert answer.headers == known | headers
     refusals = joined.caller.meters.histogram("penstock_http_refusal_seconds")
     assert sum(refusals.counts) == (status in (503, 504))
@@ -979,13 +1125,15 @@ def test_time_that_a_tensor_waits_is_the_requests_own(loop: Loop, slots: Slots) 
     desk = Desk(loop, slots, arena_wait_s=60, request_timeout_s=0.005).join(ready())
     whole = slots.take(slots.arena.size)
     assert whole is not None
-    as_json(desk, 40_000)
+    exchange = as_json(desk, 40_000)
     late = time.monotonic() + 0.005
     loop.until(lambda: time.monotonic() > late)
     whole.give_back()
-    loop.until(lambda: desk.caller.calls)
-    [group] = desk.sent().groups
-    assert group.timeouts_us == (1,), "the broker says that it is late"
+    loop.until(lambda: not waits(exchange))
+    assert (said(exchange).status, desk.caller.calls) == (504, {})
+    assert "time was up before the request was queued" in said(exchange).error
+    desk.budget.release(exchange.request)
+    assert slots.arena.allocator.used == 0
 
 
 @pytest.mark.parametrize("send", [as_json, squeezed])

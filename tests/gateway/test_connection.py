@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from penstock.gateway import reader
 from penstock.gateway.connection import Exchange, Stream
 from penstock.wire.arena import Arena
 from penstock.wire.errors import PenstockError
@@ -235,6 +237,54 @@ def test_client_that_leaves_is_noticed_once(echo: Echo, serve: Serve, how: str) 
     serving.ended()
     assert echo.gone == [b"/0"] * (how == "reset")
     assert serving.http.budget.used == 0
+
+
+@pytest.mark.parametrize("how", ["reset", "leave", "end"])
+def test_client_that_leaves_is_noticed_though_nothing_more_is_read_from_it(echo: Echo, serve: Serve, how: str) -> None:
+    """It has asked for as much as a connection may, so that nothing shows that it has gone but its hanging up."""
+    echo.hold = True
+    serving = serve(echo, pipelined_max=2)
+    peer = serving.connect()
+    peer.send(ask("/0") + ask("/1"))
+    serving.loop.until(lambda: len(echo.exchanges) == 2)
+    getattr(peer, how)()
+    serving.ended()
+    assert echo.gone == [b"/0", b"/1"]
+
+
+def test_client_that_is_read_again_is_not_watched_any_more(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo, pipelined_max=1)
+    peer = serving.connect()
+    for turn in range(3):
+        peer.send(ask(f"/{turn}"))
+        serving.loop.until(lambda turn=turn: len(echo.exchanges) == turn + 1)  # type: ignore[misc]
+        assert len(serving.http.hangups._watched) == 1
+        echo.tell(echo.exchanges[turn])
+        assert serving.http.hangups._watched == {}
+        assert peer.response().status == 200
+
+
+def test_a_request_knows_when_its_head_came_and_when_all_of_it(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo)
+    peer = serving.connect()
+    peer.send(ask("/whole", method="POST", body=b"x"))
+    peer.response()
+    [connection] = serving.http.connections
+    for size in (10, 100_000):  # the second is received elsewhere
+        start = time.monotonic()
+        peer.send(ask("/a", f"Content-Length: {size}", method="POST")[:-5])  # not yet all of the head
+        serving.loop.until(lambda: connection._phase == reader.HEAD)
+        middle = time.monotonic()
+        peer.send(ask("/a", f"Content-Length: {size}", method="POST")[-5:] + b"x")
+        serving.loop.until(lambda: connection._phase == reader.BODY)
+        behind = time.monotonic()
+        peer.send(b"x" * (size - 1) + ask("/next"))
+        assert [peer.response().status for _ in range(2)] == [200, 200]
+        slow, following = echo.exchanges[-2:]
+        assert start < middle < slow.began < behind < slow.arrived
+        assert following.began == following.arrived
+    assert echo.exchanges[0].began == echo.exchanges[0].arrived
 
 
 def test_answer_for_nobody_is_dropped(echo: Echo, serve: Serve) -> None:

@@ -111,6 +111,35 @@ def test_id_priority_and_timeout() -> None:
     assert (query.id, query.form.priority, query.timeout_s) == ("né 1", 1, 1.5)
 
 
+@pytest.mark.parametrize("binary", [False, True])
+def test_requests_that_differ_in_urgency_or_tenant_are_not_taken_for_each_other(binary: bool) -> None:
+    """Though their JSON is the same, and known."""
+    parser = Parser()
+    inputs, raw = ([A_BINARY, B_BINARY], A_RAW + B_RAW) if binary else ([A_JSON, B_JSON], b"")
+    text = json.dumps({"inputs": inputs, "parameters": {"priority": 4}}).encode()
+    length = len(text) if binary else None
+    for _ in range(2):
+        for priority, tenant in ((0, ""), (1, ""), (0, "blue"), (1, "blue"), (0, "red")):
+            form = parser.parse(PAIR, text + raw, length, priority, tenant)[0].form
+            assert (form.priority, form.tenant) == (priority or 4, tenant)
+            assert parser.parse(PAIR, text + raw, length, priority, tenant)[0].form is form
+
+
+def test_a_priority_that_is_none_is_refused_whatever_holds() -> None:
+    text = json.dumps({"inputs": [A_JSON, B_JSON], "parameters": {"priority": 9}}).encode()
+    with pytest.raises(PenstockError, match="parameter 'priority' is a whole number from 0 to 5"):
+        Parser().parse(PAIR, text, None, 2)
+
+
+def test_what_is_remembered_of_tenants_is_bounded() -> None:
+    parser = Parser()
+    text = json.dumps({"inputs": [A_BINARY, B_BINARY]}).encode()
+    for number in range(3000):
+        parser.parse(PAIR, text + A_RAW + B_RAW, len(text), 0, f"tenant {number}")
+    assert len(parser._known) <= 1024
+    assert len(parser._forms._known) <= 1024
+
+
 @pytest.mark.parametrize(
     ("outputs", "default", "style", "binary"),
     [
@@ -404,7 +433,10 @@ class Said(NamedTuple):
 
 
 def respond(outcome: Outcome, payload: Buffer, style: Style, identifier: str = "") -> Said:
-    head, tail = render(pack_outcome(outcome), payload, style, identifier)
+    return split(*render(pack_outcome(outcome), payload, style, identifier))
+
+
+def split(head: bytes, tail: Buffer) -> Said:
     before, _, body = (head + bytes(tail)).partition(b"\r\n\r\n")
     first, *lines = before.split(b"\r\n")
     headers = dict(line.decode().split(": ", 1) for line in lines)
@@ -444,6 +476,23 @@ def test_answer_as_binary(identifier: str) -> None:
         b'{"name":"text","datatype":"BYTES","shape":[2,1],"parameters":{"binary_data_size":11}}]}'
     )
     assert said.binary == A_RAW + B_RAW
+
+
+@pytest.mark.parametrize("style", [Style(True), Style(False), Style(True, frozenset({"sum"}))])
+@pytest.mark.parametrize("identifier", ["", "7"])
+def test_answer_with_more_headers_and_parameters(style: Style, identifier: str) -> None:
+    payload = A_RAW + B_RAW
+    plain = respond(ANSWER, payload, style, identifier)
+    head, tail = render(pack_outcome(ANSWER), payload, style, identifier, b"HTTP/1.1 200 OK\r\nA: b\r\n", b'{"c":1}')
+    said = split(head, tail)
+    assert (said.headers.pop("A"), said.status, said.binary) == ("b", plain.status, plain.binary)
+    assert said.headers.keys() == plain.headers.keys()
+    told = json.loads(said.text)
+    assert list(told)[-2:] == ["parameters", "outputs"]
+    assert told.pop("parameters") == {"c": 1}
+    assert told == json.loads(plain.text)
+    more = split(*render(pack_outcome(ANSWER), payload, style, identifier, b"HTTP/1.1 200 OK\r\nA: b\r\n"))
+    assert (more.headers.pop("A"), more) == ("b", plain)
 
 
 def test_binary_answer_is_not_copied() -> None:

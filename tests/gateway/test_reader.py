@@ -213,6 +213,7 @@ PLAIN = (b"POST / HTTP/1.1", HOST)
         (head(*PLAIN, b"Transfer-Encoding: chunked", b"Connection: Upgrade", b"Upgrade: x"), 501, "leave out CONNECT"),
         (head(*PLAIN, b"Inference-Header-Content-Length: 1", b"inference-header-content-length: 1"), 400, "twice"),
         (head(*PLAIN, b"Content-Type: a", b"Content-Type: a"), 400, "content-type is there twice"),
+        (head(*PLAIN, b"Penstock-Tenant: a", b"penstock-tenant: b"), 400, "penstock-tenant is there twice"),
     ],
 )
 def test_refused(raw: bytes, status: int, words: str) -> None:

@@ -106,6 +106,18 @@ def test_what_is_no_answer_is_refused(data: bytes, sentence: str) -> None:
         Answers({}).feed(data)
 
 
+def test_heads_that_differ_in_what_they_tell_of_time_are_known() -> None:
+    known: dict[bytes, object] = {}
+    reader = Answers(known)  # type: ignore[arg-type]
+    for status in (200, 404):
+        for number in range(500):
+            timing = b"Server-Timing: queue;dur=%d, total;dur=1" % number
+            for lines in ([timing, b"Content-Length: 5"], [b"Content-Length: 5", timing]):
+                data = b"\r\n".join([b"HTTP/1.1 %d OK" % status, *lines, b"", b"hello"])
+                assert reader.feed(data) == status
+    assert len(known) == 2
+
+
 def test_what_is_known_of_heads_is_bounded() -> None:
     known: dict[bytes, object] = {}
     reader = Answers(known)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import gzip
 import json
 import socket
 import struct
+import time
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,73 @@ def test_a_binary_size_that_lies(server: Server, size: int, words: str) -> None:
     )
     assert status == 400
     assert words in json.loads(answer)["error"]
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "words"),
+    [
+        ("Penstock-Timeout", "-1", "more than 0 and at most 86400"),
+        ("Penstock-Timeout", "0", "more than 0 and at most 86400"),
+        ("Penstock-Timeout", "nan", "more than 0 and at most 86400"),
+        ("Penstock-Timeout", "1e9", "more than 0 and at most 86400"),
+        ("Penstock-Timeout", "86401", "more than 0 and at most 86400"),
+        ("Penstock-Priority", "6", "from 1, the most urgent, to 5"),
+        ("Penstock-Priority", "high", "from 1, the most urgent, to 5"),
+        ("Penstock-Tenant", "x" * 65, "at most 64 printable ASCII characters"),
+        ("Penstock-Tenant", "\xe9", "at most 64 printable ASCII characters"),
+        ("Penstock-Explain", "true", "1 or 0"),
+    ],
+)
+def test_headers_that_ask_for_what_cannot_be(server: Server, header: str, value: str, words: str) -> None:
+    status, headers, answer = server.request("POST", "/v2/models/dense/infer", request(X), {header: value})
+    error = json.loads(answer)["error"]
+    assert (status, header in error, words in error) == (400, True, True), error
+    assert headers["server-timing"].startswith("total;dur=")
+
+
+def test_headers_say_how_urgent_and_for_whom_and_answers_where_time_went(server: Server) -> None:
+    asked = {"Penstock-Timeout": "20", "Penstock-Priority": "1", "Penstock-Tenant": "blue", "Penstock-Explain": "1"}
+    body, length = binary(np.ones((1, 4), np.float32), "FP32")
+    for sent, more in ((request(X), {}), (body, {"Inference-Header-Content-Length": str(length)})):
+        status, headers, answer = server.request("POST", "/v2/models/dense/infer", sent, asked | more)
+        assert status == 200, answer
+        told = json.loads(answer)["parameters"]
+        assert told["worker"] == "cpu-0"
+        assert told["batch_rows"] == 1
+        assert told["why"].endswith(f"batch {told['batch']} of that worker, with 1 row, took {told['batch_ms']:.1f} ms")
+        parts = ("body_ms", "ahead_ms", "held_ms", "waited_ms", "batch_ms", "rest_ms")
+        assert sum(told[part] for part in parts[1:]) == pytest.approx(told["total_ms"], abs=0.1)
+        assert all(told[part] >= 0 for part in parts)
+        timing = dict(each.split(";dur=") for each in headers["server-timing"].split(", "))
+        assert list(timing) == ["queue", "batch", "model", "total"]
+        assert float(timing["batch"]) == told["batch_ms"]
+    status, headers, answer = server.request("POST", "/v2/models/dense/infer", request(X))
+    assert "parameters" not in json.loads(answer)
+    assert "server-timing" in headers
+
+
+def test_a_body_that_uses_up_its_requests_time_is_504(server: Server) -> None:
+    body = request(X)
+    lines = [
+        "POST /v2/models/dense/infer HTTP/1.1",
+        "Host: a",
+        f"Content-Length: {len(body)}",
+        "Penstock-Timeout: 0.05",
+    ]
+    head = "\r\n".join([*lines, "", ""])
+
+    def coming() -> bool:
+        return any(count for name, count in server.metrics().items() if name.startswith("penstock_http_body_bytes"))
+
+    with socket.create_connection((server.host, server.port), timeout=DEADLINE_S) as client:
+        client.sendall(head.encode() + body[:10])
+        wait_for(coming, "the gateway to have its head")
+        late = time.monotonic() + 0.06
+        wait_for(lambda: time.monotonic() > late, "its time to be up")
+        client.sendall(body[10:])
+        answer = client.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 504 ")
+    assert b"time was up before the request was queued" in answer
 
 
 def test_paths_and_methods(server: Server) -> None:

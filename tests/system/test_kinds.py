@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from penstock.client import Client, PenstockError
+from penstock.client.client import DEFAULT_ARENA_BYTES
 from penstock.wire.errors import BAD_INPUT, UNAVAILABLE
 from penstock.wire.tensors import Array
 from tests.system import kinds
@@ -39,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module", params=["placed", "sent"])
 def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Client]:
     """With memory that it shares with workers, and without."""
-    with Client(server.runtime, **({} if request.param == "placed" else {"arena_bytes": 0})) as client:
+    with Client(server.runtime, arena_bytes=DEFAULT_ARENA_BYTES if request.param == "placed" else 0) as client:
         yield client
 
 

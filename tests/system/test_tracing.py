@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,8 +116,13 @@ def test_a_request_without_a_trace_begins_one_and_has_its_id(server: Server, col
 
 
 def test_a_request_that_fails_says_so(server: Server, collector: Collector) -> None:
-    request = json.loads(SEVEN) | {"parameters": {"timeout": 1}}
-    status, _ = server.infer("digits", request)
+    request = json.loads(SEVEN) | {"parameters": {"timeout": 100_000}}
+    [worker] = server.children("worker")
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        status, _ = server.infer("digits", request)
+    finally:
+        os.kill(worker, signal.SIGCONT)
     assert status == 504
     [span] = collector.take(1).values()
     about = attributes(span)

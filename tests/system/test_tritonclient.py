@@ -76,6 +76,18 @@ def test_only_the_outputs_that_are_asked_for_come(client: Any) -> None:
     np.testing.assert_array_equal(result.as_numpy("difference"), A - B)
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_who_asks_is_told_where_the_time_went(client: Any, binary: bool) -> None:
+    outputs = [triton.InferRequestedOutput("sum", binary_data=binary)]
+    headers = {"Penstock-Tenant": "blue", "Penstock-Timeout": "5"}
+    asked = {"priority": 2, "timeout": 4_000_000, "parameters": {"explain": True}, "headers": headers}
+    result = client.infer("sums", sums(binary), outputs=outputs, **asked)
+    np.testing.assert_array_equal(result.as_numpy("sum"), A + B)
+    told = result.get_response()["parameters"]
+    assert (told["worker"], told["batch_rows"]) == ("cpu-0", 2)
+    assert told["why"]
+
+
 @pytest.mark.parametrize("request_encoding", [None, "gzip", "deflate"])
 @pytest.mark.parametrize("response_encoding", [None, "gzip", "deflate"])
 def test_compression_both_ways(client: Any, request_encoding: str | None, response_encoding: str | None) -> None:

@@ -1,0 +1,42 @@
+"""What a request may ask of whoever schedules it: how much time it has, how urgent it is, and for whom it is.
+
+The gateway and the client library refuse the same, in the same words; nothing is cut to what is allowed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from penstock.wire.errors import BAD_INPUT, PenstockError
+from penstock.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY, MAX_TENANT, MAX_TIMEOUT_US
+
+TIMEOUT_MAX_S: Final = MAX_TIMEOUT_US / 1_000_000
+_SHOWN_MAX: Final = 40  # characters of what is refused
+
+
+def check_timeout(timeout: float) -> float:
+    """Seconds that a request may take. Raises PenstockError for what is none."""
+    if not 0 < timeout <= TIMEOUT_MAX_S:  # nor is what compares with nothing
+        raise PenstockError(
+            BAD_INPUT, f"a timeout is more than 0 and at most {TIMEOUT_MAX_S:.0f} seconds, not {timeout!r}"
+        )
+    return timeout
+
+
+def check_terms(priority: Any, tenant: Any) -> None:
+    """Raises PenstockError for a priority or a tenant that is none."""
+    if type(priority) is not int or not 0 <= priority <= MAX_PRIORITY:
+        raise PenstockError(
+            BAD_INPUT,
+            f"a priority is a whole number from 1, the most urgent, to {MAX_PRIORITY}, or 0 for the usual one, which "
+            f"is {DEFAULT_PRIORITY}; not {_shown(priority)}",
+        )
+    if type(tenant) is not str or len(tenant) > MAX_TENANT or not (tenant.isascii() and tenant.isprintable()):
+        raise PenstockError(
+            BAD_INPUT, f"a tenant is at most {MAX_TENANT} printable ASCII characters, not {_shown(tenant)}"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}... ({len(text)} characters)"

@@ -1,0 +1,40 @@
+"""What a request may ask of the scheduler, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from penstock.client.terms import check_terms, check_timeout
+from penstock.wire.errors import BAD_INPUT, PenstockError
+
+
+@pytest.mark.parametrize("timeout", [1e-6, 0.1, 1, 86_400])
+def test_a_timeout_that_can_be(timeout: float) -> None:
+    assert check_timeout(timeout) == timeout
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 86_400.1, float("nan"), float("inf"), -0.0])
+def test_a_timeout_that_cannot_be(timeout: float) -> None:
+    with pytest.raises(PenstockError, match=r"more than 0 and at most 86400 seconds, not ") as raised:
+        check_timeout(timeout)
+    assert raised.value.code == BAD_INPUT
+
+
+@pytest.mark.parametrize(("priority", "tenant"), [(0, ""), (1, "a"), (5, "team blue/7 ~!"), (3, "x" * 64)])
+def test_terms_that_can_be(priority: int, tenant: str) -> None:
+    check_terms(priority, tenant)
+
+
+@pytest.mark.parametrize("priority", [-1, 6, 1.0, True, "1", None, [1], 1 << 70])
+def test_a_priority_that_cannot_be(priority: Any) -> None:
+    with pytest.raises(PenstockError, match=r"from 1, the most urgent, to 5, or 0 for the usual one, which is 3; not "):
+        check_terms(priority, "")
+
+
+@pytest.mark.parametrize("tenant", ["x" * 65, "é", "a\nb", "\x7f", "a\tb", b"a", None, 7, ["a"], "y" * 100_000])
+def test_a_tenant_that_cannot_be(tenant: Any) -> None:
+    with pytest.raises(PenstockError, match="at most 64 printable ASCII characters, not ") as raised:
+        check_terms(0, tenant)
+    assert len(raised.value.message) < 200
