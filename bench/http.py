@@ -97,6 +97,9 @@ class Server:
             [*command, f"--runtime-dir={self._runtime}", "--log-level=warning", *self._arguments],
             stdout=subprocess.PIPE,
             text=True,
+            # As other servers have it: Linux shares a desktop's or a shell's processors out by sessions (autogroups),
+            # and in ours it would have to share with who makes the load.
+            start_new_session=True,
         )
         assert self._process.stdout is not None
         ready = self._process.stdout.readline()

@@ -11,9 +11,10 @@ from bench.peerlist import PEERS, V2_BINARY
 OWN: Final = "penstock"
 # The numbers of connections of the short table and of the plot, where they were measured.
 SHOWN: Final[Mapping[str, int]] = {"tiny": 64, "mlp": 64, "image": 16, "heavy": 64}
-_OWN_COLOR: Final = "#d1495b"
+OWN_COLOR: Final = "#d1495b"
 _OTHER_COLOR: Final = "#7d93a8"
-_TEXT_COLOR: Final = "#222222"
+OTHER_COLORS: Final = (_OTHER_COLOR, "#30638e", "#edae49", "#00798c", "#8d6a9f", "#5b8e7d", "#a3a3a3")  # of lines
+TEXT_COLOR: Final = "#222222"
 
 
 # --- tables
@@ -145,16 +146,16 @@ def _draw(
         _bars(rate, keys, {key: row["requests_per_s"] for key, row in here.items()}, own)
         _bars(cpu, keys, {key: row["cpu_us"] for key, row in here.items()}, own)
         _spans(latency, keys, {key: (row["p50_ms"], row["p99_ms"]) for key, row in here.items()}, own)
-        rate.set_title(f"{model}, {connections} connections: requests/s", fontsize=9, loc="left", color=_TEXT_COLOR)
-        cpu.set_title("CPU µs a request (less is better)", fontsize=9, loc="left", color=_TEXT_COLOR)
-        latency.set_title("p50 (dot) to p99 (bar), ms (less is better)", fontsize=9, loc="left", color=_TEXT_COLOR)
+        rate.set_title(f"{model}, {connections} connections: requests/s", fontsize=9, loc="left", color=TEXT_COLOR)
+        cpu.set_title("CPU µs a request (less is better)", fontsize=9, loc="left", color=TEXT_COLOR)
+        latency.set_title("p50 (dot) to p99 (bar), ms (less is better)", fontsize=9, loc="left", color=TEXT_COLOR)
         rate.set_yticks(range(len(keys)), [names[key].replace(", ", ",\n") for key in keys], fontsize=8)
         rate.set_ylim(len(keys) - 0.4, -0.6)
         for axes in (rate, cpu, latency):
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.tick_params(labelsize=8)
-    figure.suptitle(f"{machine['cpu']}, {machine['date']}; logarithmic scales", fontsize=9, color=_TEXT_COLOR)
+    figure.suptitle(f"{machine['cpu']}, {machine['date']}; logarithmic scales", fontsize=9, color=TEXT_COLOR)
     figure.savefig(path, dpi=90)
     return True
 
@@ -170,7 +171,7 @@ def order(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]
 
 def _bars(axes: Any, keys: Sequence[str], values: Mapping[str, float], own: str) -> None:
     shown = [(at, key) for at, key in enumerate(keys) if key in values]
-    colors = [_OWN_COLOR if key == own else _OTHER_COLOR for _, key in shown]
+    colors = [OWN_COLOR if key == own else _OTHER_COLOR for _, key in shown]
     axes.barh([at for at, _ in shown], [values[key] for _, key in shown], color=colors, height=0.7)
     for at, key in shown:
         axes.annotate(
@@ -180,7 +181,7 @@ def _bars(axes: Any, keys: Sequence[str], values: Mapping[str, float], own: str)
             xytext=(3, 0),
             va="center",
             fontsize=8,
-            color=_TEXT_COLOR,
+            color=TEXT_COLOR,
         )
     _scale(axes, list(values.values()), begin=2.0)
 
@@ -189,12 +190,12 @@ def _spans(axes: Any, keys: Sequence[str], values: Mapping[str, tuple[float, flo
     for at, key in enumerate(keys):
         if key in values:
             low, high = values[key]
-            color = _OWN_COLOR if key == own else _OTHER_COLOR
+            color = OWN_COLOR if key == own else _OTHER_COLOR
             axes.plot([low, high], [at, at], color=color, linewidth=3, solid_capstyle="butt")
             axes.plot([low], [at], "o", color=color, markersize=6)
             text = f"{_three_digits(low)} to {_three_digits(high)}"
             axes.annotate(
-                text, (high, at), textcoords="offset points", xytext=(5, 0), va="center", fontsize=8, color=_TEXT_COLOR
+                text, (high, at), textcoords="offset points", xytext=(5, 0), va="center", fontsize=8, color=TEXT_COLOR
             )
     _scale(axes, [each for pair in values.values() for each in pair], begin=1.5)
 

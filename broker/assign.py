@@ -67,7 +67,15 @@ class Assigner:
             pool.join(worker)
 
     def worker_went(self, worker: WorkerPeer) -> None:
+        pool = worker.pool
         self._move(worker, None)
+        for model in pool.models if pool is not None else ():
+            self.worker_changed(model)
+
+    def worker_changed(self, model: ModelQueue) -> None:
+        """What waited for a worker that is faster than others may wait for it in vain."""
+        if model.requests:
+            self._changed[model] = None
 
     def _dissolve(self, pool: Pool) -> None:
         for model in pool.models:
@@ -192,7 +200,7 @@ class Assigner:
                 waits = not model.requests or model in pool.waiting
                 assert waits, f"nobody looks at {model.requests} of {model.key}"
             for worker in model.workers:
-                if worker in self._free or worker.batches:
-                    continue
+                if worker in self._free or worker.batches or model.is_slow(worker):
+                    continue  # the last of these may leave it to others
                 overlooked = model.could_give(worker.room(model.key), worker.callers, worker.full)
                 assert not overlooked, f"{worker.name} is idle, and {model.requests} of {model.key} wait"

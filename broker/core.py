@@ -242,6 +242,7 @@ class Core:
                     if queue is not None:
                         queue.learn(worker)
                         queue.measured = now
+                        self._assigner.worker_changed(queue)
                 self._assigner.room_came(worker)
             case Beat():
                 worker.samples = message.samples

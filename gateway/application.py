@@ -56,6 +56,7 @@ STATUSES: Final = {
     errors.MODEL_FAILED: 500,
     errors.INTERNAL: 500,
 }
+_REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
 _JOIN_MAX_BYTES: Final = 64 * 1024  # a larger payload is written behind the head instead of being copied
@@ -93,6 +94,7 @@ class Application:
         self._quiet = Quiet()
         self._responses: dict[int, Value] = {}
         self.seconds = caller.meters.histogram("penstock_http_request_seconds")
+        self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
         self._server = {"name": "penstock", "version": version("penstock"), "extensions": ["binary_tensor_data"]}
         routes: list[Route[Handler]] = [
             Route("GET", "/v2", self._metadata),
@@ -147,7 +149,8 @@ class Application:
     def fail(self, exchange: Exchange, error: PenstockError, identifier: str = "", number: int = 0) -> None:
         """Answer with an error. ``identifier``: the request's own id, ``number``: the broker's for it."""
         status = STATUSES[error.code]
-        count = self._quiet.note(error.code, time.monotonic())
+        now = time.monotonic()
+        count = self._quiet.note(error.code, now)
         if count:
             log.log(
                 logging.WARNING if status >= 500 else logging.INFO,
@@ -161,7 +164,10 @@ class Application:
                     **({"count": count} if count > 1 else {}),
                 ),
             )
-        extra = total_line(time.monotonic() - exchange.arrived)
+        seconds = now - exchange.arrived
+        if status in _REFUSALS:
+            self._refusals.observe(seconds)
+        extra = total_line(seconds)
         if status == 503:
             extra += b"Retry-After: %d\r\n" % max(1, math.ceil(error.retry_after_s))
         elif status == 501:

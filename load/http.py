@@ -152,7 +152,7 @@ class HttpLoad:
         if 200 <= status < 300:
             self._meter.answered(intended, now)
         else:
-            self._meter.failed(intended, f"HTTP {status}", answers.text.decode("utf-8", "replace"))
+            self._meter.refused(intended, now, f"HTTP {status}", answers.text.decode("utf-8", "replace"))
         if answers.closes:
             self._drop(connection)
             self._replace()

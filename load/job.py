@@ -69,13 +69,15 @@ class Slice:
 class Tally:
     """What was measured. ``outcomes``: of the requests that were to start in the measured time, how many ended how.
     ``texts``: for an outcome that is an error, what the first of them said. ``behind``: how much later than intended
-    requests of an open loop were sent. ``own_cpu_s``: processor time of each generator while it was measured.
+    requests of an open loop were sent. ``refusals``: of requests that an error answered, from when they were to start
+    to that. ``own_cpu_s``: processor time of each generator while it was measured.
     ``outstanding``: the most at once."""
 
     slices: list[Slice] = field(default_factory=lambda: [Slice() for _ in range(SLICES)])
     outcomes: dict[str, int] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     behind: Histogram = field(default_factory=Histogram)
+    refusals: Histogram = field(default_factory=Histogram)
     own_cpu_s: list[float] = field(default_factory=list)
     outstanding: int = 0
 
@@ -87,6 +89,7 @@ class Tally:
             self.outcomes[outcome] = self.outcomes.get(outcome, 0) + count
         self.texts = other.texts | self.texts
         self.behind.add(other.behind)
+        self.refusals.add(other.refusals)
         self.own_cpu_s += other.own_cpu_s
         self.outstanding += other.outstanding
 
@@ -104,6 +107,7 @@ class Tally:
             "outcomes": self.outcomes,
             "texts": self.texts,
             "behind": self.behind.export(),
+            "refusals": self.refusals.export(),
             "own_cpu_s": self.own_cpu_s,
             "outstanding": self.outstanding,
         }
@@ -115,6 +119,7 @@ class Tally:
             exported["outcomes"],
             exported["texts"],
             Histogram.load(exported["behind"]),
+            Histogram.load(exported["refusals"]),
             exported["own_cpu_s"],
             exported["outstanding"],
         )
@@ -149,8 +154,14 @@ class Meter:
             self.tally.slices[min(SLICES - 1, int((intended - self.begin) / self._width))].taken.record(now - intended)
             self.failed(intended, EXPIRED)
 
+    def refused(self, intended: int, now: int, outcome: str, text: str) -> None:
+        """Answered with an error. Its time is kept apart: it says nothing of how long an answer takes."""
+        if self.begin <= intended < self.end:
+            self.tally.refusals.record(now - intended)
+            self.failed(intended, outcome, text)
+
     def failed(self, intended: int, outcome: str, text: str = "") -> None:
-        """Another end. It says nothing of how long an answer takes, and is counted only."""
+        """Another end, which is counted only."""
         if self.begin <= intended < self.end:
             outcomes = self.tally.outcomes
             outcomes[outcome] = outcomes.get(outcome, 0) + 1

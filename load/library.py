@@ -122,4 +122,4 @@ def _book_error(meter: Meter, intended: int, now: int, error: PenstockError) -> 
     if error.code == DEADLINE:
         meter.expired(intended, now)
     else:
-        meter.failed(intended, error.code, error.message)
+        meter.refused(intended, now, error.code, error.message)

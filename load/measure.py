@@ -153,23 +153,29 @@ def figure(job: Job, tally: Tally, before: Look, after: Look) -> Figures:
     )
 
 
-def remarks(figures: Figures) -> list[str]:
-    """What must be known to read these figures, a sentence each."""
+def doubts(figures: Figures) -> list[str]:
+    """Why these figures may be more of the generator than of the server, a sentence each."""
     said = []
     if figures.generator > GENERATOR_BUSY:
         said.append(
             f"the generator used {figures.generator:.0%} of a core: it may have been what limits, and made latencies "
             "longer; give it more with --processes, or another machine"
         )
-    if unsent := figures.errors.get(UNSENT, 0):
-        said.append(
-            f"{figures.outstanding_max:,} requests were outstanding, and {unsent:,} that were to start meanwhile were "
-            "not sent: the server does not keep up with this rate (--outstanding allows more)"
-        )
     if figures.behind_s > max(1e-3, _BEHIND_SHARE * figures.quantiles[0]):
         said.append(
             f"1 of 100 requests was sent {figures.behind_s * 1e3:,.1f} ms or more after it was to be: the generator "
             "had too little processor time, and the latencies have it in them"
+        )
+    return said
+
+
+def remarks(figures: Figures) -> list[str]:
+    """What must be known to read these figures, a sentence each."""
+    said = doubts(figures)
+    if unsent := figures.errors.get(UNSENT, 0):
+        said.append(
+            f"{figures.outstanding_max:,} requests were outstanding, and {unsent:,} that were to start meanwhile were "
+            "not sent: the server does not keep up with this rate (--outstanding allows more)"
         )
     if figures.late:
         in_time = figures.in_time_per_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 _SAMPLE: Final = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)", re.MULTILINE)
@@ -15,6 +16,12 @@ class Reading(NamedTuple):
     cpu_s: dict[str, float]
     rows: float | None
     batches: float | None
+
+
+def read_samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of each sample in Prometheus text. Labels are as they are written there."""
+    for name, labels, value in _SAMPLE.findall(text):
+        yield name, dict(_LABEL.findall(labels)), float(value)
 
 
 def read_metrics(text: str, model: str) -> Reading:

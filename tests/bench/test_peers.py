@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from bench import models, peerlist, peers, peertell, processes
+from bench import models, peerlist, peers, peerstart, peertell, processes
 from bench.peer_servers.session import ROWS_MAX
 
 DEADLINE_S = 20.0
@@ -125,7 +125,7 @@ sys.stdin.read()
 def test_every_server_has_a_version_and_our_onnx_runtime() -> None:
     for key, peer in peerlist.PEERS.items():
         assert all("==" in package for package in peer.packages), key
-        assert peers.requirements(peer)[-1] == f"onnxruntime=={onnxruntime.__version__}"
+        assert peerstart.requirements(peer)[-1] == f"onnxruntime=={onnxruntime.__version__}"
         version = peer.packages[0].partition("==")[2]
         assert version in peer.name
         assert "VERSION" not in peer.name
@@ -133,21 +133,21 @@ def test_every_server_has_a_version_and_our_onnx_runtime() -> None:
 
 def test_an_environment_is_found_again_and_another_version_has_another(tmp_path: Path) -> None:
     mosec = peerlist.PEERS["mosec"]
-    environment = peers.environment_of(mosec, tmp_path)
-    assert environment == peers.environment_of(mosec, tmp_path)
+    environment = peerstart.environment_of(mosec, tmp_path)
+    assert environment == peerstart.environment_of(mosec, tmp_path)
     assert environment.name.startswith("mosec-0.9.8-")
     newer = peerlist.Peer(**{**vars(mosec), "packages": ("mosec==99",)})
-    assert peers.environment_of(newer, tmp_path) != environment
-    assert peers.environment_of(peerlist.PEERS["fastapi"], tmp_path).name.startswith("fastapi-")
+    assert peerstart.environment_of(newer, tmp_path) != environment
+    assert peerstart.environment_of(peerlist.PEERS["fastapi"], tmp_path).name.startswith("fastapi-")
     # One that is complete is taken as it is; nothing is run.
     environment.mkdir(parents=True)
     (environment / "installed.txt").write_text("mosec==0.9.8\n")
-    assert peers.install(mosec, tmp_path) == environment
+    assert peerstart.install(mosec, tmp_path) == environment
 
 
 def test_what_cannot_be_run_is_why_nothing_was_installed() -> None:
-    with pytest.raises(peers.PeerError, match="not installed: ERROR: no such version"):
-        peers._run([sys.executable, "-S", "-c", "import sys; sys.exit('trying\\nERROR: no such version\\nbye')"])
+    with pytest.raises(peerstart.PeerError, match="not installed: ERROR: no such version"):
+        peerstart._run([sys.executable, "-S", "-c", "import sys; sys.exit('trying\\nERROR: no such version\\nbye')"])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_what_cannot_be_run_is_why_nothing_was_installed() -> None:
     ],
 )
 def test_a_reason_fits_into_a_table(text: str, said: str) -> None:
-    assert peers.last_line(text) == said
+    assert peerstart.last_line(text) == said
 
 
 # --- what is started ---
@@ -183,13 +183,13 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
 EXPECTED = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
 
 
-def started(tmp_path: Path, *command: str) -> AbstractContextManager[peers.Running]:
+def started(tmp_path: Path, *command: str) -> AbstractContextManager[peerstart.Running]:
     """A server of one's own, in ``with``. PORT in the command is replaced."""
     repository = models.make_repository(tmp_path / "repository", ["tiny"])
-    place = peerlist.Place(tmp_path, tmp_path / "place", repository, "tiny", peers.free_ports(1))
+    place = peerlist.Place(tmp_path, tmp_path / "place", repository, "tiny", peerstart.free_ports(1))
     given = [each.replace("PORT", str(place.ports[0])) for each in command]
     peer = peerlist.Peer(**{**vars(peerlist.PEERS["mosec"]), "start": lambda _: peerlist.Start(given)})
-    return peers.running("own", peer, place, EXPECTED)
+    return peerstart.running("own", peer, place, EXPECTED)
 
 
 def test_a_server_that_answers_rightly_runs_and_is_ended(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_server_that_answers_rightly_runs_and_is_ended(tmp_path: Path) -> None
     ],
 )
 def test_why_a_server_does_not_run(tmp_path: Path, command: list[str], why: str) -> None:
-    with pytest.raises(peers.PeerError, match=why), started(tmp_path, *command):
+    with pytest.raises(peerstart.PeerError, match=why), started(tmp_path, *command):
         pass
 
 
@@ -245,13 +245,13 @@ ANSWERS = {
 @pytest.mark.parametrize("protocol", ANSWERS)
 def test_the_right_answer_is_taken_and_a_wrong_one_is_not(protocol: str) -> None:
     headers, body = ANSWERS[protocol]
-    peers.check_answer(protocol, headers, body, Y)
-    with pytest.raises(peers.PeerError, match="answers wrongly"):
-        peers.check_answer(protocol, headers, body, Y + 0.5)
-    with pytest.raises(peers.PeerError, match="answers wrongly"):
-        peers.check_answer(protocol, headers, body, Y[:3])
-    with pytest.raises(peers.PeerError, match="answers with something else"):
-        peers.check_answer(protocol, {}, b"no such model", Y)
+    peerstart.check_answer(protocol, headers, body, Y)
+    with pytest.raises(peerstart.PeerError, match="answers wrongly"):
+        peerstart.check_answer(protocol, headers, body, Y + 0.5)
+    with pytest.raises(peerstart.PeerError, match="answers wrongly"):
+        peerstart.check_answer(protocol, headers, body, Y[:3])
+    with pytest.raises(peerstart.PeerError, match="answers with something else"):
+        peerstart.check_answer(protocol, {}, b"no such model", Y)
 
 
 def test_what_triton_is_told_of_a_model() -> None:
@@ -271,16 +271,16 @@ def test_all_batch_as_many_rows() -> None:
 def test_each_has_a_turn_in_each_round_and_who_is_gone_has_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def measure(server: peers.Running, connections: list[int], seconds: int) -> Iterator[tuple[int, peers.Turn]]:
+    def measure(server: peerstart.Running, connections: list[int], seconds: int) -> Iterator[tuple[int, peers.Turn]]:
         seen.append(server.key)
         for count in connections:
             if server.key == "b" and count == 2:
-                raise peers.PeerError("gone")
+                raise peerstart.PeerError("gone")
             yield count, peers.Turn(float(count), 1.0, 2.0, 3.0, 1)
 
     monkeypatch.setattr(peers, "measure", measure)
     request = peerlist.Request("/", b"", {})
-    servers = [peers.Running(key, "", 0, request, Path()) for key in "abc"]
+    servers = [peerstart.Running(key, "", 0, request, Path()) for key in "abc"]
     said: list[str] = []
     turns, lost = peers.in_turns(servers, [1, 2], 1, 3, said.append)
     assert seen == ["a", "b", "c", "c", "a", "c", "a"]
@@ -297,13 +297,13 @@ def test_each_has_a_turn_in_each_round_and_who_is_gone_has_none_any_more(monkeyp
 
 
 def test_who_works_while_nobody_asks_is_seen(family: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "SETTLE_S", 0.0)
-    monkeypatch.setattr(peers, "IDLE_S", 0.1)
+    monkeypatch.setattr(peerstart, "SETTLE_S", 0.0)
+    monkeypatch.setattr(peerstart, "IDLE_S", 0.1)
     request = peerlist.Request("/", b"", {})
     with subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"], start_new_session=True) as busy:
-        servers = [peers.Running(str(pid), "", pid, request, Path()) for pid in (family.pid, busy.pid)]
+        servers = [peerstart.Running(str(pid), "", pid, request, Path()) for pid in (family.pid, busy.pid)]
         try:
-            percents = peers.idle_percents(servers)
+            percents = peerstart.idle_percents(servers)
         finally:
             busy.kill()
     assert percents[str(family.pid)] < 20 < percents[str(busy.pid)]

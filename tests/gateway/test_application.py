@@ -659,6 +659,8 @@ def test_every_failure_has_its_status(
     known = {"Content-Type": "application/json", "Content-Length": str(len(answer.body))}
     assert re.fullmatch(r"total;dur=\d+\.\d{3}", answer.headers.pop("Server-Timing"))
     assert answer.headers == known | headers
+    refusals = joined.caller.meters.histogram("penstock_http_refusal_seconds")
+    assert sum(refusals.counts) == (status in (503, 504))
 
 
 def test_every_code_has_a_status() -> None:
@@ -698,6 +700,7 @@ def test_too_many_requests_under_way_are_503(joined: Desk) -> None:
     answer = said(joined.infer())
     assert (answer.status, answer.error) == (503, "4 requests of this process are under way")
     assert all(map(waits, waiting))
+    assert sum(joined.caller.meters.histogram("penstock_http_refusal_seconds").counts) == 1
 
 
 def test_client_that_leaves_has_its_request_cancelled(joined: Desk) -> None:

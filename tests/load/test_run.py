@@ -184,14 +184,15 @@ def test_a_tally_is_the_same_after_its_way_through_json() -> None:
     meter = Meter(1000, 1.0, 0.0)
     meter.answered(1000, 5_000_000)
     meter.expired(2_000, 900_000_000)
-    meter.failed(3_000, "HTTP 503", "full")
-    meter.failed(3_000, "HTTP 503", "fuller")
+    meter.refused(3_000, 5_000, "HTTP 503", "full")
+    meter.refused(3_000, 7_000, "HTTP 503", "fuller")
     meter.sent(3_000, 4_000, 7)
     tally = Tally.load(meter.tally.export())
     assert tally.export() == meter.tally.export()
     assert tally.outcomes == {OK: 1, EXPIRED: 1, "HTTP 503": 2}
     assert tally.texts == {"HTTP 503": "full"}
     assert (tally.outstanding, tally.behind.largest) == (7, 1000)
+    assert (tally.refusals.total, tally.refusals.least, tally.refusals.largest) == (2, 2000, 4000)
 
 
 def test_only_what_belongs_to_the_measured_time_is_measured() -> None:
@@ -199,7 +200,8 @@ def test_only_what_belongs_to_the_measured_time_is_measured() -> None:
     meter.answered(999, 2000)  # sent before, answered in it
     meter.answered(SECOND, SECOND + 5000)  # sent in it, answered after
     for late in (999, SECOND + 1000):
-        meter.failed(late, "HTTP 503")
+        meter.failed(late, "closed")
+        meter.refused(late, late + 1, "HTTP 503", "full")
         meter.expired(late, late + 1)
         meter.sent(late, late, 1)
     tally = meter.tally
