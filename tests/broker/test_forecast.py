@@ -219,6 +219,22 @@ def test_what_a_slow_worker_cannot_do_in_time_waits_for_a_quick_one() -> None:
     assert caller.refusals() == []
 
 
+def test_what_was_left_to_a_quick_worker_is_done_by_a_slow_one_when_that_goes() -> None:
+    talk, caller, [slow, quick] = server(2)
+    slow.say(Costs(EPOCH, [cost(slower=10)]))
+    caller.submit(32, timeout_s=60.0)
+    talk.tick()
+    first = quick.got()
+    assert slow.got()
+    caller.submit(16, timeout_s=0.15)
+    talk.tick()
+    assert slow.got() == []
+    assert first
+    quick.vanish()
+    talk.live(0.1)
+    assert slow.got(), "nobody else is there to be waited for"
+
+
 def test_time_really_taken_is_charged() -> None:
     talk, caller, [worker] = server()
     caller.submit(160, tenant="slow")

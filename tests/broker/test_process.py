@@ -195,7 +195,7 @@ def test_what_is_asked_is_recorded_whether_or_not_it_is_accepted(serve: Callable
         caller.say(ask(2, 100))
         worker.hear(Assign)
 
-    serve(talk, record=tmp_path / "trace")
+    serve(talk, record=tmp_path / "trace", drain_s=0.0)
     head, *groups = (tmp_path / "trace").read_text().splitlines()
     assert head.startswith('{"penstock_trace":1,')
     assert [line.partition(",")[2] for line in groups] == [
@@ -213,7 +213,7 @@ def test_a_trace_that_cannot_be_written_keeps_nobody_from_being_served(serve: Ca
         caller.say(ask(2, 100))
         worker.hear(Assign)
 
-    serve(talk, record=Path("/dev/full"))
+    serve(talk, record=Path("/dev/full"), drain_s=0.0)
 
 
 def test_who_ends_its_control_connection_is_gone_at_once(serve: Callable[..., None], runtime: RuntimeDir) -> None:
