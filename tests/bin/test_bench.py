@@ -110,7 +110,7 @@ def test_an_overloaded_server_shows_with_the_client_library_too(server: Server) 
     assert load["outstanding"] == 2
     assert any(remark.startswith("2 requests were outstanding, and ") for remark in load["remarks"])
     [load] = loads(run("dense", *arguments, "--rate", "2000", "--timeout", "1ms", "--warmup", "0s", "--rows", "32"))
-    assert set(load["errors"]) <= {"expired", "unsent"}
+    assert set(load["errors"]) <= {"expired", "unsent", "overloaded"}  # the server knows that it takes longer
     # What expired was waited for, and is among the latencies.
     assert load["latency_s"]["max"] < 1.0
 

@@ -177,7 +177,8 @@ def test_a_server_that_goes_away_is_counted_and_does_not_end_the_load() -> None:
             timer.join()
     assert tally.outcomes[OK] > 0
     assert tally.outcomes["no connection"] > 0
-    assert tally.texts["no connection"] == "Connection refused"
+    # Reset, if it was in the line of those that the server had not accepted yet.
+    assert tally.texts["no connection"] in ("Connection refused", "Connection reset by peer")
 
 
 def test_a_tally_is_the_same_after_its_way_through_json() -> None:
