@@ -7,7 +7,7 @@ from typing import Final, TypeAlias
 
 from penstock.broker.lots import Lot
 from penstock.broker.peers import WorkerPeer
-from penstock.broker.pools import Pool, Turn
+from penstock.broker.pools import LONG_US, Pool, Turn
 from penstock.broker.queues import ModelKey, ModelQueue
 from penstock.broker.shares import Taking
 
@@ -15,6 +15,7 @@ Given: TypeAlias = dict[WorkerPeer, list[Lot]]
 
 # What is given out is to be done in time. A batch is now and then quicker than expected: so much quicker is hoped for.
 _HOPE: Final = 0.9
+_COMPARED_MAX: Final = 8  # workers with as many batches: the best of so many is nearly always a good one
 
 
 class Assigner:
@@ -35,7 +36,7 @@ class Assigner:
     def room_came(self, worker: WorkerPeer) -> None:
         """A worker finished something, hears another caller, or serves another model."""
         if worker.pool is not None:
-            worker.pool.place(worker)
+            worker.pool.place(worker, begins=True)
             self._free[worker] = None
 
     def model_went(self, model: ModelQueue) -> None:
@@ -120,63 +121,97 @@ class Assigner:
             if room <= 0 and worker.batches >= worker.window:
                 break
         for turn in passed:
-            pool.put_back(turn)
+            self._overtake(turn[2], worker, given, now)
+            if turn[2].requests:
+                pool.put_back(turn)
 
     def _spread(self, model: ModelQueue, given: Given, now: float) -> None:
         """Workers for a model's requests: equal shares for those that are idle, then the least busy are filled."""
         passed: set[WorkerPeer] = set()  # have room, but not for the first request, or hear none of the callers
         while model.requests:
-            worker = self._choose(model, passed)
+            worker = self._choose(model, passed, now)
             if worker is None:
                 break
             share = -(-model.rows // max(1, sum([pool.idle for pool in model.pools])))
             if not self._give(model, worker, worker.room(model.key), share, given, now):
                 passed.add(worker)
         for pool in model.pools:
+            for worker in pool.full() if model.requests else ():
+                if not model.requests or self._overtake(model, worker, given, now) is False:
+                    break
+        for pool in model.pools:
             if model.requests:
                 pool.wait(model)
             else:
                 pool.settle(model)
 
+    def _overtake(self, model: ModelQueue, worker: WorkerPeer, given: Given, now: float) -> bool | None:
+        """Give a worker that takes no more, requests of a model that is behind others there, or such as may go before
+        others of their own model: at most a batch more. None: it has that already, or will soon be done."""
+        room = worker.room(model.key, 1)
+        if room <= 0 or worker.assigned_us < LONG_US or worker.batches < worker.window:
+            return None
+        return self._give(model, worker, room, min(room, worker.size(model.key)), given, now, early=True)
+
     @staticmethod
-    def _choose(model: ModelQueue, passed: set[WorkerPeer]) -> WorkerPeer | None:
-        """The least busy worker that has room; of equals, the one that has been so for longest."""
-        best = None
+    def _choose(model: ModelQueue, passed: set[WorkerPeer], now: float) -> WorkerPeer | None:
+        """The worker with the fewest batches that has room; of equals, one that will soon be done with them, or where
+        they do not take long, the one that has had so few for longest."""
+        best, best_left_s = None, 0.0
         for pool in model.pools:
+            looks = 0
             for worker in pool.candidates(model):
-                if worker not in passed and worker.room(model.key) > 0:
-                    if best is None or worker.batches < best.batches:
-                        best = worker
+                if best is not None and worker.batches > best.batches:
+                    break
+                if worker in passed or worker.room(model.key) <= 0:
+                    continue
+                left_s = worker.left_s(now) if worker.assigned_us >= LONG_US else 0.0
+                if best is None or worker.batches < best.batches or left_s < best_left_s:
+                    best, best_left_s = worker, left_s
+                looks += 1
+                if not left_s or looks >= _COMPARED_MAX:
                     break
         return best
 
-    def _give(self, model: ModelQueue, worker: WorkerPeer, room: int, enough: int, given: Given, now: float) -> bool:
+    def _give(
+        self,
+        model: ModelQueue,
+        worker: WorkerPeer,
+        room: int,
+        enough: int,
+        given: Given,
+        now: float,
+        early: bool = False,
+    ) -> bool:
+        """``early``: only what may be given to a worker that takes no more."""
+        pool = worker.pool
+        assert pool is not None
         taking = Taking(room, worker.callers, worker.full, now)
+        taking.overtakes = early and not pool.is_behind(model)
         if model.row_us and not model.is_stale(now):
-            taking.horizon, taking.hopeless = self._horizon(model, worker, min(enough, model.rows), now)
+            left_s = 0.0 if early else worker.left_s(now)
+            took_s = left_s + worker.batch_us(model.key, min(enough, model.rows)) * 1e-6
+            # What is due before that cannot be done by this worker in time; perhaps others could do it.
+            taking.horizon, taking.hopeless = now + _HOPE * took_s, not model.is_slow(worker)
         gave = model.take(taking, enough)
         self.late += taking.late
         if not gave:
             return False
         lots = taking.lots
-        pool = worker.pool
-        assert pool is not None
-        pool.charge(model, taking.us)
+        turn = pool.charge(model, taking.us, early)
+        for lot in lots:
+            lot.model_turn = turn
         pool.assigned_us += taking.us
         worker.add(model.key, taking.rows, taking.us, now)
         pool.place(worker)
         known = given.get(worker)
         if known is None:
             given[worker] = lots
+        elif taking.overtakes:
+            given[worker] = lots + known
         else:
             known += lots
         return True
-
-    @staticmethod
-    def _horizon(model: ModelQueue, worker: WorkerPeer, rows: int, now: float) -> tuple[float, bool]:
-        """What is due before cannot be done by a worker in time, and whether other workers could not do it either."""
-        took_s = worker.left_s(now) + worker.batch_us(model.key, rows) * 1e-6
-        return now + _HOPE * took_s, not model.is_slow(worker)
 
     def validate(self, models: Collection[ModelQueue], workers: Collection[WorkerPeer]) -> None:
         """Whether nothing has been overlooked, for tests. Raises AssertionError."""

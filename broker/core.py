@@ -355,7 +355,9 @@ class Core:
         groups: list[Tasks] = []
         inline: list[bytes] = []
         frames: list[Payload] = []
+        overtaking = 0
         for lot in lots:
+            overtaking += lot.overtakes
             waited_us = int((now - lot.accepted) * 1e6)
             timeouts_us = tuple([max(0, us - waited_us) for us in lot.timeouts_us])
             places = lot.payload if lot.placed else ()
@@ -368,7 +370,7 @@ class Core:
                 frames += lot.payload
         freed, cancelled = worker.take_freed(), worker.take_cancelled()
         self.ledger.news.pop(worker, None)
-        message = Assign(self.epoch, groups, freed, cancelled, blob=b"".join(inline), frames=frames)
+        message = Assign(self.epoch, groups, freed, cancelled, overtaking, blob=b"".join(inline), frames=frames)
         self._commands.append(ToWorker(worker.id, message))
 
     def _send_news(self, now: float) -> None:

@@ -267,13 +267,14 @@ class Ledger:
                 if lot.attempt != attempt or lot.state == DONE:
                     continue
                 worker.subtract(lot, now)
+                count = len(lot.ids)
+                # What was cancelled before it ran took nothing.
+                over_us = compute_us * count / len(ids) - lot.cost_us * count
                 if compute_us:
                     lot.model.measured = now
-                    count = len(lot.ids)
-                    over_us = compute_us * count / len(ids) - lot.cost_us * count
-                    lot.model.charge(lot, over_us)
-                    if worker.pool is not None:
-                        worker.pool.correct(lot.model, over_us)
+                lot.model.end(lot, over_us)
+                if worker.pool is not None:
+                    worker.pool.end(lot.model, lot.model_turn, over_us)
                 if lot.move("done") == DONE:
                     lot.kept_bytes = nbytes
                     worker.keep(caller, nbytes * len(lot.ids))
@@ -291,6 +292,8 @@ class Ledger:
         for lot in reversed(held):
             lot.worker = None
             lot.kept_bytes = 0
+            if lot.state != DONE:
+                lot.model.end(lot, 0.0)
             if lot.move("lose") == ENDED:
                 self._forget(lot)
                 continue
@@ -415,6 +418,8 @@ class Ledger:
         assert self.rows == sum(lot.rows for lot in lots), f"{self.rows} rows are in {lots}"
         assert self.bytes == nbytes, f"{self.bytes} bytes are {nbytes}"
         assert count <= self._options.held_requests_max, f"{count} requests are held"
+        for model in self._registry.queues.values():
+            model.validate_given([lot for lot in lots if lot.model is model and lot.state in (ASSIGNED, ABANDONED)])
         assert nbytes <= self._options.held_bytes_max, f"{nbytes} bytes are held"
         for caller in callers.values():
             owned = sum(len(lot.ids) for lot in set(caller.requests.values()))

@@ -46,7 +46,8 @@ class Lot:
     there. ``accepted``: when they came, seconds of the broker's monotonic clock; ``timeouts_us``: how long after that
     each may take. ``attempt``: how often they have been assigned. ``kept_bytes``: what their worker keeps of each one's
     result. ``due``: when the first of them must be done. ``cost_us``: what each is expected to take of a worker.
-    ``priority`` and ``share_key``: where they stand in line.
+    ``priority`` and ``share_key``: where they stand in line. ``turn`` and ``model_turn``: when, in virtual time, it was
+    their tenant's turn, and their model's. ``overtakes``: they go before what their worker was given and has not begun.
     """
 
     __slots__ = (
@@ -60,12 +61,15 @@ class Lot:
         "in_line",
         "kept_bytes",
         "model",
+        "model_turn",
+        "overtakes",
         "payload",
         "placed",
         "priority",
         "share_key",
         "state",
         "timeouts_us",
+        "turn",
         "worker",
     )
 
@@ -98,6 +102,9 @@ class Lot:
         self.worker: WorkerPeer | None = None
         self.kept_bytes = 0
         self.in_line = False  # the queue's own mark
+        self.turn = 0.0
+        self.model_turn = 0.0
+        self.overtakes = False
 
     @property
     def rows(self) -> int:
@@ -139,6 +146,7 @@ class Lot:
         other.attempt = self.attempt
         other.worker = self.worker
         other.kept_bytes = self.kept_bytes
+        other.turn, other.model_turn, other.overtakes = self.turn, self.model_turn, self.overtakes
         self.ids = pick(self.ids, outside)
         self.timeouts_us = pick(self.timeouts_us, outside)
         self.due = self.accepted + min(self.timeouts_us) * 1e-6

@@ -35,7 +35,8 @@ class WorkerPeer:
     """A worker, what it serves, and what it holds.
 
     It takes work for at most one batch more than it has instances, so that it never waits for the broker between two
-    batches while everything else can still be cancelled, reordered or given to another.
+    batches while everything else can still be cancelled, reordered or given to another; and beyond that, what may go
+    before what waits there.
     """
 
     def __init__(
@@ -107,12 +108,12 @@ class WorkerPeer:
         state = self.models.get(key)
         return state is not None and state.state == READY and not self.leaving
 
-    def room(self, key: ModelKey) -> int:
-        """How many more rows of a model that it serves it takes."""
+    def room(self, key: ModelKey, more: int = 0) -> int:
+        """How many more rows of a model that it serves it takes, if it may be given so many batches ``more``."""
         size = self._sizes[key]
         rows = self._rows.get(key, 0)
         others = self.batches - -(-rows // size)
-        return min(self.window - others, self._windows[key]) * size - rows
+        return (min(self.window - others, self._windows[key]) + more) * size - rows
 
     def size(self, key: ModelKey) -> int:
         """Rows of a batch of a model that it serves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from penstock.broker.costs import batch_us
@@ -47,6 +47,7 @@ class ModelQueue:
         self.row_us = 0
         self._weights = weights
         self._levels: list[Level] = []  # in which something has waited, the most urgent first
+        self._overtaking = 0  # rows that were given out before their turn, and are not done
         self.instances = 1  # of its batches that a worker runs at once
         self.batch_rows = 1  # of a full batch
         self._cost: Cost | None = None  # of the fastest of its workers
@@ -72,7 +73,9 @@ class ModelQueue:
         overtakes it could keep it waiting for ever.
         """
         levels = self._levels
-        if len(levels) == 1:
+        if taking.overtakes:
+            self._take_over(taking, enough)
+        elif len(levels) == 1:
             levels[0].take(taking, enough)
         else:
             self._take_mixed(taking, enough)
@@ -104,6 +107,28 @@ class ModelQueue:
             for other in levels[at + 1 :]:
                 other.owe((taking.rows - rows) * LEAST_SHARE)
 
+    def _take_over(self, taking: Taking, enough: int) -> None:
+        """What may go before what has been given out: of tenants that are behind it; and of the more urgent, as many
+        rows as they overtake."""
+        less_urgent = sum([level.given for level in self._levels]) - self._overtaking
+        for level in self._levels:
+            less_urgent -= level.given
+            if level.requests and not taking.stuck:
+                level.take(taking, enough)
+                rows = taking.rows
+                if less_urgent > 0 and rows < enough and level.requests:
+                    taking.overtakes = False
+                    level.take(taking, min(enough, rows + less_urgent))
+                    taking.overtakes = True
+        for lot in taking.lots:
+            lot.overtakes = True
+        self._overtaking += taking.rows
+
+    def may_overtake(self, priority: int, share_key: str | bytes) -> bool:
+        """Whether a request of this priority and tenant goes before others that have been given out."""
+        less_urgent = sum([level.given for level in self._levels if level.priority > priority])
+        return less_urgent > self._overtaking or self.level(priority).is_behind(share_key)
+
     def level(self, priority: int) -> Level:
         for level in self._levels:
             if level.priority == priority:
@@ -133,9 +158,15 @@ class ModelQueue:
     def _weight_of(self, share_key: str | bytes) -> float:
         return self._weights.get(share_key, 1.0) if isinstance(share_key, str) else 1.0
 
-    def charge(self, lot: Lot, us: float) -> None:
-        """Correct what a lot's tenant has been charged for it."""
-        self.level(lot.priority).charge(lot.share_key, us)
+    def end(self, lot: Lot, over_us: float) -> None:
+        """A worker no longer has what it was given. ``over_us``: what it took beyond what its tenant was charged."""
+        level = self.level(lot.priority)
+        level.given -= lot.rows
+        level.done = max(level.done, lot.turn)
+        level.charge(lot.share_key, over_us)
+        if lot.overtakes:
+            lot.overtakes = False
+            self._overtaking -= lot.rows
 
     def lots(self) -> list[Lot]:
         return [lot for level in self._levels for lot in level.lots()]
@@ -224,6 +255,16 @@ class ModelQueue:
                     if caller in hears and caller not in full:
                         return next(iter(share.lines[caller])).form.rows <= room
         return False
+
+    def validate_given(self, lots: Collection[Lot]) -> None:
+        """Derive again what is counted of what workers have been given, for tests. Raises AssertionError."""
+        for level in self._levels:
+            rows = sum(lot.rows for lot in lots if lot.priority == level.priority)
+            assert level.given == rows, (
+                f"{self.key} at priority {level.priority}: {level.given} rows are given, not {rows}"
+            )
+        rows = sum(lot.rows for lot in lots if lot.overtakes)
+        assert self._overtaking == rows, f"{self.key}: {self._overtaking} rows overtake, not {rows}"
 
     def validate(self) -> None:
         """Derive again what is counted, for tests. Raises AssertionError."""

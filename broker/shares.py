@@ -3,6 +3,9 @@
 Within a priority tenants share by compute time, in proportion to their weights: start-time fair queueing (Goyal, Vin
 and Cheng, 1996), with a tenant's virtual time in microseconds of compute over its weight. What is charged when requests
 are given out is what they are expected to take; what they took is corrected when they are done.
+
+What was given to a worker and has not begun can be overtaken: by a tenant that is behind what has been given, and by
+what is more urgent.
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ class Taking:
     ``room``: rows; ``hears``: callers that the worker may be given, but for those in ``full``; ``horizon``: what is due
     before cannot be done in time by this worker, nor by another one if it is ``hopeless``. ``lots``: what was taken, of
     ``rows`` and an expected ``us`` of compute; ``late``: what is hopeless, which has left its line and is still
-    counted. ``stuck``: the request whose turn it is does not fit, and nobody may overtake it.
+    counted. ``stuck``: the request whose turn it is does not fit, and nobody may overtake it. ``overtakes``: only what
+    may go before what has been given is taken.
     """
 
-    __slots__ = ("full", "hears", "hopeless", "horizon", "late", "lots", "room", "rows", "stuck", "us")
+    __slots__ = ("full", "hears", "hopeless", "horizon", "late", "lots", "overtakes", "room", "rows", "stuck", "us")
 
     def __init__(
         self, room: int, hears: Container[bytes], full: Container[bytes], horizon: float = 0.0, hopeless: bool = True
@@ -51,6 +55,7 @@ class Taking:
         self.rows = 0
         self.us = 0
         self.stuck = False
+        self.overtakes = False
 
 
 class Share:
@@ -137,8 +142,12 @@ class Share:
 
 
 class Level:
-    """What waits for one model at one priority. ``now``: the virtual time; ``owed``: rows that more urgent levels owe
-    it."""
+    """What waits for one model at one priority.
+
+    ``now``: the virtual time of what was given out last, ``done``: of what has been done, at which a tenant begins that
+    has asked for nothing. ``given``: rows that have been given out and are not done. ``owed``: rows that more urgent
+    levels owe it.
+    """
 
     def __init__(self, priority: int) -> None:
         self.priority = priority
@@ -147,6 +156,8 @@ class Level:
         self.weight = 0.0  # of the shares in which something waits
         self.owed = 0.0
         self.now = 0.0
+        self.done = 0.0
+        self.given = 0
         self.shares: dict[ShareKey, Share] = {}
         self._turns: list[tuple[float, int, Share]] = []  # a heap; entries whose number is not their share's are void
         self._entered = 0
@@ -193,13 +204,20 @@ class Level:
         """Requests of no more rows than make ``enough`` beside what was taken before: from each tenant its part, those
         first that are behind."""
         turns, passed = self._turns, []
+        before = taking.rows
         left = enough - taking.rows
         while turns and taking.rows < enough and not taking.stuck:
-            _, number, share = turns[0]
+            turn, number, share = turns[0]
             if number != share.number:
                 heapq.heappop(turns)
                 continue
+            if turn < share.served:  # it took more than was expected, or was served while nobody else waited
+                heapq.heapreplace(turns, (share.served, number, share))
+                continue
+            if taking.overtakes and share.served >= self.now:
+                break
             us, requests, until = taking.us, share.requests, enough
+            count = len(taking.lots)
             if share.weight < self.weight:
                 until = min(enough, taking.rows + max(1, int(left * share.weight / self.weight)))
             share.take(taking, until)
@@ -209,7 +227,11 @@ class Level:
             if not us and share.requests == requests:
                 passed.append(heapq.heappop(turns))  # nobody of it hears this worker, or all of it is late, or stuck
                 continue
-            self.now = max(self.now, share.served)
+            turn = share.served
+            for lot in taking.lots[count:]:
+                lot.turn = turn
+                self.now = max(self.now, turn)
+                turn += len(lot.ids) * lot.cost_us / share.weight
             share.served += us / share.weight
             if not share.requests:
                 self._rest(share)
@@ -218,6 +240,7 @@ class Level:
                 heapq.heapreplace(turns, (share.served, share.number, share))
         for entry in passed:
             heapq.heappush(turns, entry)
+        self.given += taking.rows - before
 
     def owe(self, rows: float) -> None:
         if self.requests:
@@ -228,6 +251,11 @@ class Level:
         share = self.shares.get(key)
         if share is not None:
             share.served += us / share.weight
+
+    def is_behind(self, key: ShareKey) -> bool:
+        """Whether what a tenant asks for now may overtake others that have been given out."""
+        share = self.shares.get(key)
+        return (self.done if share is None else max(self.done, share.served)) < self.now
 
     def in_turn(self) -> Iterator[Share]:
         """Those in which something waits, whose turn it is first."""
@@ -241,7 +269,7 @@ class Level:
     def _wake(self, share: Share) -> None:
         self._idle -= 1
         self.weight += share.weight
-        share.served = max(share.served, self.now)  # who asks for nothing gathers no credit
+        share.served = max(share.served, self.done)  # who asks for nothing gathers no credit
         share.number = self._entered = self._entered + 1
         turns = self._turns
         if len(turns) > 64 + 2 * (len(self.shares) - self._idle):
@@ -259,7 +287,7 @@ class Level:
             self.owed = 0.0
         if self._idle > _IDLE_SHARES_MAX:
             idle = [(key, each) for key, each in self.shares.items() if not each.number]
-            behind = [key for key, each in idle if each.served <= self.now] or [key for key, _ in idle]
+            behind = [key for key, each in idle if each.served <= self.done] or [key for key, _ in idle]
             for key in behind:
                 del self.shares[key]
             self._idle -= len(behind)
@@ -290,4 +318,5 @@ class Level:
 
 
 def _turn(entry: tuple[float, int, Share]) -> tuple[float, int]:
-    return entry[:2]
+    turn, number, share = entry
+    return max(turn, share.served), number

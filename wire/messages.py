@@ -641,14 +641,16 @@ class Expect(Message):
 
 @dataclass(slots=True)
 class Assign(Carrier):
-    """Work for a worker; also what it need not keep or do any more."""
+    """Work for a worker; also what it need not keep or do any more. ``overtaking``: so many of the groups, the first
+    ones, go before what the worker was given earlier and has not begun."""
 
     TAG = 23
-    CHECKS = (sequence(_tasks, MAX_REQUESTS), _all_freed, _all_freed, _blob)
+    CHECKS = (sequence(_tasks, MAX_REQUESTS), _all_freed, _all_freed, integer(0, MAX_REQUESTS), _blob)
 
     groups: Sequence[Tasks]
     freed: Sequence[Freed] = ()
     cancelled: Sequence[Freed] = ()
+    overtaking: int = 0
 
 
 # --- from workers to callers ---

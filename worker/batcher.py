@@ -101,18 +101,48 @@ class Line:
 
 
 class Group:
-    """Requests that may share a batch, oldest first. ``earliest_deadline``: nothing here has an earlier one.
-    ``delay_s``: how long the oldest may wait."""
+    """Requests that may share a batch: first those that overtake others, in the order in which they came, then the
+    others likewise. ``earliest_deadline``: nothing here has an earlier one. ``delay_s``: how long the oldest may
+    wait."""
 
-    __slots__ = ("delay_s", "earliest_deadline", "key", "line", "lots", "rows")
+    __slots__ = ("_behind", "_first", "delay_s", "earliest_deadline", "key", "line", "rows")
 
     def __init__(self, key: tuple[ModelKey, bytes], line: Line) -> None:
         self.key = key
         self.line = line
-        self.lots: Fifo[Lot] = Fifo()
+        self._first: Fifo[Lot] = Fifo()
+        self._behind: Fifo[Lot] = Fifo()
         self.rows = 0
         self.earliest_deadline = float("inf")
         self.delay_s = line.rules.delay_s
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._behind)
+
+    def __iter__(self) -> Iterator[Lot]:
+        yield from self._first
+        yield from self._behind
+
+    @property
+    def oldest(self) -> float:
+        """When it came."""
+        if not self._first:
+            return self._behind.first().arrived
+        came = self._first.first().arrived
+        return min(came, self._behind.first().arrived) if self._behind else came
+
+    def push(self, lot: Lot) -> None:
+        (self._first if lot.overtakes else self._behind).push(lot)
+
+    def remove(self, lot: Lot) -> None:
+        (self._first if lot.overtakes else self._behind).remove(lot)
+
+    def next(self) -> Lot:
+        """Whose turn it is."""
+        return (self._first or self._behind).first()
+
+    def pop(self) -> None:
+        (self._first or self._behind).pop()
 
 
 class Batcher:
@@ -161,7 +191,7 @@ class Batcher:
             group = self._groups[key] = Group(key, line)
             if line.rules.target_s:
                 group.delay_s = self._delay(line, rows, lot.arrived)
-        group.lots.push(lot)
+        group.push(lot)
         group.rows += rows
         if lot.first_deadline < group.earliest_deadline:
             group.earliest_deadline = lot.first_deadline
@@ -177,8 +207,8 @@ class Batcher:
         group = self._groups[model, lot.plan.form.key]
         group.rows -= lot.rows
         if whole:
-            group.lots.remove(lot)
-            if not group.lots:
+            group.remove(lot)
+            if not group:
                 del self._groups[group.key]
 
     def next(self, now: float) -> Batch | None:
@@ -195,7 +225,7 @@ class Batcher:
                 if line.running >= line.rules.instances:
                     continue
                 begin = line.end if line.end > self._begun else self._begun
-                arrived = group.lots.first().arrived
+                arrived = group.oldest
                 if begin < least or (begin == least and arrived < oldest):
                     reason = self._reason(group, now)
                     if reason:
@@ -229,14 +259,14 @@ class Batcher:
 
     def waiting(self) -> Iterator[Lot]:
         for group in self._groups.values():
-            yield from group.lots
+            yield from group
         yield from self._alone
 
     def validate(self) -> None:
         """For tests: derive every index and counter anew. Raises AssertionError saying what is wrong."""
         rows: Counter[ModelKey] = Counter()
         for key, group in self._groups.items():
-            lots = list(group.lots)
+            lots = list(group)
             assert lots, f"the group {key} is empty"
             assert key == group.key, f"the group {group.key} is found as {key}"
             assert group.line is self._lines[key[0]], f"the group {key} is in another model's line"
@@ -267,7 +297,7 @@ class Batcher:
         return tuning.delay(rules.target_s, full_s, max(0, limit - rows), line.came.rate(now), busy)
 
     def _due(self, group: Group) -> float:
-        return min(group.lots.first().arrived + group.delay_s, self._urgent(group))
+        return min(group.oldest + group.delay_s, self._urgent(group))
 
     def _urgent(self, group: Group) -> float:
         """When waiting on would leave the most urgent request less time, beside what its batch takes, than it has
@@ -284,7 +314,7 @@ class Batcher:
             return "full"
         if group.delay_s == 0:
             return "idle"
-        if group.lots.first().arrived + group.delay_s <= now:
+        if group.oldest + group.delay_s <= now:
             return "delay"
         if self._urgent(group) <= now:
             return "deadline"
@@ -315,15 +345,14 @@ class Batcher:
         room = line.take(group.rows)
         if group.earliest_deadline <= now + _DOUBT * line.curve.reliable(room, now):
             fits = self._drop_late(group, room, now)
-            if not group.lots:
+            if not group:
                 return None
             if fits < min(room, group.rows):
                 reason = "deadline"
             room = fits
         taken: list[Lot] = []
-        waiting = group.lots
-        while waiting:
-            lot = waiting.first()
+        while group:
+            lot = group.next()
             fits = room // lot.plan.rows
             if fits <= 0:
                 if taken:
@@ -332,25 +361,25 @@ class Batcher:
             if fits < len(lot.ids):
                 lot = lot.split(lot.ids[:fits])
             else:
-                waiting.pop()
+                group.pop()
             taken.append(lot)
             room -= lot.rows
         rows = sum([lot.rows for lot in taken])
         group.rows -= rows
-        if not waiting:
+        if not group:
             del self._groups[group.key]
         else:
             if line.rules.target_s:
                 group.delay_s = self._delay(line, group.rows, now)
             if group.delay_s:
-                group.earliest_deadline = min([lot.first_deadline for lot in waiting])
+                group.earliest_deadline = min([lot.first_deadline for lot in group])
         return self._batch(group.key[0], taken, rows, reason)
 
     def _drop_late(self, group: Group, room: int, now: float) -> int:
         """Take out of a group what cannot end in time in a batch of ``room`` rows, so that others have its place; if
         that left less than half a batch, then in one of half as many, and so on: to run few is better than to drop
         all. Returns how many rows the batch may have. This is looked for only when something may be late."""
-        curve, lots = group.line.curve, list(group.lots)
+        curve, lots = group.line.curve, list(group)
         least = min([lot.plan.rows for lot in lots])
         while True:
             late = []
@@ -364,8 +393,8 @@ class Batcher:
             room //= 2
         for lot, ids in late:
             self._take_late(lot, ids)
-        if group.lots:
-            group.earliest_deadline = min([lot.first_deadline for lot in group.lots])
+        if group:
+            group.earliest_deadline = min([lot.first_deadline for lot in group])
         return room
 
     def _take_late(self, lot: Lot, ids: list[int]) -> bool:

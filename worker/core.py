@@ -336,7 +336,7 @@ class Core:
             self._free(caller, ids_in(ranges, self._kept.get(caller, {})))
         for caller, ranges in message.cancelled:
             self._cancel(caller, ids_in(ranges, self._lots.get(caller, {})))
-        for group, start in zip(message.groups, message.starts, strict=True):
+        for at, (group, start) in enumerate(zip(message.groups, message.starts, strict=True)):
             form, caller, attempt = group.form, group.caller, group.attempt
             payload: Payload
             try:
@@ -363,7 +363,9 @@ class Core:
             if index is None:
                 index = self._lots[caller] = {}
             reads = caller in self._readers
-            lot = Lot(index, caller, attempt, plan, ids, timeouts_us, payload, start, group.waited_us, now, reads)
+            overtakes = at < message.overtaking
+            waited_us = group.waited_us
+            lot = Lot(index, caller, attempt, plan, ids, timeouts_us, payload, start, waited_us, now, reads, overtakes)
             index.update(dict.fromkeys(ids, lot))
             self._batcher.add(lot)
 

@@ -34,7 +34,7 @@ class Lot:
     ``payload``: their tensors (see pick_payload), from byte ``start`` on where they lie in one piece. ``arrived``:
     seconds of this process's monotonic clock; ``timeouts_us``: how long after that each may take; ``waited_us``:
     before that; ``first_deadline``: when the first of them has to have ended. ``reads``: their caller reads results
-    where they lie in this worker's arena.
+    where they lie in this worker's arena. ``overtakes``: they go before what came earlier and has not begun.
     """
 
     __slots__ = (
@@ -44,6 +44,7 @@ class Lot:
         "first_deadline",
         "ids",
         "index",
+        "overtakes",
         "payload",
         "plan",
         "reads",
@@ -66,6 +67,7 @@ class Lot:
         waited_us: int,
         arrived: float,
         reads: bool = False,
+        overtakes: bool = False,
     ) -> None:
         self.index = index  # where the worker finds it by its ids
         self.caller = caller
@@ -78,6 +80,7 @@ class Lot:
         self.waited_us = waited_us
         self.arrived = arrived
         self.reads = reads
+        self.overtakes = overtakes
         self.state = WAITING
         self.first_deadline = arrived + min(timeouts_us) * 1e-6
 
@@ -125,6 +128,7 @@ class Lot:
             self.waited_us,
             self.arrived,
             self.reads,
+            self.overtakes,
         )
         other.state = self.state
         self.ids = pick(self.ids, outside)

@@ -199,6 +199,7 @@ class CallerTalk(PeerTalk):
         size: int = 0,
         timeout_s: float | Sequence[float] = 60.0,
         tenant: str = "",
+        priority: int = 0,
         epoch: int = EPOCH,
         places: Sequence[int] = (),
     ) -> tuple[int, ...]:
@@ -207,7 +208,7 @@ class CallerTalk(PeerTalk):
         ids = tuple(range(self.last_id + 1, self.last_id + 1 + count))
         self.last_id += count
         timeouts = [timeout_s] * count if isinstance(timeout_s, (int, float)) else timeout_s
-        form = Form(name, version, 0, tenant, rows, size, b"", b"layout")
+        form = Form(name, version, priority, tenant, rows, size, b"", b"layout")
         self.ask([Requests(form, ids, tuple(int(each * 1e6) for each in timeouts), tuple(places))], epoch)
         return ids
 

@@ -163,6 +163,7 @@ class CoreMachine(RuleBasedStateMachine):
             for number in spread(cancelled.ranges):
                 ended = number in caller.cancelled or number in caller.acknowledged
                 assert ended, f"request {number} was cancelled by nobody"
+        assert message.overtaking <= len(message.groups)
         for group, start in zip(message.groups, message.starts, strict=True):
             assert group.caller in worker.hears, "work for a caller that does not hear this worker"
             assert group.form.model in worker.serves, "work for a model that this worker does not serve"

@@ -45,12 +45,20 @@ class Counting:
         return taking.lots
 
     def served(self, batches: int, rows: int = 8) -> Counter[str]:
-        """Microseconds that tenants have been given in so many batches."""
+        """Microseconds that tenants have been given in so many batches, each of which was done before the next."""
         given: Counter[str] = Counter()
         for _ in range(batches):
             for lot in self.take(rows):
                 given[lot.form.tenant] += lot.cost_us * len(lot.ids)
+                self.queue.end(lot, 0.0)
         return given
+
+    def overtake(self, rows: int) -> list[Lot]:
+        taking = Taking(rows, HEARS, ())
+        taking.overtakes = True
+        self.queue.take(taking, rows)
+        self.queue.validate()
+        return taking.lots
 
 
 def test_tenants_that_ask_for_the_same_get_the_same() -> None:
@@ -104,9 +112,65 @@ def test_what_a_tenant_really_took_is_made_up_for() -> None:
     for _ in range(60):
         for lot in counting.take(8):
             if lot.form.tenant == "slow":
-                counting.queue.charge(lot, 2000.0 * len(lot.ids))  # three times what was expected
+                counting.queue.end(lot, 2000.0 * len(lot.ids))  # three times what was expected
     left = Counter({lot.form.tenant: len(lot.ids) for lot in counting.queue.lots()})
     assert (900 - left["quick"]) / (900 - left["slow"]) == pytest.approx(3.0, rel=0.15)
+
+
+def test_who_is_behind_what_was_given_may_overtake_it() -> None:
+    counting = Counting()
+    counting.ask(8, "flood")
+    first = counting.take(8)
+    counting.ask(80, "flood")
+    counting.take(8)
+    counting.ask(5, "quiet")
+    for lot in first:
+        counting.queue.end(lot, 0.0)
+    counting.ask(5, "other")
+    assert counting.queue.may_overtake(3, "other")
+    assert not counting.queue.may_overtake(3, "flood")
+    taken = counting.overtake(8)
+    assert Counter(lot.form.tenant for lot in taken for _ in lot.ids) == {"quiet": 4, "other": 4}
+    assert all(lot.overtakes for lot in taken)
+    assert [lot.form.tenant for lot in counting.overtake(80)] == ["quiet", "other"]
+
+
+def test_nobody_overtakes_more_than_he_is_behind() -> None:
+    counting = Counting()
+    counting.ask(8, "flood")
+    first = counting.take(8)
+    counting.ask(80, "flood")
+    counting.take(8)
+    for lot in first:
+        counting.queue.end(lot, 0.0)
+    counting.ask(100, "quiet")
+    taken = [lot for _ in range(20) for lot in counting.overtake(1)]
+    # What was given is behind by 8 rows: those that were taken together, as one request, begin at the same time.
+    assert len(taken) == 8
+    assert not counting.queue.may_overtake(3, "quiet")
+
+
+def test_what_is_more_urgent_overtakes_as_many_rows_as_are_less_urgent() -> None:
+    counting = Counting()
+    counting.ask(20, priority=5)
+    given = counting.take(6)
+    counting.ask(20, priority=3)
+    assert counting.queue.may_overtake(3, CALLERS[0].id)
+    assert sum(len(lot.ids) for lot in counting.overtake(4)) == 4
+    assert sum(len(lot.ids) for lot in counting.overtake(4)) == 2
+    assert counting.overtake(4) == []
+    for lot in given:
+        counting.queue.end(lot, 0.0)
+    assert not counting.queue.may_overtake(3, CALLERS[0].id)
+
+
+def test_whose_turn_it_was_alone_has_to_wait_when_another_comes() -> None:
+    """A turn that has not been looked at for long is not taken for an early one."""
+    counting = Counting()
+    counting.ask(1000, "busy")
+    counting.served(100)
+    counting.ask(100, "late")
+    assert [lot.form.tenant for lot in counting.take(1)] == ["late"]
 
 
 def test_callers_of_one_tenant_share_its_part() -> None:

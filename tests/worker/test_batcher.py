@@ -116,6 +116,33 @@ def test_model_that_is_not_batchable_runs_each_request_alone(make_lot: MakeLot) 
         batcher.ended(batch, 0.0, 0.0)
 
 
+def test_what_overtakes_runs_first_in_the_order_in_which_it_came(make_lot: MakeLot) -> None:
+    batcher = with_rules(AT_ONCE)
+    batcher.add(make_lot([1, 2, 3, 4, 5, 6], 1.0))
+    for number in 7, 8, 9:
+        lot = make_lot([number, number + 10], 1.001)
+        lot.overtakes = True
+        batcher.add(lot)
+    batcher.remove(lot, True)  # 9 and 19, which were cancelled
+    assert [lot.ids[0] for lot in batcher.waiting()] == [7, 8, 1]
+    found = []
+    while batch := take(batcher, 1.002):
+        batcher.ended(batch, 0.001, 1.002)
+        found.append(ids_of(batch))
+    assert found == [[7, 17, 8, 18], [1, 2, 3, 4], [5, 6]]
+
+
+def test_who_is_overtaken_has_waited_for_longest_all_the_same(make_lot: MakeLot) -> None:
+    batcher = with_rules(WAITS)
+    batcher.add(make_lot([1], 1.0))
+    lot = make_lot([2], 1.005)
+    lot.overtakes = True
+    batcher.add(lot)
+    assert batcher.due() == pytest.approx(1.010)
+    batch = take(batcher, 1.010)
+    assert (ids_of(batch), reason_of(batch)) == ([2, 1], "delay")
+
+
 def test_second_attempt_runs_alone_one_request_at_a_time(make_lot: MakeLot) -> None:
     batcher = with_rules(AT_ONCE)
     batcher.add(make_lot([1, 2], 1.0, attempt=2))
