@@ -62,7 +62,6 @@ from penstock.wire.messages import (
     Workers,
 )
 from penstock.wire.metrics import Meters
-from penstock.wire.quiet import Quiet
 
 _SWEEP_S: Final = 2.0  # between two looks at what need not be exact; each wakes an idle broker
 _SETTLE_S: Final = 0.25  # a dead process's files are all closed by then
@@ -90,7 +89,6 @@ class Core:
         self._left_behind = False  # a worker has gone, perhaps without removing its socket
         self._free_at = float("inf")  # when acknowledgments travel even if no work does
         self._sweep_at = now
-        self._quiet = Quiet()
         self._commands: list[Command] = []
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -118,7 +116,7 @@ class Core:
                 self.ledger.draining = True
             case End():
                 self.ledger.end_all(self.callers.values())
-                self._send_refusals(now)
+                self._send_refusals()
                 self._commands += [ToCaller(number, Bye(self.epoch)) for number in self.callers]
                 self._commands += [ToWorker(number, Bye(self.epoch)) for number in self.workers]
             case _:
@@ -328,8 +326,6 @@ class Core:
                 self._left_behind = False
                 self._commands.append(Sweep())
             self.ledger.sweep(now)
-            for code, count in self._quiet.unsaid(now):
-                self._log("warning", "requests refused", count=count, code=code)
         if self._open:
             given = self._assigner.assign(now)
             self.ledger.hand_out(given)
@@ -339,7 +335,7 @@ class Core:
                     self._send_work(worker, part, now)
         self._send_news(now)
         if self.ledger.refusals:
-            self._send_refusals(now)
+            self._send_refusals()
         if self._workers_changed:
             self._workers_changed = False
             for caller in self.callers.values():
@@ -385,15 +381,12 @@ class Core:
         elif waited or self._free_at == float("inf"):
             self._free_at = now + self.options.free_delay_s
 
-    def _send_refusals(self, now: float) -> None:
+    def _send_refusals(self) -> None:
         refusals, self.ledger.refusals = self.ledger.refusals, {}
         for caller, refused in refusals.items():
             for at in range(0, len(refused), MAX_REQUESTS):
                 self._commands.append(ToCaller(caller.id, Refusals(self.epoch, refused[at : at + MAX_REQUESTS])))
             for code, count in Counter([each.code for each in refused]).items():
-                count = self._quiet.note(code, now, count)
-                if not count:
-                    continue
                 first = next(each for each in refused if each.code == code)
                 self._log(
                     "warning",
