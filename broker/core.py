@@ -26,13 +26,13 @@ from penstock.broker.events import (
 )
 from penstock.broker.ledger import Ledger
 from penstock.broker.lots import Lot
+from penstock.broker.names import Names
 from penstock.broker.options import BrokerOptions
 from penstock.broker.peers import CallerPeer, WorkerPeer
 from penstock.broker.registry import Registry
 from penstock.wire.events import Drain, Garbage, Log, Tick
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
-    MAX_NAME,
     MAX_REQUESTS,
     Ask,
     Assign,
@@ -76,6 +76,7 @@ class Core:
         self.epoch = epoch
         self.callers: dict[bytes, CallerPeer] = {}
         self.workers: dict[bytes, WorkerPeer] = {}
+        self._names = Names(_BROKER)
         self.registry = Registry(options.models_max, options.tenant_weights)
         self.meters = Meters()
         self._assigner = Assigner()
@@ -161,7 +162,7 @@ class Core:
         if len(self.callers) >= self.options.callers_max:
             self._log("error", "caller turned away: too many are connected", limit=self.options.callers_max)
             return
-        name = self._free_name(hello.name) if hello.name else ""
+        name = self._names.take(hello.name) if hello.name else ""
         caller = self.callers[peer] = CallerPeer(peer, name, hello.local, self._arenas.get(peer, 0), now)
         # Its requests of before may still run: ids go on growing from there, so that answers cannot be mixed up.
         running = [max(worker.held[peer]) for worker in self.workers.values() if peer in worker.held]
@@ -176,6 +177,8 @@ class Core:
 
     def _caller_gone(self, caller: CallerPeer) -> None:
         del self.callers[caller.id]
+        if caller.name:
+            self._names.free(caller.name)
         self.ledger.caller_gone(caller)
         for worker in self.workers.values():
             worker.forget_caller(caller.id)
@@ -272,7 +275,7 @@ class Core:
         if len(self.workers) >= self.options.workers_max:
             self._log("error", "worker turned away: too many are connected", limit=self.options.workers_max)
             return
-        name = self._free_name(hello.name or hello.device)
+        name = self._names.take(hello.name or hello.device)
         worker = WorkerPeer(
             peer,
             name,
@@ -292,6 +295,7 @@ class Core:
 
     def _worker_gone(self, worker: WorkerPeer, reason: str, now: float) -> None:
         del self.workers[worker.id]
+        self._names.free(worker.name)
         self.registry.withdraw(worker, now)
         self._assigner.worker_went(worker)
         held = self.ledger.worker_gone(worker)
@@ -408,17 +412,6 @@ class Core:
     def _peers(self) -> list[CallerPeer | WorkerPeer]:
         return [*self.workers.values(), *self.callers.values()]
 
-    def _free_name(self, wished: str) -> str:
-        """The wished name, or where another has it, the first free one of wished-1, wished-2, ...: names label metrics,
-        so there must never be more of them than peers."""
-        taken = {peer.name for peer in self._peers()} | {_BROKER}
-        name, number = wished, 0
-        while name in taken:
-            number += 1
-            suffix = f"-{number}"
-            name = wished[: MAX_NAME - len(suffix)] + suffix
-        return name
-
     def _was_away(self, now: float) -> None:
         """This process was itself stopped or starved: it cannot tell who was silent meanwhile."""
         for peer in self._peers():
@@ -452,8 +445,7 @@ class Core:
     def validate(self) -> None:
         """Derive every index and counter again, for tests. Raises AssertionError that says what is wrong."""
         assert not self._commands, "commands were left behind"
-        names = [peer.name for peer in self._peers() if peer.name]
-        assert len(set(names)) == len(names), f"names are not unique: {names}"
+        self._names.validate([peer.name for peer in self._peers() if peer.name])
         workers = self.workers.values()
         for worker in workers:
             worker.validate()
