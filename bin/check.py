@@ -43,7 +43,7 @@ def check(models: Path, workers: int, gateways: int, config: Path | None, verbos
     batches of different sizes, what memory that takes, and what to change.
 
     Exit code 2, with a sentence each: too little memory, and models that cannot be served. What would be refused, or
-    cost more than it need, is a warning.
+    cost more than it need, and settings that have no effect are warnings.
     """
     from penstock.worker.repository import RepositoryError, find_models
 
@@ -107,6 +107,7 @@ def _check_bodies(body_bytes_max: int, room: int) -> None:
 
 def _check_model(file: ModelFile, arenas: dict[str, int], seconds: float) -> list[str]:
     """Why a model cannot be served, if so. ``seconds``: for a report; 0: none."""
+    from penstock.worker.config import without_effect
     from penstock.worker.model import LoadError
     from penstock.worker.probe import load_and_probe
 
@@ -116,6 +117,8 @@ def _check_model(file: ModelFile, arenas: dict[str, int], seconds: float) -> lis
         return [str(error)]
     for line in _describe(model.spec, arenas["gateway"], arenas["worker"]):
         click.echo(line)
+    if sentence := without_effect(file.config, model.why_alone):
+        click.echo(f"warning: model {model.spec.name}: {sentence}")
     if seconds:
         _report(file, model, seconds)
     return []

@@ -7,48 +7,112 @@ import logging
 import os
 import sys
 import time
-from typing import Any, Final
+from threading import Timer
+from typing import Any, Final, TextIO, TypeAlias
 
 FORMATS: Final = ("text", "json")
-_REPEATS_MAX: Final = 10  # lines of one event and level in one interval; the rest are counted
-_INTERVAL_S: Final = 10.0
-_KINDS_MAX: Final = 10_000  # that are counted
+_REPEATS_MAX: Final = 10  # lines of a kind in one interval; the rest are counted
+_INTERVAL_S: Final = 10.0  # after it, too, it is told how many those are
+_KINDS_MAX: Final = 10_000  # that are known
+
+_Kind: TypeAlias = tuple[str, str, int, object]  # logger, event, level, and the code, of what has one
 
 
 def set_up(role: str, form: str, level: str) -> None:
     """Log to standard error. ``role`` stands in every line; ``form`` is one of FORMATS."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter(role) if form == "json" else _TextFormatter(role))
-    handler.addFilter(RepeatFilter())
+    # A line that is held back costs what its record does: a third of it for what no line of ours says, where it was
+    # made and on which thread.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [_Handler(_JsonFormatter(role) if form == "json" else _TextFormatter(role))]
     root.setLevel(level.upper())
 
 
-class RepeatFilter(logging.Filter):
-    """Lets so many lines of a kind through in an interval; the first of the next interval says how many it held back.
+class Repeats:
+    """Lets so many lines of a kind through in an interval, and counts the others until they are told. A line with a
+    field ``count`` stands for so many.
 
     A flood of bad requests must not become a flood of lines.
     """
 
     def __init__(self, repeats_max: int = _REPEATS_MAX, interval_s: float = _INTERVAL_S) -> None:
-        super().__init__()
         self._repeats_max = repeats_max
         self._interval_s = interval_s
-        self._seen: dict[tuple[str, str, int], tuple[float, int]] = {}  # since when, how many
+        self._seen: dict[_Kind, tuple[float, int]] = {}  # since when, how many lines
+        self._held_back: dict[_Kind, int] = {}
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        key = (record.name, str(record.msg), record.levelno)
-        since, count = self._seen.get(key, (record.created, 0))
+    def passes(self, record: logging.LogRecord) -> bool:
+        said = getattr(record, "fields", {})
+        kind = (record.name, str(record.msg), record.levelno, said.get("code"))
+        since, lines = self._seen.get(kind, (record.created, 0))
         if not 0 <= record.created - since < self._interval_s:  # nor is a clock that was set back waited for
-            if count > self._repeats_max:
-                held_back = {"held_back": count - self._repeats_max}
-                record.__dict__["fields"] = {**getattr(record, "fields", {}), **held_back}
-            since, count = record.created, 0
+            since, lines = record.created, 0
+        if lines >= self._repeats_max:
+            self._held_back[kind] = self._held_back.get(kind, 0) + said.get("count", 1)
+            return False
         if len(self._seen) >= _KINDS_MAX:
             self._seen.clear()
-        self._seen[key] = since, count + 1
-        return count < self._repeats_max
+        self._seen[kind] = since, lines + 1
+        return True
+
+    def take(self) -> list[logging.LogRecord]:
+        """For each kind of which something was held back, a record that says how much. It is told once."""
+        held_back, self._held_back = self._held_back, {}
+        records = []
+        for (name, event, level, code), count in held_back.items():
+            record = logging.LogRecord(name, level, "", 0, event, None, None)
+            record.__dict__["fields"] = {"held_back": count, **({} if code is None else {"code": code})}
+            records.append(record)
+        return records
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes lines, and of those that are held back how many they were: some seconds later, or at the end. A timer runs
+    only while there is something to tell, since an idle process should sleep."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(formatter)
+        self._repeats = Repeats()
+        self._timer: Timer | None = None
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        self.acquire()
+        try:
+            passes = self._repeats.passes(record)
+            if passes:
+                self.emit(record)
+            elif self._timer is None:
+                self._set_timer()
+        finally:
+            self.release()
+        return passes
+
+    def _set_timer(self) -> None:
+        timer = Timer(_INTERVAL_S, self.tell)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError:  # no thread is to be had: the next line that is held back tries again, or the end tells
+            return
+        self._timer = timer
+
+    def tell(self) -> None:
+        """Write how much was held back."""
+        self.acquire()
+        try:
+            self._timer = None
+            for record in self._repeats.take():
+                self.emit(record)
+        finally:
+            self.release()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.tell()
+        super().close()
 
 
 class _TextFormatter(logging.Formatter):

@@ -26,13 +26,13 @@ from penstock.broker.events import (
 )
 from penstock.broker.ledger import Ledger
 from penstock.broker.lots import Lot
+from penstock.broker.names import Names
 from penstock.broker.options import BrokerOptions
 from penstock.broker.peers import CallerPeer, WorkerPeer
 from penstock.broker.registry import Registry
 from penstock.wire.events import Drain, Garbage, Log, Tick
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
-    MAX_NAME,
     MAX_REQUESTS,
     Ask,
     Assign,
@@ -62,7 +62,6 @@ from penstock.wire.messages import (
     Workers,
 )
 from penstock.wire.metrics import Meters
-from penstock.wire.quiet import Quiet
 
 _SWEEP_S: Final = 2.0  # between two looks at what need not be exact; each wakes an idle broker
 _SETTLE_S: Final = 0.25  # a dead process's files are all closed by then
@@ -77,6 +76,7 @@ class Core:
         self.epoch = epoch
         self.callers: dict[bytes, CallerPeer] = {}
         self.workers: dict[bytes, WorkerPeer] = {}
+        self._names = Names(_BROKER)
         self.registry = Registry(options.models_max, options.tenant_weights)
         self.meters = Meters()
         self._assigner = Assigner()
@@ -90,7 +90,6 @@ class Core:
         self._left_behind = False  # a worker has gone, perhaps without removing its socket
         self._free_at = float("inf")  # when acknowledgments travel even if no work does
         self._sweep_at = now
-        self._quiet = Quiet()
         self._commands: list[Command] = []
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -118,7 +117,7 @@ class Core:
                 self.ledger.draining = True
             case End():
                 self.ledger.end_all(self.callers.values())
-                self._send_refusals(now)
+                self._send_refusals()
                 self._commands += [ToCaller(number, Bye(self.epoch)) for number in self.callers]
                 self._commands += [ToWorker(number, Bye(self.epoch)) for number in self.workers]
             case _:
@@ -163,7 +162,7 @@ class Core:
         if len(self.callers) >= self.options.callers_max:
             self._log("error", "caller turned away: too many are connected", limit=self.options.callers_max)
             return
-        name = self._free_name(hello.name) if hello.name else ""
+        name = self._names.take(hello.name) if hello.name else ""
         caller = self.callers[peer] = CallerPeer(peer, name, hello.local, self._arenas.get(peer, 0), now)
         # Its requests of before may still run: ids go on growing from there, so that answers cannot be mixed up.
         running = [max(worker.held[peer]) for worker in self.workers.values() if peer in worker.held]
@@ -178,6 +177,8 @@ class Core:
 
     def _caller_gone(self, caller: CallerPeer) -> None:
         del self.callers[caller.id]
+        if caller.name:
+            self._names.free(caller.name)
         self.ledger.caller_gone(caller)
         for worker in self.workers.values():
             worker.forget_caller(caller.id)
@@ -274,7 +275,7 @@ class Core:
         if len(self.workers) >= self.options.workers_max:
             self._log("error", "worker turned away: too many are connected", limit=self.options.workers_max)
             return
-        name = self._free_name(hello.name or hello.device)
+        name = self._names.take(hello.name or hello.device)
         worker = WorkerPeer(
             peer,
             name,
@@ -294,6 +295,7 @@ class Core:
 
     def _worker_gone(self, worker: WorkerPeer, reason: str, now: float) -> None:
         del self.workers[worker.id]
+        self._names.free(worker.name)
         self.registry.withdraw(worker, now)
         self._assigner.worker_went(worker)
         held = self.ledger.worker_gone(worker)
@@ -328,8 +330,6 @@ class Core:
                 self._left_behind = False
                 self._commands.append(Sweep())
             self.ledger.sweep(now)
-            for code, count in self._quiet.unsaid(now):
-                self._log("warning", "requests refused", count=count, code=code)
         if self._open:
             given = self._assigner.assign(now)
             self.ledger.hand_out(given)
@@ -339,7 +339,7 @@ class Core:
                     self._send_work(worker, part, now)
         self._send_news(now)
         if self.ledger.refusals:
-            self._send_refusals(now)
+            self._send_refusals()
         if self._workers_changed:
             self._workers_changed = False
             for caller in self.callers.values():
@@ -387,15 +387,12 @@ class Core:
         elif waited or self._free_at == float("inf"):
             self._free_at = now + self.options.free_delay_s
 
-    def _send_refusals(self, now: float) -> None:
+    def _send_refusals(self) -> None:
         refusals, self.ledger.refusals = self.ledger.refusals, {}
         for caller, refused in refusals.items():
             for at in range(0, len(refused), MAX_REQUESTS):
                 self._commands.append(ToCaller(caller.id, Refusals(self.epoch, refused[at : at + MAX_REQUESTS])))
             for code, count in Counter([each.code for each in refused]).items():
-                count = self._quiet.note(code, now, count)
-                if not count:
-                    continue
                 first = next(each for each in refused if each.code == code)
                 self._log(
                     "warning",
@@ -416,17 +413,6 @@ class Core:
 
     def _peers(self) -> list[CallerPeer | WorkerPeer]:
         return [*self.workers.values(), *self.callers.values()]
-
-    def _free_name(self, wished: str) -> str:
-        """The wished name, or where another has it, the first free one of wished-1, wished-2, ...: names label metrics,
-        so there must never be more of them than peers."""
-        taken = {peer.name for peer in self._peers()} | {_BROKER}
-        name, number = wished, 0
-        while name in taken:
-            number += 1
-            suffix = f"-{number}"
-            name = wished[: MAX_NAME - len(suffix)] + suffix
-        return name
 
     def _was_away(self, now: float) -> None:
         """This process was itself stopped or starved: it cannot tell who was silent meanwhile."""
@@ -461,8 +447,7 @@ class Core:
     def validate(self) -> None:
         """Derive every index and counter again, for tests. Raises AssertionError that says what is wrong."""
         assert not self._commands, "commands were left behind"
-        names = [peer.name for peer in self._peers() if peer.name]
-        assert len(set(names)) == len(names), f"names are not unique: {names}"
+        self._names.validate([peer.name for peer in self._peers() if peer.name])
         workers = self.workers.values()
         for worker in workers:
             worker.validate()

@@ -348,6 +348,8 @@ class Ledger:
     def caller_gone(self, caller: CallerPeer) -> None:
         caller.gone = True
         for lot in dict.fromkeys(caller.requests.values()):
+            if lot.state != DONE:  # it may have had the result
+                self._count_failure(lot.model.key, "cancelled", len(lot.ids))
             self._drop(lot)
         self.refusals.pop(caller, None)
 

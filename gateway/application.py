@@ -36,7 +36,6 @@ from penstock.wire.messages import Payload
 from penstock.wire.metrics import Value
 from penstock.wire.models import READY, ModelSpec, ModelState
 from penstock.wire.process import fields
-from penstock.wire.quiet import Quiet
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot
 from penstock.wire.tensors import Buffer
 
@@ -91,7 +90,6 @@ class Application:
         self._page = load_page()
         self._parser = Parser()
         self._timing = ServerTiming()
-        self._quiet = Quiet()
         self._responses: dict[int, Value] = {}
         self.seconds = caller.meters.histogram("penstock_http_request_seconds")
         self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
@@ -149,22 +147,18 @@ class Application:
     def fail(self, exchange: Exchange, error: PenstockError, identifier: str = "", number: int = 0) -> None:
         """Answer with an error. ``identifier``: the request's own id, ``number``: the broker's for it."""
         status = STATUSES[error.code]
-        now = time.monotonic()
-        count = self._quiet.note(error.code, now)
-        if count:
-            log.log(
-                logging.WARNING if status >= 500 else logging.INFO,
-                "request failed",
-                extra=fields(
-                    request_id=self.name(identifier, number),
-                    url=exchange.request.head.url.decode("latin-1"),
-                    status=status,
-                    code=error.code,
-                    reason=error.message,
-                    **({"count": count} if count > 1 else {}),
-                ),
-            )
-        seconds = now - exchange.arrived
+        log.log(
+            logging.WARNING if status >= 500 else logging.INFO,
+            "request failed",
+            extra=fields(
+                request_id=self.name(identifier, number),
+                url=exchange.request.head.url.decode("latin-1"),
+                status=status,
+                code=error.code,
+                reason=error.message,
+            ),
+        )
+        seconds = time.monotonic() - exchange.arrived
         if status in _REFUSALS:
             self._refusals.observe(seconds)
         extra = total_line(seconds)
@@ -175,11 +169,6 @@ class Application:
         sentence = f"[request id: {identifier}] {error.message}" if identifier else error.message
         self._count(status)
         exchange.answer_error(status, sentence, extra)
-
-    def log_unsaid(self, now: float) -> None:
-        """Requests that failed and were not logged one by one, for there were too many of a kind."""
-        for code, count in self._quiet.unsaid(now):
-            log.warning("requests failed", extra=fields(count=count, code=code))
 
     def name(self, identifier: str, number: int) -> str:
         """By which the log and the metrics name a request. ``identifier``: its own id, ``number``: the broker's for

@@ -208,9 +208,8 @@ class Coupling:
         return serial
 
     def _measure(self) -> None:
-        """Bring the series that are not counted as things happen up to date. With each beat, so the log too."""
+        """Bring the series that are not counted as things happen up to date."""
         caller = self._link.caller
-        self._application.log_unsaid(time.monotonic())
         caller.meters.value("penstock_http_connections").value = len(self.http.connections)
         caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
         slots = self._link.slots()

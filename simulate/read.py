@@ -156,6 +156,8 @@ class _Reading:
         self._check_keys(values, (*own, *known), at)
         given = self._convert({key: each for key, each in values.items() if key in own}, ModelTable, at)
         config = self._config({key: each for key, each in values.items() if key not in own}, at)
+        if not given.batchable and (keys := config.batch_keys):
+            raise self._error((*at, keys[0]), "it has no effect where batchable = false: leave one of them out")
         size = config.rows_max if given.batchable else 1
         cost = self._cost(given, size, at)
         if given.copies == 1:

@@ -72,6 +72,17 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return self.max_batch_size or (sizes[-1] if sizes else DEFAULT_BATCH_SIZE)
 
     @property
+    def batch_keys(self) -> list[str]:
+        """Those that are set and say something of batches of several requests alone."""
+        said = {
+            "max_batch_size": (self.max_batch_size or 1) > 1,
+            "max_queue_delay": self.max_queue_delay_s > 0,
+            "latency_target": self.latency_target is not None,
+            "preferred_batch_sizes": self.preferred_batch_sizes is not None,
+        }
+        return [key for key, is_said in said.items() if is_said]
+
+    @property
     def weight_thousandths(self) -> int:
         return round(self.weight * 1000)
 
@@ -113,6 +124,21 @@ def load_config(path: Path, device: str = CPU) -> ModelConfig:
     if problem:
         raise ConfigError(f"{path}: {problem}")
     return config
+
+
+def without_effect(config: ModelConfig, why_alone: str) -> str:
+    """That keys of a configuration change nothing, why, and the way out, as a sentence; or "". ``why_alone``: why the
+    model's requests run alone; "": they need not. Only the loaded model tells, so it is no ConfigError."""
+    keys = config.batch_keys
+    if not keys or not why_alone:
+        return ""
+    named = ", ".join(f"'{key}'" for key in keys)
+    several = len(keys) > 1
+    return (
+        f"{'keys' if several else 'key'} {named} in model.toml {'have' if several else 'has'} no effect: requests of "
+        f"this model run alone, since {why_alone}; leave {'them' if several else 'it'} out, or export the model with "
+        "independent rows along a symbolic first dimension"
+    )
 
 
 def _contradiction_of_batches(config: ModelConfig) -> str:

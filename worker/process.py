@@ -31,7 +31,7 @@ from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
 from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.slots import Slots
 from penstock.wire.sockets import Socket
-from penstock.worker.config import CPU
+from penstock.worker.config import CPU, without_effect
 from penstock.worker.core import Core, Identity
 from penstock.worker.cuda import CudaError, find_gpu
 from penstock.worker.events import Command, DeviceLost, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
@@ -117,6 +117,8 @@ def _load(file: ModelFile, store: Store | None, device: str) -> Loaded:
             seconds=round(time.monotonic() - start, 3),
         ),
     )
+    if reason := without_effect(file.config, model.why_alone):
+        log.warning("settings have no effect", extra=fields(model=file.name, version=file.version, reason=reason))
     return Loaded(ModelState(file.name, file.version, READY, model.why_alone, model.spec), model)
 
 

@@ -149,6 +149,17 @@ def test_a_model_whose_batch_does_not_fit_is_named(tmp_path: Path, repository: P
     ]
 
 
+def test_settings_without_effect_are_a_warning(repository: Path) -> None:
+    target = 'latency_target = "50ms"\n'
+    write(repository, "batches", identity(TensorProto.FLOAT, ["N", 2]), config=target)
+    write(repository, "square", identity(TensorProto.FLOAT, [2, 2]), config=target)
+    assert warnings(check(repository)) == [
+        "warning: model square: key 'latency_target' in model.toml has no effect: requests of this model run alone, "
+        "since the first dimension of input 'x' is fixed at 2; leave it out, or export the model with independent rows "
+        "along a symbolic first dimension"
+    ]
+
+
 # --- what does not fit: 2 ---
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,6 +21,7 @@ from penstock.wire.process import fields
 
 log = logging.getLogger("penstock.test")
 
+COSTLY = ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing")
 OWN = {"time", "level", "process", "pid", "event"}
 
 simple = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
@@ -34,9 +37,15 @@ keys = st.text(min_size=1).filter(lambda key: not key.startswith("about_") and k
 def logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    costly = {each: getattr(logging, each) for each in COSTLY}
     yield
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
+    for each, value in costly.items():
+        setattr(logging, each, value)
 
 
 def record(event: str, about: dict[str, Any] | None = None, at: float = 0.0, level: int = 30) -> logging.LogRecord:
@@ -193,72 +202,149 @@ def test_setting_up_again_replaces_what_was_there(capsys: pytest.CaptureFixture[
 # --- floods ---
 
 
-def passed(repeats: logs.RepeatFilter, *at: float, event: str = "flood", level: int = 30) -> list[logging.LogRecord]:
-    made = [record(event, at=each, level=level) for each in at]
-    return [each for each in made if repeats.filter(each)]
+def passed(repeats: logs.Repeats, *at: float, event: str = "flood", level: int = 30, **about: Any) -> int:
+    """How many lines were let through."""
+    return sum(repeats.passes(record(event, about, each, level)) for each in at)
 
 
-def test_a_flood_of_one_event_is_cut_off_and_the_next_interval_says_how_much() -> None:
-    repeats = logs.RepeatFilter(repeats_max=3, interval_s=10.0)
-    assert len(passed(repeats, *[100.0] * 8)) == 3
-    assert passed(repeats, 109.9) == []
-    [first, second] = passed(repeats, 110.0, 111.0)
-    assert getattr(first, "fields", {}) == {"held_back": 6}
-    assert getattr(second, "fields", {}) == {}
+def told(repeats: logs.Repeats) -> list[tuple[str, int, dict[str, Any]]]:
+    return [(each.getMessage(), each.levelno, each.__dict__["fields"]) for each in repeats.take()]
 
 
-def test_how_many_were_held_back_stands_beside_what_the_line_says_itself() -> None:
-    repeats = logs.RepeatFilter(repeats_max=1, interval_s=1.0)
-    passed(repeats, 5.0, 5.0)
-    later = record("flood", {"peer": "x"}, at=6.0)
-    assert repeats.filter(later)
-    assert later.__dict__["fields"] == {"peer": "x", "held_back": 1}
+def test_a_flood_of_one_event_is_cut_off_and_it_is_told_once_how_much() -> None:
+    repeats = logs.Repeats(repeats_max=3, interval_s=10.0)
+    assert told(repeats) == []
+    assert passed(repeats, *[100.0] * 8, 109.9) == 3
+    assert passed(repeats, 110.0, 111.0) == 2
+    assert told(repeats) == [("flood", 30, {"held_back": 6})]
+    assert told(repeats) == []
 
 
-def test_events_and_levels_are_counted_by_themselves() -> None:
-    repeats = logs.RepeatFilter(repeats_max=1, interval_s=10.0)
-    assert len(passed(repeats, 1.0, 1.0)) == 1
-    assert len(passed(repeats, 1.0, 1.0, event="other")) == 1
-    assert len(passed(repeats, 1.0, 1.0, level=40)) == 1
+def test_the_interval_goes_on_when_it_was_told_what_was_held_back() -> None:
+    repeats = logs.Repeats(repeats_max=1, interval_s=10.0)
+    assert passed(repeats, 100.0, 100.0) == 1
+    assert len(repeats.take()) == 1
+    assert passed(repeats, 109.0) == 0
+    assert told(repeats) == [("flood", 30, {"held_back": 1})]
+
+
+def test_a_line_that_stands_for_many_is_counted_as_many() -> None:
+    repeats = logs.Repeats(repeats_max=1, interval_s=10.0)
+    passed(repeats, 100.0, 100.0, count=40)
+    passed(repeats, 100.0, count=2)
+    assert told(repeats) == [("flood", 30, {"held_back": 42})]
+
+
+def test_events_levels_and_codes_are_counted_by_themselves() -> None:
+    repeats = logs.Repeats(repeats_max=1, interval_s=10.0)
+    assert passed(repeats, 1.0, 1.0) == 1
+    assert passed(repeats, 1.0, 1.0, event="other") == 1
+    assert passed(repeats, 1.0, 1.0, level=40) == 1
+    assert passed(repeats, 1.0, 1.0, 1.0, code="deadline") == 1
+    assert told(repeats) == [
+        ("flood", 30, {"held_back": 1}),
+        ("other", 30, {"held_back": 1}),
+        ("flood", 40, {"held_back": 1}),
+        ("flood", 30, {"held_back": 2, "code": "deadline"}),
+    ]
 
 
 def test_a_clock_that_is_set_back_silences_nothing() -> None:
-    repeats = logs.RepeatFilter(repeats_max=1, interval_s=10.0)
-    assert len(passed(repeats, 1e9, 1e9)) == 1
-    [line] = passed(repeats, 1e6)
-    assert getattr(line, "fields", {}) == {"held_back": 1}
+    repeats = logs.Repeats(repeats_max=1, interval_s=10.0)
+    assert passed(repeats, 1e9, 1e9) == 1
+    assert passed(repeats, 1e6) == 1
 
 
 def test_kinds_without_end_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_KINDS_MAX", 5)
-    repeats = logs.RepeatFilter(repeats_max=1, interval_s=10.0)
+    repeats = logs.Repeats(repeats_max=1, interval_s=10.0)
     for number in range(100):
-        assert len(passed(repeats, 1.0, event=f"event {number}")) == 1
+        assert passed(repeats, 1.0, event=f"event {number}") == 1
         assert len(repeats._seen) <= 5
+    assert told(repeats) == []
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5), st.lists(st.floats(0, 4), max_size=60))
+@given(st.integers(1, 5), st.lists(st.tuples(st.floats(0, 4), st.integers(1, 9), st.booleans()), max_size=60))
 def test_no_interval_has_more_lines_of_a_kind_than_allowed_and_none_is_forgotten(
-    repeats_max: int, pauses: list[float]
+    repeats_max: int, asked: list[tuple[float, int, bool]]
 ) -> None:
-    repeats, at, lines, asked = logs.RepeatFilter(repeats_max, 10.0), 1000.0, 0, 0
-    held_back = 0
-    for pause in pauses:
+    repeats, at, lines, said = logs.Repeats(repeats_max, 10.0), 1000.0, 0, 0
+    for pause, count, tell in asked:
         at += pause
-        asked += 1
-        for line in passed(repeats, at):
+        if passed(repeats, at, count=count):
             lines += 1
-            held_back += getattr(line, "fields", {}).get("held_back", 0)
-    [last] = passed(repeats, at + 10.001)  # sums of floats are not exact
-    held_back += getattr(last, "fields", {}).get("held_back", 0)
-    assert lines + held_back == asked
+            said += count
+        if tell:
+            said += sum(about["held_back"] for _, _, about in told(repeats))
+    said += sum(about["held_back"] for _, _, about in told(repeats))
+    assert said == sum(count for _, count, _ in asked)
     assert lines <= repeats_max * ((at - 1000.0) // 10.0 + 1)
 
 
+def flood(lines: int) -> None:
+    for number in range(lines):
+        log.warning("bad request", extra=fields(number=number, code="bad_input"))
+
+
 @pytest.mark.parametrize("form", logs.FORMATS)
-def test_a_flood_is_cut_off_in_a_log_that_is_set_up(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flood_is_cut_off_in_a_log_that_is_set_up_and_told_of_at_the_end(
+    form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     logs.set_up("gateway", form, "info")
-    for number in range(50):
-        log.warning("bad request", extra=fields(number=number))
+    flood(50)
     assert len(capsys.readouterr().err.splitlines()) == 10
+    [handler] = logging.getLogger().handlers
+    handler.close()
+    [line] = capsys.readouterr().err.splitlines()
+    if form == "json":
+        found = strict(line)
+        assert (found["event"], found["level"], found["held_back"]) == ("bad request", "warning", 40)
+    else:
+        assert line.endswith(" W gateway: bad request held_back=40 code=bad_input")
+
+
+def test_a_flood_that_is_over_is_told_of_while_the_process_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_INTERVAL_S", 0.0)  # of the timer alone
+    logs.set_up("gateway", "json", "info")
+    flood(10)
+    assert not timers(), "a timer runs, and there is nothing to tell"
+    flood(30)
+    while running := timers():
+        running[0].join()
+    lines = [strict(line) for line in capsys.readouterr().err.splitlines()]
+    assert sum(line.get("held_back", 0) for line in lines) == 30
+    assert len([line for line in lines if "number" in line]) == 10
+
+
+def timers() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+
+
+def test_where_no_thread_is_to_be_had_a_flood_harms_nobody(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(timer: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", refuse)
+    logs.set_up("gateway", "text", "info")
+    flood(12)
+    [handler] = logging.getLogger().handlers
+    handler.close()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(" held_back=2 code=bad_input")
+
+
+def test_a_process_that_ends_in_a_flood_tells_of_it_and_does_not_wait() -> None:
+    script = (
+        "import logging\n"
+        "from penstock.bin import logs\n"
+        "logs.set_up('broker', 'text', 'info')\n"
+        "for _ in range(25): logging.getLogger('penstock').warning('refused')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=9.0, check=True)
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 11
+    assert lines[-1].endswith(" W broker: refused held_back=15")

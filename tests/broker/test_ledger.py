@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -443,6 +444,19 @@ def test_what_is_cancelled_while_it_waits_is_never_assigned() -> None:
     assert worker.got() == [1, 4]
     assert caller.refusals() == []
     assert talk.count("penstock_request_failures", "m", "1", "cancelled") == 2
+
+
+@pytest.mark.parametrize("leave", [CallerTalk.vanish, CallerTalk.bye])
+def test_what_a_caller_that_leaves_waits_for_counts_as_cancelled(leave: Callable[[CallerTalk], None]) -> None:
+    talk, caller, worker = started(8)
+    caller.submit(3)
+    talk.tick()
+    assert worker.got() == []
+    worker.done(caller, 1, 2)  # whether it had these results nobody knows
+    caller.ack(1)
+    caller.cancel(3)
+    leave(caller)
+    assert talk.count("penstock_request_failures", "m", "1", "cancelled") == 1 + 5 + 3
 
 
 def test_what_is_cancelled_on_a_worker_is_told_it_at_once() -> None:

@@ -957,17 +957,6 @@ def test_failure_is_logged_with_its_request(joined: Desk, caplog: pytest.LogCapt
     assert (said_fields["url"], said_fields["status"], said_fields["code"]) == ("/v2/models/nope", 404, "not_found")
 
 
-def test_failures_without_end_are_logged_now_and_then_with_how_many_there_were(
-    joined: Desk, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "penstock.gateway"):
-        for _ in range(30):
-            joined.ask("POST", "/v2/models/nosuch/infer", b"{}")
-        joined.application.log_unsaid(time.monotonic() + 60)
-    lines = [(record.message, record.__dict__["fields"].get("count")) for record in caplog.records]
-    assert lines == [("request failed", None)] * 10 + [("requests failed", 20)]
-
-
 # --- shared memory ---
 
 

@@ -94,6 +94,11 @@ def test_there_are_the_scenarios_that_the_documentation_names() -> None:
         ),
         ("max_batch_size = 8", "max_batch_size = 0", "6: key 'models[0].max_batch_size': Expected `int` >= 1"),
         ("max_batch_size = 8", 'max_queue_delay = "2"', "6: key 'models[0].max_queue_delay': '2' is not a duration"),
+        (
+            "max_batch_size = 8",
+            'batchable = false\nlatency_target = "50ms"',
+            "7: key 'models[0].latency_target': it has no effect where batchable = false",
+        ),
         ("max_batch_size = 8", "jitter = -0.1", "6: key 'models[0].jitter': Expected `float` >= 0.0"),
         (
             "max_batch_size = 8",

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.worker.config import DEFAULT_BATCH_SIZE, ConfigError, ModelConfig, load_config, parse_duration
+from penstock.worker.config import (
+    DEFAULT_BATCH_SIZE,
+    ConfigError,
+    ModelConfig,
+    load_config,
+    parse_duration,
+    without_effect,
+)
 
 
 @pytest.fixture
@@ -133,6 +140,29 @@ def test_target_beside_a_delay_is_a_contradiction(path: Path) -> None:
     assert text.endswith("leave out max_queue_delay = '2ms'")
     path.write_text('latency_target = "50ms"\nmax_queue_delay = "0ms"')
     assert load_config(path).latency_target_s == 0.05
+
+
+def test_what_a_file_says_of_batches_has_no_effect_where_requests_run_alone(path: Path) -> None:
+    path.write_text('latency_target = "50ms"\npreferred_batch_sizes = [8, 16]\nweight = 2.0\n')
+    assert without_effect(load_config(path), "") == ""
+    assert without_effect(load_config(path), "input 'x' has no dimensions") == (
+        "keys 'latency_target', 'preferred_batch_sizes' in model.toml have no effect: requests of this model run "
+        "alone, since input 'x' has no dimensions; leave them out, or export the model with independent rows along a "
+        "symbolic first dimension"
+    )
+
+
+@pytest.mark.parametrize("line", ["max_batch_size = 8", 'max_queue_delay = "2ms"', 'latency_target = "50ms"'])
+def test_each_key_about_batches_is_named(path: Path, line: str) -> None:
+    path.write_text(line)
+    key = line.partition(" ")[0]
+    assert without_effect(load_config(path), "why").startswith(f"key '{key}' in model.toml has no effect: ")
+
+
+@pytest.mark.parametrize("line", ["", "max_batch_size = 1", 'max_queue_delay = "0ms"', "weight = 2.0", "instances = 2"])
+def test_what_holds_of_requests_that_run_alone_is_no_such_key(path: Path, line: str) -> None:
+    path.write_text(line)
+    assert without_effect(load_config(path), "why") == ""
 
 
 @pytest.mark.parametrize("sizes", ["[16, 8]", "[8, 8]"])
