@@ -135,39 +135,40 @@ class Assigner:
             share = -(-model.rows // max(1, sum([pool.idle for pool in model.pools])))
             if not self._give(model, worker, worker.room(model.key), share, given, now):
                 passed.add(worker)
-        for pool in model.pools:
-            for worker in pool.full() if model.requests else ():
-                if not model.requests or self._overtake(model, worker, given, now) is False:
-                    break
+        while model.requests and model.is_behind():
+            worker = self._choose(model, (), now, 1)
+            if worker is None or not self._overtake(model, worker, given, now):
+                break
         for pool in model.pools:
             if model.requests:
                 pool.wait(model)
             else:
                 pool.settle(model)
 
-    def _overtake(self, model: ModelQueue, worker: WorkerPeer, given: Given, now: float) -> bool | None:
+    def _overtake(self, model: ModelQueue, worker: WorkerPeer, given: Given, now: float) -> bool:
         """Give a worker that takes no more, requests of a model that is behind others there, or such as may go before
-        others of their own model: at most a batch more. None: it has that already, or will soon be done."""
+        others of their own model: at most a batch more."""
         room = worker.room(model.key, 1)
         if room <= 0 or worker.assigned_us < LONG_US or worker.batches < worker.window:
-            return None
+            return False
         return self._give(model, worker, room, min(room, worker.size(model.key)), given, now, early=True)
 
     @staticmethod
-    def _choose(model: ModelQueue, passed: set[WorkerPeer], now: float) -> WorkerPeer | None:
-        """The worker with the fewest batches that has room; of equals, one that will soon be done with them, or where
-        they do not take long, the one that has had so few for longest."""
-        best, best_left_s = None, 0.0
+    def _choose(model: ModelQueue, passed: Collection[WorkerPeer], now: float, more: int = 0) -> WorkerPeer | None:
+        """The worker with the fewest batches that has room, or one of those that take no ``more``; of equals, one that
+        will soon be done with them, or where they do not take long, the one that has had so few for longest."""
+        best, least = None, (0, 0.0)
         for pool in model.pools:
             looks = 0
-            for worker in pool.candidates(model):
-                if best is not None and worker.batches > best.batches:
+            for worker in pool.full() if more else pool.candidates(model):
+                batches = 0 if more else worker.batches
+                if best is not None and batches > least[0]:
                     break
-                if worker in passed or worker.room(model.key) <= 0:
+                if worker in passed or worker.room(model.key, more) <= 0:
                     continue
                 left_s = worker.left_s(now) if worker.assigned_us >= LONG_US else 0.0
-                if best is None or worker.batches < best.batches or left_s < best_left_s:
-                    best, best_left_s = worker, left_s
+                if best is None or (batches, left_s) < least:
+                    best, least = worker, (batches, left_s)
                 looks += 1
                 if not left_s or looks >= _COMPARED_MAX:
                     break

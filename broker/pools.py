@@ -108,19 +108,16 @@ class Pool:
         worker.open = ()
 
     def candidates(self, model: ModelQueue) -> Iterator[WorkerPeer]:
-        """Workers that may have room for a model, the least busy first. Ask anew once one has been given something."""
-        looks = 0
+        """Workers that may have room for a model, those with the fewest batches first. Ask anew once one has been given
+        something."""
         for batches in sorted(self._by_batches):
-            for worker in self._by_batches[batches]:
-                yield worker
-                looks += 1
-                if looks >= _LOOKS_MAX:
-                    return
+            same = self._by_batches[batches]
+            yield from _some(same) if batches else islice(same, _LOOKS_MAX)
         yield from self._open.get(model.key, ())
 
     def full(self) -> Iterator[WorkerPeer]:
-        """Workers that take no more batches, those first that will be done with one. Ask anew likewise."""
-        return islice(self._full, _LOOKS_MAX)
+        """Workers that take no more batches, likewise."""
+        return _some(self._full)
 
     # --- models ---
 
@@ -205,3 +202,12 @@ class Pool:
         numbers = {number for _, number, _ in self._turns}
         assert set(self._numbers.values()) <= numbers, "a model that waits has no turn"
         assert self._numbers.keys() <= set(self.models), "a model waits that is not served"
+
+
+def _some(workers: dict[WorkerPeer, None]) -> Iterator[WorkerPeer]:
+    """Some from either end: those that have been there for longest may be those whose batches take longest."""
+    half = min(_LOOKS_MAX, len(workers)) // 2
+    for pair in zip(islice(workers, half), islice(reversed(workers), half), strict=True):
+        yield from pair
+    if len(workers) % 2 and len(workers) < _LOOKS_MAX:
+        yield next(islice(workers, half, None))

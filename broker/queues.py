@@ -124,6 +124,15 @@ class ModelQueue:
             lot.overtakes = True
         self._overtaking += taking.rows
 
+    def is_behind(self) -> bool:
+        """Whether anything that waits may overtake what has been given out."""
+        given = 0
+        for level in reversed(self._levels):
+            if level.requests and (given > self._overtaking or level.first_is_behind()):
+                return True
+            given += level.given
+        return any(pool.is_behind(self) for pool in self.pools)
+
     def may_overtake(self, priority: int, share_key: str | bytes) -> bool:
         """Whether a request of this priority and tenant goes before others that have been given out."""
         less_urgent = sum([level.given for level in self._levels if level.priority > priority])

@@ -257,6 +257,12 @@ class Level:
         share = self.shares.get(key)
         return (self.done if share is None else max(self.done, share.served)) < self.now
 
+    def first_is_behind(self) -> bool:
+        """Whether any that waits may be behind what has been given out; what it says is not missed is."""
+        while self._turns and self._turns[0][1] != self._turns[0][2].number:
+            heapq.heappop(self._turns)
+        return bool(self._turns) and self._turns[0][0] < self.now
+
     def in_turn(self) -> Iterator[Share]:
         """Those in which something waits, whose turn it is first."""
         return (share for _, number, share in sorted(self._turns, key=_turn) if number == share.number)
