@@ -7,7 +7,7 @@ from typing import Final, TypeAlias
 
 from penstock.broker.lots import Lot
 from penstock.broker.peers import WorkerPeer
-from penstock.broker.pools import LONG_US, Pool, Turn
+from penstock.broker.pools import LONG_S, Pool, Turn
 from penstock.broker.queues import ModelKey, ModelQueue
 from penstock.broker.shares import Taking
 
@@ -149,7 +149,7 @@ class Assigner:
         """Give a worker that takes no more, requests of a model that is behind others there, or such as may go before
         others of their own model: at most a batch more."""
         room = worker.room(model.key, 1)
-        if room <= 0 or worker.assigned_us < LONG_US or worker.batches < worker.window:
+        if room <= 0 or worker.batches < worker.window or worker.left_s(now) < LONG_S:
             return False
         return self._give(model, worker, room, min(room, worker.size(model.key)), given, now, early=True)
 
@@ -166,11 +166,11 @@ class Assigner:
                     break
                 if worker in passed or worker.room(model.key, more) <= 0:
                     continue
-                left_s = worker.left_s(now) if worker.assigned_us >= LONG_US else 0.0
+                left_s = worker.left_s(now) if batches or more else 0.0
                 if best is None or (batches, left_s) < least:
                     best, least = worker, (batches, left_s)
                 looks += 1
-                if not left_s or looks >= _COMPARED_MAX:
+                if left_s < LONG_S or looks >= _COMPARED_MAX:
                     break
         return best
 

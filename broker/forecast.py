@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from penstock.broker.pools import LONG_US
+from penstock.broker.pools import LONG_S
 from penstock.broker.queues import ModelQueue
 from penstock.broker.shares import ShareKey
 
@@ -42,7 +42,7 @@ def forecast_for(model: ModelQueue, priority: int, share_key: ShareKey) -> Forec
         servers += min(pool.servers, len(pool.workers) * model.instances)
         other_us += pool.waiting_us - model.us
         others_weight += pool.weight - model.weighs
-        if (overtakes or pool.is_behind(model)) and pool.assigned_us >= LONG_US * len(pool.workers):
+        if (overtakes or pool.is_behind(model)) and pool.assigned_us >= LONG_S * 1e6 * len(pool.workers):
             assigned_us += pool.assigned_us * pool.servers / (pool.servers + len(pool.workers))
         else:
             assigned_us += pool.assigned_us

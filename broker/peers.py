@@ -129,12 +129,19 @@ class WorkerPeer:
         return batch_us(cost, rows) if cost is not None else 0
 
     def left_s(self, now: float) -> float:
-        """How long it is expected to be busy with what it has."""
-        return max(0.0, self.assigned_us * 1e-6 / self.instances - (now - self._busy_since))
+        """How long it is expected to be busy with what it has, in batches as they are: a row that is alone in its batch
+        may take as long as a full one."""
+        us = 0
+        for key, rows in self._rows.items():
+            cost = self.costs.get(key)
+            if cost is not None:
+                full, rest = divmod(rows, self._sizes[key])
+                us += full * batch_us(cost, self._sizes[key]) + (batch_us(cost, rest) if rest else 0)
+        return max(0.0, us * 1e-6 / self.instances - (now - self._busy_since)) if us else 0.0
 
     def add(self, key: ModelKey, rows: int, us: int, now: float) -> None:
         """Count in what it has been given."""
-        if not self.assigned_us:
+        if not self._rows:
             self._busy_since = now
         self.assigned_us += us
         self._add_rows(key, rows)

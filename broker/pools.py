@@ -16,8 +16,8 @@ from penstock.broker.queues import ModelKey, ModelQueue
 if TYPE_CHECKING:
     from penstock.broker.peers import WorkerPeer
 
-# Who has been given less to do than that, will soon be done with it: it is not worth a message to overtake that.
-LONG_US: Final = 5000
+# Who has less to do than that, will soon be done with it: it is not worth a message to overtake that.
+LONG_S: Final = 0.005
 _LATELY_US: Final = 250_000
 _LOOKS_MAX: Final = 64  # at workers that cannot take a request, until it waits for one that looks for work itself
 Turn: TypeAlias = tuple[float, int, ModelQueue]  # when, in virtual time; a number that no other turn has; whose
