@@ -1,0 +1,175 @@
+"""What the flood of one tenant costs another: ``python bench/tenants.py``.
+
+A server with one worker and the compute-bound model of models.py. What 64 connections are answered a second is its
+capacity. Two tenants, each with a generator of its own, ask for the same part of that; then one of them asks for a
+multiple of the capacity beside. Both have a deadline, which they tell. Requests arrive independently of each other
+(Poisson), over HTTP. Times without and with the flood alternate, and the medians of their figures are told: latencies
+of the tenant that does not flood, from when each request was to start. `penstock simulate
+bench/scenarios/noisy-tenant.toml` asks the same of two workers in virtual time.
+
+The generators run on the same machine: what a flood takes of it is lost to everybody, beside what the scheduler can do.
+Goes to standard output as a table, and to a JSON file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # this folder comes first then, and http.py would pass for the standard library's
+    sys.path[0] = str(Path(__file__).parents[1])
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+from bench import http as bench_http
+from bench import models as bench_models
+from penstock.load.job import LATE, OK, HttpTarget, Job, Tally
+from penstock.load.run import run_load
+
+CONNECTIONS: Final = 64  # of the closed loop that measures the capacity
+OPENED: Final = 128  # connections of an open loop before it begins
+OUTSTANDING_MAX: Final = 16_384
+WARM_UP_S: Final = 2.0  # of both tenants, before the one is measured
+BAR: Final = 0.5  # of its p99 that a flood may cost
+_MODEL: Final = "heavy"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Of the tenant that does not flood. Requests a second that were to start, by how they ended: ``good`` inside the
+    deadline, ``late`` after it, ``refused`` or not answered at all. ``beside``: good answers a second of the other."""
+
+    flood: bool
+    p50_ms: float
+    p99_ms: float
+    good: float
+    late: float
+    refused: float
+    beside: float
+
+
+def target(url: str, tenant: str, deadline_s: float) -> HttpTarget:
+    body, length = bench_http.request_body(_MODEL, "binary")
+    place = urlsplit(url)
+    assert place.hostname is not None
+    assert place.port is not None
+    lines = [
+        f"POST /v2/models/{_MODEL}/infer HTTP/1.1",
+        f"Host: {place.netloc}",
+        f"Content-Length: {len(body)}",
+        f"Inference-Header-Content-Length: {length}",
+        f"Penstock-Tenant: {tenant}",
+    ]
+    if deadline_s:
+        lines.append(f"Penstock-Timeout: {deadline_s:g}")
+    return HttpTarget(place.hostname, place.port, "\r\n".join([*lines, "", ""]).encode("ascii") + body)
+
+
+def make_job(asked: HttpTarget, rate: float, seconds: float, warmup_s: float, deadline_s: float, seed: int) -> Job:
+    """``rate``: 0 for the closed loop."""
+    return Job(
+        target=asked,
+        connections=OPENED if rate else CONNECTIONS,
+        rate=rate,
+        outstanding_max=OUTSTANDING_MAX,
+        warmup_s=warmup_s,
+        duration_s=seconds,
+        timeout_s=10 * deadline_s or 30.0,
+        deadline_s=deadline_s,
+        seed=seed,
+    )
+
+
+def measure_capacity(url: str, seconds: float) -> float:
+    """Answers a second."""
+    tally = run_load([make_job(target(url, "capacity", 0.0), 0.0, seconds, min(1.0, seconds), 0.0, 0)])
+    return sum(each.answered for each in tally.slices) / seconds
+
+
+def measure(url: str, rates: Sequence[float], flood: bool, seconds: float, deadline_s: float, seed: int) -> Turn:
+    """``rates``: of the tenant that is measured, and of the other, who begins before and ends after it."""
+    steady = make_job(target(url, "steady", deadline_s), rates[0], seconds, WARM_UP_S, deadline_s, seed)
+    around = seconds + 2 * WARM_UP_S
+    noisy = make_job(target(url, "noisy", deadline_s), rates[1], around, 0.5, deadline_s, seed + 1000)
+    with ThreadPoolExecutor(1, "noisy") as pool:
+        other = pool.submit(run_load, [noisy])
+        tally = run_load([steady])
+        return make_turn(tally, other.result(), flood, seconds, around)
+
+
+def make_turn(tally: Tally, other: Tally, flood: bool, seconds: float, around_s: float) -> Turn:
+    ends = dict(tally.outcomes)
+    good, late = ends.pop(OK, 0), ends.pop(LATE, 0)
+    taken = tally.taken()
+    return Turn(
+        flood=flood,
+        p50_ms=taken.quantile(0.5) / 1e6,
+        p99_ms=taken.quantile(0.99) / 1e6,
+        good=good / seconds,
+        late=late / seconds,
+        refused=sum(ends.values()) / seconds,
+        beside=other.outcomes.get(OK, 0) / around_s,
+    )
+
+
+def medians(turns: Sequence[Turn]) -> Turn:
+    """Of each figure alone."""
+    each = [asdict(turn) for turn in turns]
+    return Turn(**{name: statistics.median(one[name] for one in each) for name in each[0]})
+
+
+def print_table(turns: Sequence[Turn]) -> None:
+    quiet, flood = (medians([turn for turn in turns if turn.flood == with_it]) for with_it in (False, True))
+    print("| | p50 ms | p99 ms | in time/s | late/s | refused/s | the other's, in time/s |")
+    print("|---|---|---|---|---|---|---|")
+    for name, turn in (("both ask for the same", quiet), ("the other floods", flood)):
+        print(
+            f"| {name} | {turn.p50_ms:.1f} | {turn.p99_ms:.1f} | {turn.good:.0f} | {turn.late:.1f} "
+            f"| {turn.refused:.1f} | {turn.beside:.0f} |"
+        )
+    all_p99 = (", ".join(f"{turn.p99_ms:.0f}" for turn in turns if turn.flood == with_it) for with_it in (False, True))
+    print("p99 of each turn: {} without, {} with the flood".format(*all_p99))
+    cost = flood.p99_ms / quiet.p99_ms - 1
+    print(f"the flood costs {cost:+.0%} of p99 (bar: below {BAR:+.0%}): {'kept' if cost < BAR else 'MISSED'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=bench_http.whole_number, default=5)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each turn")
+    parser.add_argument("--part", type=float, default=0.42, help="of the capacity that each tenant asks for")
+    parser.add_argument("--flood", type=float, default=2.0, help="times the capacity, beside its part")
+    parser.add_argument("--deadline", type=float, default=0.25, help="seconds")
+    parser.add_argument("--out", type=Path, default=bench_http.RESULTS / "tenants.json")
+    arguments = parser.parse_args()
+    turns: list[Turn] = []
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
+        repository = bench_models.make_repository(Path(name) / "models", [_MODEL])
+        with bench_http.Server(repository, Path(name) / "run", "--workers=1") as server:
+            capacity = measure_capacity(server.url, arguments.seconds)
+            part = arguments.part * capacity
+            for seed in range(2 * arguments.repeats):
+                flood = seed % 2 == 1
+                rates = (part, part + flood * arguments.flood * capacity)
+                turns.append(measure(server.url, rates, flood, arguments.seconds, arguments.deadline, seed // 2))
+    machine = bench_http.about_machine()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    more = arguments.flood * capacity
+    print(f"capacity {capacity:.0f}/s; each tenant asks for {part:.0f}/s, the flood is {more:.0f}/s more")
+    print(f"deadline {arguments.deadline * 1e3:.0f} ms")
+    print_table(turns)
+    content = {"machine": machine, "capacity": capacity, "part": arguments.part, "flood": arguments.flood}
+    content |= {"deadline_s": arguments.deadline, "turns": [asdict(turn) for turn in turns]}
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
