@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +14,20 @@ from pathlib import Path
 import pytest
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import it themselves; see penstock.worker
+# Where nothing is to be compiled and kept, thousands of processes here would compile the same again, and so would we
+# these tests. What is written is not under version control.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A shell without job control has what it runs in the background ignore Ctrl-C, and that is inherited.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected by now stays to the end. A full collection would look through all of it in
+    vain, for half a second, and some tests want one for each of their cases."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
