@@ -36,7 +36,7 @@ def mean_s(figures: Figures) -> float:
 def waits(made: Scenario) -> list[tuple[float, float]]:
     """When each comes, and how long it waits for a worker alone, by Lindley's recursion: as long as the one before it
     waits and takes, less what has passed since that one came."""
-    found = []
+    found: list[tuple[float, float]] = []
     wait = last = 0.0
     for at in times(made):
         wait = max(0.0, wait + 0.010 - (at - last)) if found else 0.0
