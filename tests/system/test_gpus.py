@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,26 +88,21 @@ def test_the_page_and_top_show_gpus(
     start_server: StartServer,
     models: str,
     environment: dict[str, str],
-    tmp_path: Path,
-    require_command: Callable[[str, str], str],
+    browser: Browser,
 ) -> None:
     server = start_server(models, environment=environment)
     wait_for(lambda: 'nv_gpu_utilization{gpu_uuid="GPU-2"}' in server.metrics(), "figures of GPUs")
     top = [*PENSTOCK, "top", "--once", f"--url={server.url}"]
     said = subprocess.run(top, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "160"}).stdout
     assert re.search(r"cuda:1 +power +93% +20 GiB of 80 GiB +61 °C +512 of 700 W +GPU-2", said)
-    browser = Browser(require_command("chromium", "chromium"), tmp_path / "profile")
-    try:
-        browser.open(server.url + "/")
-        row = "document.querySelectorAll('#gpus tbody tr')[1]"
-        browser.until(row, "GPUs on the page")
-        cells = browser.evaluate(f"[...{row}.cells].map((cell) => cell.textContent)")
-        assert cells == [
-            *("cuda:1", "held down by power", "93 %", "20\u00a0GiB of 80\u00a0GiB", "61 °C", "512 of 700 W", "GPU-2")
-        ]
-        assert not browser.evaluate("document.getElementById('gpus-card').hidden")
-    finally:
-        browser.close()
+    browser.open(server.url + "/")
+    row = "document.querySelectorAll('#gpus tbody tr')[1]"
+    browser.until(row, "GPUs on the page")
+    cells = browser.evaluate(f"[...{row}.cells].map((cell) => cell.textContent)")
+    assert cells == [
+        *("cuda:1", "held down by power", "93 %", "20\u00a0GiB of 80\u00a0GiB", "61 °C", "512 of 700 W", "GPU-2")
+    ]
+    assert not browser.evaluate("document.getElementById('gpus-card').hidden")
 
 
 def test_an_inherited_list_of_gpus_is_kept_to(
