@@ -74,7 +74,8 @@ def ticks(low: float, high: float, scale: str) -> list[float]:
             found = [step for step in steps if first <= step <= last_step]
             return found if len(found) > 1 else [found[0], found[0] * 10]
         return [10.0**power for power in powers]
-    step = _round_step((high - low) / _TICKS)
+    # Values that differ by less have no marks between them that would differ.
+    step = _round_step(max(high - low, 1e-6 * abs(high)) / _TICKS)
     first_number, last_number = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first_number, max(last_number, first_number + 1) + 1)]
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +16,20 @@ from pathlib import Path
 import pytest
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import it themselves; see penstock.worker
+# Where nothing is to be compiled and kept, thousands of processes here would compile the same again, and so would we
+# these tests. What is written is not under version control.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A shell without job control has what it runs in the background ignore Ctrl-C, and that is inherited.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected by now stays to the end. A full collection would look through all of it in
+    vain, for half a second, and some tests want one for each of their cases."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +72,22 @@ def nothing_left_behind() -> Iterator[None]:
     assert _children() == [], "tests left processes behind"
     left = [thread for thread in threading.enumerate() if thread not in threads and thread.is_alive()]
     assert [thread.name for thread in left if not thread.daemon] == [], "tests left threads behind"
-    assert set(os.listdir("/dev/shm")) - shared == set(), "tests left shared memory behind"
+    assert _unused(set(os.listdir("/dev/shm")) - shared) == set(), "tests left shared memory behind"
+
+
+def _unused(names: set[str]) -> set[str]:
+    """Those in /dev/shm that no process has mapped: with all of ours ended, what is mapped is of whoever else works on
+    this machine."""
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
+        with contextlib.suppress(OSError):
+            mapped |= set(re.findall(r" (\d+) +/dev/shm/", maps.read_text()))
+    found = set()
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            if str(os.stat(f"/dev/shm/{name}").st_ino) not in mapped:
+                found.add(name)
+    return found
 
 
 def _children() -> list[str]:

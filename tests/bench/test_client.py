@@ -15,7 +15,7 @@ def test_a_run_prints_a_table_and_writes_every_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "client.json"
-    arguments = ["--seconds=0.1", "--sustain=0.1", "--requests=200", f"--out={out}"]
+    arguments = ["--seconds=0.05", "--sustain=0.1", "--requests=200", f"--out={out}"]
     monkeypatch.setattr(sys, "argv", ["client.py", *arguments])
     client.main()
     content = json.loads(out.read_text())

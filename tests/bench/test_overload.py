@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from bench import models, overload, overloadtell, peerlist, peerstart
 from penstock.load.histogram import Histogram
 from penstock.load.job import EXPIRED, LATE, OK, UNSENT, Job, Tally
 from penstock.wire.metrics import SECONDS
+from tests.system.servers import wait_for
 
 SCRIPT = Path(overload.__file__)
 MS = 1_000_000
@@ -149,7 +149,7 @@ def test_resident_memory_is_that_of_all_processes_and_the_most_is_seen(monkeypat
         process.stdout.readline()
         seen: list[float] = []
         with overload.watching(process.pid, seen):
-            time.sleep(0.1)
+            wait_for(lambda: len(seen) >= 2, "it to be looked at twice")
         process.kill()
     assert len(seen) >= 2
     assert all(50 < each < 100 for each in seen)

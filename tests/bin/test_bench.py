@@ -25,7 +25,7 @@ from tests.system.servers import Server, wait_for
 ROOT = Path(__file__).parents[2]
 COUNTED = 'nv_inference_count{model="dense",version="3"}'
 LONG = ("--duration", "2.5s")  # the server tells what it has counted about once a second
-SHORT = ("--duration", "0.4s", "--warmup", "0.1s")
+SHORT = ("--duration", "0.2s", "--warmup", "0.1s")
 
 
 def run(*arguments: str) -> Result:
@@ -41,7 +41,7 @@ def test_closed_loops_are_a_table(server: Server) -> None:
     result = run("dense", "--url", server.url, "--connections", "1,4")
     assert result.exit_code == 0, result.output
     introduction, inputs, heads, *rows = result.stdout.splitlines()
-    assert introduction == f"dense at {server.url}, over HTTP, binary tensors, 0.4 s each"
+    assert introduction == f"dense at {server.url}, over HTTP, binary tensors, 0.2 s each"
     assert inputs == "  inputs: x FP32 [1, 4]"
     names = ["load", "requests/s", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms", "CPU µs", "batch", "errors"]
     assert re.split(" {2,}", heads.strip()) == names
@@ -67,7 +67,8 @@ def test_figures_are_those_of_the_server(server: Server) -> None:
 
 
 def test_open_loops_keep_their_rate(server: Server) -> None:
-    first, second = loads(run("dense", "--url", server.url, "--rate", "100,300", "--deadline", "1us", "--json"))
+    given = ("--rate", "100,300", "--duration", "0.4s", "--deadline", "1us", "--json")
+    first, second = loads(run("dense", "--url", server.url, *given))
     assert (first["rate"], second["rate"]) == (100, 300)
     assert 10 < first["requests_per_s"] * 0.4 < 80
     assert 60 < second["requests_per_s"] * 0.4 < 180

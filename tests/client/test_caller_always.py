@@ -179,4 +179,4 @@ def test_every_request_ends_exactly_once(
             assert not self.caller.calls
             self.no_end_comes_twice_or_unwanted()
 
-    run_state_machine_as_test(Caller, settings=settings(max_examples=150, stateful_step_count=50, deadline=None))
+    run_state_machine_as_test(Caller, settings=settings(max_examples=100, stateful_step_count=50, deadline=None))

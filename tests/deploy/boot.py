@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,11 +44,13 @@ Environment=PENSTOCK_MODELS={models}
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """What ``condition`` returns as soon as it is true; it is asked again and again, as tests.system.servers does."""
     until = time.monotonic() + PATIENCE_S
+    tick = threading.Event()
     while not (value := condition()):
         if time.monotonic() > until:
             raise TimeoutError(f"waited in vain for {what}\n" + control("status", "penstock*", check=False))
-        time.sleep(0.05)
+        tick.wait(0.05)
     return value
 
 

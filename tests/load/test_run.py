@@ -101,7 +101,7 @@ def test_what_cannot_be_outstanding_is_not_sent_and_counted() -> None:
 
 def test_a_closed_loop_goes_on_after_requests_have_expired() -> None:
     with deaf_server() as port:
-        tally = run_load([make_job(port, connections=2, timeout_s=0.1, duration_s=1.0)])
+        tally = run_load([make_job(port, connections=2, timeout_s=0.05)])
     assert set(tally.outcomes) == {EXPIRED}
     assert tally.outcomes[EXPIRED] >= 6  # of at most 20
 
@@ -112,7 +112,7 @@ def test_errors_are_counted_by_status_with_what_the_first_said(rate: float) -> N
         return (200, b"{}") if number % 3 == 0 else (503, b'{"error": "full"}') if number % 3 == 1 else (400, b"bad")
 
     with plain_server(refuse) as server:
-        tally = run_load([make_job(server.server_address[1], rate=rate, duration_s=1.0)])
+        tally = run_load([make_job(server.server_address[1], rate=rate)])
     assert set(tally.outcomes) == {OK, "HTTP 400", "HTTP 503"}
     assert tally.texts == {"HTTP 400": "bad", "HTTP 503": '{"error": "full"}'}
     assert tally.taken().total == tally.outcomes[OK]  # refusals are quick, and no answers

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from penstock.simulate.arrivals import Arrivals
 from penstock.simulate.costs import BatchCost
 from penstock.simulate.read import parse_scenario
 from penstock.simulate.scenario import Delays, ModelPlan, Scenario, Traffic, WorkerGroup
+from penstock.wire.messages import Form
 from penstock.worker.config import ModelConfig
 
 SMALL = """\
@@ -63,3 +65,12 @@ def traffic(**given: Any) -> Traffic:
         "end_s": 2.0,
     }
     return Traffic(**(defaults | given))
+
+
+def form(model: str, version: str, rows: int, nbytes: int, tenant: str, priority: int) -> Form:
+    return Form(model, version, priority, tenant, rows, nbytes, b"", b"")
+
+
+def times(made: Scenario) -> list[float]:
+    """When requests come, in seconds."""
+    return [arrival.at for arrival in Arrivals(made, form)]

@@ -13,16 +13,7 @@ import pytest
 from penstock.broker.record import COLUMNS
 from penstock.simulate.arrivals import Arrivals, curve
 from penstock.simulate.scenario import Scenario, ScenarioError, Traffic
-from penstock.wire.messages import Form
-from tests.simulate.scenarios import scenario, traffic
-
-
-def form(model: str, version: str, rows: int, nbytes: int, tenant: str, priority: int) -> Form:
-    return Form(model, version, priority, tenant, rows, nbytes, b"", b"")
-
-
-def times(made: Scenario) -> list[float]:
-    return [arrival.at for arrival in Arrivals(made, form)]
+from tests.simulate.scenarios import form, scenario, times, traffic
 
 
 def long(**given: Any) -> Scenario:

@@ -27,8 +27,8 @@ _ARGUMENTS: Final = (
 )
 
 
-class Browser:
-    """One page of a browser of its own. ``events``: what has come, in order, as (method, parameters)."""
+class Chromium:
+    """The process, which pages of their own share: starting it takes a second."""
 
     def __init__(self, path: str, profile: Path) -> None:
         ours_in, theirs_out = _pipe()
@@ -47,20 +47,14 @@ class Browser:
         os.close(theirs_out)
         self._heard = b""
         self._last_id = 0
-        self._session: str | None = None
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        [page] = [each for each in self.call("Target.getTargets")["targetInfos"] if each["type"] == "page"]
-        attached = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
+        self._events: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # by their session
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command's result; what happens meanwhile is kept in ``events``."""
+    def call(self, method: str, parameters: dict[str, Any], session: str = "") -> dict[str, Any]:
+        """A command's result; what happens meanwhile is kept."""
         self._last_id = number = self._last_id + 1
         message = {"id": number, "method": method, "params": parameters}
-        if self._session is not None:
-            message["sessionId"] = self._session
+        if session:
+            message["sessionId"] = session
         data = json.dumps(message).encode() + b"\0"
         while data:
             data = data[os.write(self._write, data) :]
@@ -71,7 +65,11 @@ class Browser:
                 result: dict[str, Any] = told["result"]
                 return result
             if "method" in told:
-                self.events.append((told["method"], told.get("params", {})))
+                self.events(told.get("sessionId", "")).append((told["method"], told.get("params", {})))
+
+    def events(self, session: str) -> list[tuple[str, dict[str, Any]]]:
+        """What has come, in order, as (method, parameters)."""
+        return self._events.setdefault(session, [])
 
     def _next(self) -> dict[str, Any]:
         until = time.monotonic() + DEADLINE_S
@@ -84,6 +82,37 @@ class Browser:
         message, _, self._heard = self._heard.partition(b"\0")
         told: dict[str, Any] = json.loads(message)
         return told
+
+    def close(self) -> None:
+        try:
+            self.call("Browser.close", {})
+            self.process.wait(DEADLINE_S)
+        finally:
+            self.process.kill()
+            self.process.wait(DEADLINE_S)
+            os.close(self._read)
+            os.close(self._write)
+
+
+class Browser:
+    """One page, with a cache and a store of its own, as if nobody had used its browser before."""
+
+    def __init__(self, chromium: Chromium) -> None:
+        self._chromium = chromium
+        self._context = chromium.call("Target.createBrowserContext", {})["browserContextId"]
+        about = {"url": "about:blank", "browserContextId": self._context}
+        target = chromium.call("Target.createTarget", about)["targetId"]
+        attached = chromium.call("Target.attachToTarget", {"targetId": target, "flatten": True})
+        self._session: str = attached["sessionId"]
+        self.events = chromium.events(self._session)
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return self._chromium.call(method, parameters, self._session)
+
+    def close(self) -> None:
+        self._chromium.call("Target.disposeBrowserContext", {"browserContextId": self._context})
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
@@ -149,17 +178,6 @@ class Browser:
             elif method == "Log.entryAdded" and about["entry"]["level"] in ("error", "warning"):
                 found.append(json.dumps(about["entry"]))
         return found
-
-    def close(self) -> None:
-        self._session = None
-        try:
-            self.call("Browser.close")
-            self.process.wait(DEADLINE_S)
-        finally:
-            self.process.kill()
-            self.process.wait(DEADLINE_S)
-            os.close(self._read)
-            os.close(self._write)
 
 
 def _pipe() -> tuple[int, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from onnx import TensorProto
 
+from tests.system.chromium import Browser, Chromium
 from tests.system.models import dense, identity, lookup, two_inputs, write
 from tests.system.servers import Process, Server, StartProcess, StartServer
 
@@ -72,3 +73,19 @@ def server(
     server = Server(directory / "run", str(repository), f"--config={config}")
     yield server
     server.check_clean_end()
+
+
+@pytest.fixture(scope="module")
+def chromium(
+    tmp_path_factory: pytest.TempPathFactory, require_command: Callable[[str, str], str]
+) -> Iterator[Chromium]:
+    started = Chromium(require_command("chromium", "chromium"), tmp_path_factory.mktemp("chromium"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def browser(chromium: Chromium) -> Iterator[Browser]:
+    opened = Browser(chromium)
+    yield opened
+    opened.close()

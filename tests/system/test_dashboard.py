@@ -18,8 +18,6 @@ from tests.system.servers import Process, Server, StartProcess, wait_for
 EVIL = "<img src=x onerror=document.title='harmed'>"
 X = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
 
-RequireCommand = Callable[[str, str], str]
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -37,13 +35,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server") / "run", str(models), "--workers=2", "--gateways=2")
     yield server
     server.check_clean_end()
-
-
-@pytest.fixture
-def browser(tmp_path: Path, require_command: RequireCommand) -> Iterator[Browser]:
-    started = Browser(require_command("chromium", "chromium"), tmp_path / "profile")
-    yield started
-    started.close()
 
 
 def rate(model: str) -> str:

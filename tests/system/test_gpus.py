@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +38,41 @@ sys.modules["pynvml"] = Nvml(*[Losable(uuid, h100().known) for uuid in ("GPU-1",
 ROW = {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [2.0]}]}
 
 
-@pytest.fixture
-def lost(tmp_path: Path) -> Path:
-    path = tmp_path / "lost"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def environment(tmp_path: Path, lost: Path) -> dict[str, str]:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(STAND_IN.format(lost=str(lost)))
-    paths = [str(tmp_path / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+def make_environment(directory: Path) -> dict[str, str]:
+    """Its folder ``lost`` has the GPUs that are."""
+    (directory / "lost").mkdir()
+    (directory / "site").mkdir()
+    (directory / "site" / "sitecustomize.py").write_text(STAND_IN.format(lost=str(directory / "lost")))
+    paths = [str(directory / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> str:
+def environment(tmp_path: Path) -> dict[str, str]:
+    return make_environment(tmp_path)
+
+
+@pytest.fixture
+def lost(tmp_path: Path, environment: dict[str, str]) -> Path:
+    return tmp_path / "lost"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models")
     config = 'providers = ["cpu"]\n' if "providers" in ModelConfig.__struct_fields__ else ""
-    write(tmp_path / "models", "slow", slow(50), config=config)
-    write(tmp_path / "models", "dense", dense(), config=config)
-    return str(tmp_path / "models")
+    write(path, "slow", slow(20), config=config)
+    write(path, "dense", dense(), config=config)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def server(models: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One with two GPUs that are well."""
+    directory = tmp_path_factory.mktemp("server")
+    server = Server(directory / "run", models, environment=make_environment(directory))
+    yield server
+    server.check_clean_end()
 
 
 def visible(pid: int) -> str:
@@ -70,10 +84,7 @@ def logged(server: Server, event: str) -> list[dict[str, Any]]:
     return [line for line in server.log() if line["event"] == event]
 
 
-def test_every_gpu_has_a_worker_that_sees_it_alone(
-    start_server: StartServer, models: str, environment: dict[str, str]
-) -> None:
-    server = start_server(models, environment=environment)
+def test_every_gpu_has_a_worker_that_sees_it_alone(server: Server) -> None:
     assert sorted(visible(pid) for pid in server.children("worker")) == ["GPU-1", "GPU-2"]
     joined = {(line["worker"], line["device"]) for line in logged(server, "worker joined")}
     assert joined == {("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")}
@@ -85,30 +96,19 @@ def test_every_gpu_has_a_worker_that_sees_it_alone(
     assert metrics['penstock_gpu_throttled{gpu="GPU-2",reason="power",worker="cuda:1"}'] == 1
 
 
-def test_the_page_and_top_show_gpus(
-    start_server: StartServer,
-    models: str,
-    environment: dict[str, str],
-    tmp_path: Path,
-    require_command: Callable[[str, str], str],
-) -> None:
-    server = start_server(models, environment=environment)
+def test_the_page_and_top_show_gpus(server: Server, browser: Browser) -> None:
     wait_for(lambda: 'nv_gpu_utilization{gpu_uuid="GPU-2"}' in server.metrics(), "figures of GPUs")
     top = [*PENSTOCK, "top", "--once", f"--url={server.url}"]
     said = subprocess.run(top, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "160"}).stdout
     assert re.search(r"cuda:1 +power +93% +20 GiB of 80 GiB +61 °C +512 of 700 W +GPU-2", said)
-    browser = Browser(require_command("chromium", "chromium"), tmp_path / "profile")
-    try:
-        browser.open(server.url + "/")
-        row = "document.querySelectorAll('#gpus tbody tr')[1]"
-        browser.until(row, "GPUs on the page")
-        cells = browser.evaluate(f"[...{row}.cells].map((cell) => cell.textContent)")
-        assert cells == [
-            *("cuda:1", "held down by power", "93 %", "20\u00a0GiB of 80\u00a0GiB", "61 °C", "512 of 700 W", "GPU-2")
-        ]
-        assert not browser.evaluate("document.getElementById('gpus-card').hidden")
-    finally:
-        browser.close()
+    browser.open(server.url + "/")
+    row = "document.querySelectorAll('#gpus tbody tr')[1]"
+    browser.until(row, "GPUs on the page")
+    cells = browser.evaluate(f"[...{row}.cells].map((cell) => cell.textContent)")
+    assert cells == [
+        *("cuda:1", "held down by power", "93 %", "20\u00a0GiB of 80\u00a0GiB", "61 °C", "512 of 700 W", "GPU-2")
+    ]
+    assert not browser.evaluate("document.getElementById('gpus-card').hidden")
 
 
 def test_an_inherited_list_of_gpus_is_kept_to(

@@ -321,4 +321,4 @@ def test_every_request_ends_once_whatever_happens(
     start_talk: StartTalk, double: Model, slow: Model, twice: Model, padded: Model, tuned: Model
 ) -> None:
     machine: Any = lambda: CoreMachine(start_talk, [double, slow, twice, padded, tuned])  # noqa: E731
-    run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=120, stateful_step_count=80))
+    run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=80, stateful_step_count=80))

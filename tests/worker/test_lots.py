@@ -109,7 +109,7 @@ def test_parts_that_stay_in_one_piece_are_not_copied(requests: Requests, double:
     assert (first.start, lot.start) == (8, 8 + 2 * 8)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_lot_may_be_split_again_and_again(data: st.DataObject, requests: Requests, double: Model) -> None:
     width = data.draw(st.sampled_from([2, INLINE_MAX_BYTES]))

@@ -269,13 +269,14 @@ def test_it_says_what_the_onnx_package_says(model: onnx.ModelProto) -> None:
     assert sort(read(model.SerializeToString())) == sort(expected(model))
 
 
+@settings(max_examples=60)
 @given(models(), models())
 def test_parts_of_one_message_are_joined_as_protobuf_does(one: onnx.ModelProto, other: onnx.ModelProto) -> None:
     both = one.SerializeToString() + other.SerializeToString()
     assert sort(read(both)) == sort(expected(onnx.ModelProto.FromString(both)))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(models(), st.data())
 def test_bytes_that_were_tampered_with_are_read_alike_or_refused(model: onnx.ModelProto, data: st.DataObject) -> None:
     content = bytearray(model.SerializeToString())

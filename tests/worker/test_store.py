@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,15 +345,25 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def prepared(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that has the model ``dense`` already, to be copied."""
+    store = Store(tmp_path_factory.mktemp("prepared") / "store")
+    open_(store, workshop.save(build_dense(workshop, SIZE)))
+    return store.root
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_not_as_it_was_made_is_made_again(store: Store, dense: Path, damage: str) -> None:
+def test_what_is_not_as_it_was_made_is_made_again(store: Store, dense: Path, prepared: Path, damage: str) -> None:
     if damage.startswith("another user's") and not IS_ROOT:
         pytest.skip("only root can give files away")
-    entry = entry_of(open_(store, dense))
+    shutil.copytree(prepared, store.root, dirs_exist_ok=True)
+    events: list[str] = []
+    entry = entry_of(open_(store, dense, events))
+    assert events == [], "the copy is as it was made"
     DAMAGES[damage](entry)
     with pytest.raises(Unusable):
         check_entry(entry)
-    events: list[str] = []
     assert entry_of(open_(store, dense, events)) == entry
     assert events[0] == "prepared model is not usable"
     assert events.count("prepared model is not usable") == 1
