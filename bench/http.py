@@ -108,7 +108,7 @@ class Server:
             sys.exit("bench: the server did not start")
         self.url = ready.split()[-1]
         self.pid = self._process.pid
-        self.pids = {role: list(_children(self._process.pid, role)) for role in ROLES}
+        self.pids = {role: list(children(self._process.pid, role)) for role in ROLES}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -163,7 +163,8 @@ def resident_mb(pid: int | str) -> float:
     return sum(private) / 1024
 
 
-def _children(parent: int, role: str) -> Iterator[int]:
+def children(parent: int, role: str) -> Iterator[int]:
+    """Processes of a role, such as ``worker``, that a launcher has started."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
