@@ -360,7 +360,7 @@ def _tasks(value: Any) -> Tasks:
         form,
         _peer(caller),
         _attempt(attempt),
-        _u64(waited),
+        _waited(waited),
         ids,
         _column(timeouts, len(ids)),
         _places(places, len(ids)),
@@ -392,6 +392,7 @@ def _freed(value: Any) -> Freed:
 
 
 _attempt: Final = integer(1, 1 << 16)
+_waited: Final = integer(0, 1 << 62)  # a worker says it with its own time added
 _status: Final = integer(COMPLETE, FAILED)
 _body: Final = binary(MAX_BODY_BYTES)
 _all_freed: Final = sequence(_freed, MAX_PEERS)

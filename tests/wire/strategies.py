@@ -126,7 +126,9 @@ def requests(draw: st.DrawFn) -> Requests:
 def tasks(draw: st.DrawFn) -> Tasks:
     numbers, form = draw(ids), draw(forms)
     attempt, timeouts = draw(st.integers(1, 1 << 16)), tuple(draw(u64) for _ in numbers)
-    return Tasks(form, draw(peers), attempt, draw(u64), numbers, timeouts, draw(places(len(numbers))))
+    return Tasks(
+        form, draw(peers), attempt, draw(st.integers(0, 1 << 62)), numbers, timeouts, draw(places(len(numbers)))
+    )
 
 
 @st.composite
