@@ -306,8 +306,8 @@ def _form(value: Any) -> Form:
 def _column(value: Any, length: int) -> tuple[int, ...]:
     """Whole numbers of at most 64 bits."""
     try:
-        if type(value) is tuple and len(value) == length:
-            array("Q", value)  # checks them all, at a third of what a loop or sets cost
+        if type(value) is tuple and len(value) == length and bool not in map(type, value):
+            array("Q", value)  # checks them all but for true and false, at a third of what a loop or sets cost
             return value
     except (TypeError, OverflowError):
         pass

@@ -234,7 +234,7 @@ def test_equal_forms_become_one_object() -> None:
     assert first.groups[0].form is again.groups[0].form
 
 
-@pytest.mark.parametrize("bad", [[1.0], [-1], ["1"], [None], [b"1"], [[1]], 1, None, {}, b"1"])
+@pytest.mark.parametrize("bad", [[1.0], [-1], ["1"], [None], [True], [b"1"], [[1]], 1, None, {}, b"1"])
 @pytest.mark.parametrize("column", ["ids", "timeouts_us"])
 def test_a_column_is_whole_numbers_of_64_bits(column: str, bad: Any) -> None:
     with pytest.raises(BadMessage):
