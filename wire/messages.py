@@ -48,6 +48,7 @@ MAX_KEY_BYTES: Final = 4096
 MAX_PEERS: Final = 16_384
 MAX_MODELS: Final = 4096
 MAX_TIMEOUT_US: Final = 24 * 3600 * 1_000_000  # what callers let their users ask for
+MAX_RETRY_AFTER_MS: Final = 1 << 32
 MAX_PRIORITY: Final = 5  # the least urgent; 1 is the most, and 0 stands for
 DEFAULT_PRIORITY: Final = 3
 MAX_WEIGHT: Final = 1_000_000  # thousandths
@@ -267,7 +268,7 @@ _tensor: Final = record(Tensor, _name, _datatype, _shape, _u64, _u64)
 _tensors: Final = sequence(_tensor, MAX_TENSORS)
 check_layout: Final = record(Layout, _tensors, sequence(_name, MAX_TENSORS))
 check_outcome: Final = record(Outcome, _name, _name, _tensors)
-check_failure: Final = record(Failure, one_of(CODES), _sentence, integer(0, 1 << 32))
+check_failure: Final = record(Failure, one_of(CODES), _sentence, integer(0, MAX_RETRY_AFTER_MS))
 _form_fields: Final = record(
     Form,
     _name,
@@ -612,7 +613,7 @@ class Refusals(Message):
     """Requests that end without having run."""
 
     TAG = 20
-    CHECKS = (sequence(record(Refusal, _u64, one_of(CODES), _sentence, integer(0, 1 << 32)), MAX_REQUESTS),)
+    CHECKS = (sequence(record(Refusal, _u64, one_of(CODES), _sentence, integer(0, MAX_RETRY_AFTER_MS)), MAX_REQUESTS),)
 
     refusals: Sequence[Refusal]
 
