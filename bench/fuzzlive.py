@@ -20,10 +20,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import IO, Any, Final
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -61,7 +61,10 @@ _LIFE: Final = 1000  # messages of one peer, then another comes
 _WAIT_S: Final = 10.0
 _SETTLE_S: Final = 40.0  # for descriptors to be closed, at most
 _QUIET_S: Final = 12.0  # and at least: the broker takes those for gone who are silent for 5 s, and looks each 2
+_SELDOM: Final = 10  # lines of a kind
 _PAUSE_S: Final = 0.02  # between two answers that are checked
+_STILL_S: Final = 2.0  # a machine that stands still for so long makes peers take each other for dead, and
+_AFTER_S: Final = 20.0  # requests fail as long as that; this is told, and not held against the server
 _MODELS: Final = {
     "double": "double",
     "other": "other",
@@ -85,7 +88,7 @@ class Check:
         self.name = name
         self.answers = 0
         self.worst_s = 0.0
-        self.wrong: list[str] = []
+        self.wrong: list[tuple[float, str]] = []  # when, and what
         self._ask = ask
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -107,20 +110,54 @@ class Check:
             try:
                 right = np.array_equal(self._ask(x), x + x)
                 said = "another result"
-            except (OSError, ValueError, KeyError, PenstockError) as error:
+            except (OSError, HTTPException, ValueError, KeyError, PenstockError) as error:
                 right, said = False, repr(error)
             self.worst_s = max(self.worst_s, time.monotonic() - before)
             self.answers += 1
             if not right and len(self.wrong) < 20:
-                self.wrong.append(f"{self.name}, answer {number}: {said}")
+                self.wrong.append((time.monotonic(), f"{self.name}, answer {number}: {said}"))
             self._ended.wait(_PAUSE_S)
+
+
+class Pauses:
+    """A thread that notes when the machine stood still, or this process was not let run: as (when it went on, for how
+    many seconds)."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Pauses:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join(60)
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._ended.wait(_PAUSE_S):
+            now = time.monotonic()
+            if now - last > _STILL_S:
+                self.seen.append((now, now - last))
+            last = now
+
+    def explain(self, at: float) -> bool:
+        """Whether what went wrong then may be due to that."""
+        return any(went_on - seconds <= at <= went_on + _AFTER_S for went_on, seconds in self.seen)
 
 
 def ask_http(connection: HTTPConnection) -> Callable[[np.ndarray], np.ndarray]:
     def ask(x: np.ndarray) -> np.ndarray:
         tensor = {"name": "x", "datatype": "FP32", "shape": x.shape, "data": x.ravel().tolist()}
-        connection.request("POST", "/v2/models/check/infer", json.dumps({"inputs": [tensor]}))
-        answer = json.loads(connection.getresponse().read())
+        try:
+            connection.request("POST", "/v2/models/check/infer", json.dumps({"inputs": [tensor]}))
+            answer = json.loads(connection.getresponse().read())
+        except (OSError, HTTPException):
+            connection.close()  # the next request makes another
+            raise
         return np.array(answer["outputs"][0]["data"], np.float32).reshape(x.shape)
 
     return ask
@@ -327,7 +364,8 @@ def run(seed: int, count: int) -> Outcome:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-fuzz-")))
         repository, runtime = make_repository(directory / "models"), RuntimeDir(directory / "run")
-        server = stack.enter_context(bench_http.Server(repository, runtime.path, "--log-level=error"))
+        log = stack.enter_context(tempfile.TemporaryFile())
+        server = stack.enter_context(bench_http.Server(repository, runtime.path, "--log-format=json", log=log))
         pids = processes.of(server.pid)
         connection = HTTPConnection(server.url.removeprefix("http://"), timeout=_WAIT_S)
         stack.callback(connection.close)
@@ -338,7 +376,7 @@ def run(seed: int, count: int) -> Outcome:
         ]
         flood = Flood(server, runtime, random)
         began = time.monotonic()
-        with checks[0], checks[1]:
+        with Pauses() as pauses, checks[0], checks[1]:
             flood.send(count // 10)
             warm = settled(pids)
             flood.send(count - count // 10)
@@ -350,8 +388,11 @@ def run(seed: int, count: int) -> Outcome:
         if reason:
             outcome.findings.append(f"the server is not ready: {reason}")
         for check in checks:
-            outcome.findings += check.wrong
+            outcome.findings += [said for at, said in check.wrong if not pauses.explain(at)]
         outcome.lines += _lines(server, seed, seconds, flood, checks, warm, after)
+        outcome.lines += [f"the machine stood still for {seconds:.1f} s" for _, seconds in pauses.seen]
+        log.seek(0)
+        outcome.lines += _logged(log)
     return outcome
 
 
@@ -377,6 +418,22 @@ def _changes(pids: set[int], left: set[int], warm: State, after: State) -> Itera
             yield f"process {pid} has {after.descriptors[pid]} descriptors open, and had {warm.descriptors[pid]}"
 
 
+def _logged(log: IO[bytes]) -> Iterator[str]:
+    """What a server has warned of: how often, and as it stands there if it was seldom."""
+    counts: Counter[str] = Counter()
+    seldom: dict[str, list[str]] = {}
+    for line in log:
+        with suppress(ValueError, KeyError):
+            event = json.loads(line)["event"]
+            counts[event] += 1
+            seldom.setdefault(event, []).append(line.decode().strip()[:400])
+            del seldom[event][_SELDOM:]
+    yield "logged: " + ", ".join(f"{event}: {count:,}" for event, count in counts.most_common())
+    for event, lines in seldom.items():
+        if counts[event] < _SELDOM:
+            yield from lines
+
+
 def _lines(
     server: bench_http.Server,
     seed: int,
@@ -395,7 +452,7 @@ def _lines(
     yield f"answers to HTTP by status: {answers}"
     for check in checks:
         yield (
-            f"checked over {check.name}: {check.answers:,} answers, {len(check.wrong)} wrong, "
+            f"checked over {check.name}: {check.answers:,} answers, {len(check.wrong)} not right, "
             f"the slowest after {check.worst_s * 1000:.0f} ms"
         )
     yield "| process | MB before | MB after | descriptors before | after |"

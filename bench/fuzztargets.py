@@ -29,6 +29,7 @@ from penstock.broker.core import Core as BrokerCore
 from penstock.broker.events import Came, FromCaller, Gone, ToCaller, ToWorker
 from penstock.broker.events import FromWorker as BrokerFromWorker
 from penstock.broker.options import BrokerOptions
+from penstock.broker.peers import CallerPeer, WorkerPeer
 from penstock.client.arrays import Forms
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Fail, FromWorker
@@ -225,7 +226,7 @@ class Examples:
         random, form = self._random, self.form()
         ids = tuple(range(first, first + random.choice((1, 1, 2, 5))))
         places = tuple(64 * each for each in range(len(ids))) if placed else ()
-        return Requests(form, ids, tuple([random.choice((1, 1000, 60_000_000))] * len(ids)), places)
+        return Requests(form, ids, tuple([random.choice((1, 1000, *[60_000_000] * 6))] * len(ids)), places)
 
     def tasks(self, first: int, caller: bytes, placed: bool = False) -> Tasks:
         requests = self.requests(first, placed)
@@ -500,12 +501,10 @@ class Broker(CoreTarget):
 
     def begin(self, random: Random) -> None:
         super().begin(random)
-        self._random = random
         self._examples = Examples(random)
         self._now = 1000.0
         options = BrokerOptions(queue_requests_max=200, held_bytes_max=1 << 24, callers_max=40, workers_max=40)
         self.core = BrokerCore(options, EPOCH, self._now)
-        self._work: dict[bytes, list[Tasks]] = {}
         self._last_id = 0
         self._count = 0
 
@@ -517,12 +516,10 @@ class Broker(CoreTarget):
             return Came(random.choice(CALLERS + WORKERS), random.choice((0, _ARENA_BYTES, 1 << 40)))
         if kind < 0.03:
             return Gone(random.choice(CALLERS + WORKERS), "it went", random.random() < 0.5)
-        process, message = self._valid(random)
-        other = self._valid(random)[1]
-        peer = random.choice(CALLERS if process == "caller" else WORKERS)
-        if random.random() < 0.02:
-            peer = random.randbytes(8)
-        return process, peer, *malformed(random, message, other, 0.85)
+        process, peer, message = self._valid(random)
+        if random.random() < 0.05:  # somebody else says it
+            peer = random.choice([*CALLERS, *WORKERS, random.randbytes(8)])
+        return process, peer, *malformed(random, message, self._valid(random)[2], 0.85)
 
     def feed(self, each: Any) -> bool:
         understood = False
@@ -545,45 +542,48 @@ class Broker(CoreTarget):
         return understood
 
     def _traffic(self, random: Random) -> None:
-        process, message = self._valid(random)
-        peer = random.choice(CALLERS if process == "caller" else WORKERS)
-        if isinstance(message, Done) and self._work.get(peer):
-            message = Done(EPOCH, [Finished(each.caller, each.attempt, 8, each.ids, 500) for each in self._work[peer]])
-            self._work[peer] = []
+        process, peer, message = self._valid(random)
         kinds = FROM_CALLER if process == "caller" else FROM_WORKER
         heard = unpack(pack(message), message.frames if isinstance(message, Carrier) else (), kinds)
         self._handle(FromCaller(peer, heard) if process == "caller" else BrokerFromWorker(peer, heard))
 
-    def _valid(self, random: Random) -> tuple[str, Message]:
+    def _valid(self, random: Random) -> tuple[str, bytes, Message]:
+        """What a peer may say, and who it is."""
+        if random.random() < 0.5:
+            peer = random.choice(CALLERS)
+            return "caller", peer, self._of_caller(random, self.core.callers.get(peer))
+        peer = random.choice(WORKERS)
+        return "worker", peer, self._of_worker(random, self.core.workers.get(peer))
+
+    def _of_caller(self, random: Random, caller: CallerPeer | None) -> Message:
         examples = self._examples
-        if random.random() < 0.55:
-            caller = random.choice(list(self.core.callers.values())) if self.core.callers else None
-            if caller is None or random.random() < 0.1:
-                return "caller", examples.any_of(CallerHello)
-            if random.random() < 0.3:
-                return "caller", examples.any_of(random.choice((Beat, Beat, Beat, Ask, Ask, Bye)))
-            first = self._last_id + 1
-            groups = [examples.requests(first, random.random() < 0.2), examples.requests(first + 5)]
-            self._last_id += 10
-            known = sorted(caller.requests)
-            acks = ranges(sorted(random.sample(known, min(len(known), random.choice((0, 3, 50))))))
-            cancels = tuple(random.sample(known, min(len(known), random.choice((0, 0, 2)))))
-            return "caller", examples.carry(Submit, groups[: random.randrange(3)], acks, cancels)
-        worker = random.choice(list(self.core.workers.values())) if self.core.workers else None
-        if worker is None or random.random() < 0.1:
-            return "worker", examples.any_of(WorkerHello)
-        kinds: tuple[type[Message], ...] = (*FROM_WORKER.values(), Attached, Attached, Done, Done, Done)
-        kind = random.choice(kinds)
-        if kind is Attached and worker.expected:
-            caller_id = random.choice(sorted(worker.expected))
-            return "worker", Attached(EPOCH, caller_id, worker.expected[caller_id], random.random() < 0.9)
-        if kind is Done and worker.held:
+        if caller is None or random.random() < 0.01:
+            return examples.any_of(CallerHello)
+        if random.random() < 0.2:
+            return examples.any_of(random.choice((*[Beat] * 10, *[Ask] * 9, Bye)))
+        first = self._last_id + 1
+        groups = [examples.requests(first, random.random() < 0.2), examples.requests(first + 5)]
+        self._last_id += 10
+        known = sorted(caller.requests)
+        acks = ranges(sorted(random.sample(known, min(len(known), random.choice((0, 3, 50))))))
+        cancels = tuple(random.sample(known, min(len(known), random.choice((0, 0, 2)))))
+        message: Message = examples.carry(Submit, groups[: random.randrange(3)], acks, cancels)
+        return message
+
+    def _of_worker(self, random: Random, worker: WorkerPeer | None) -> Message:
+        examples = self._examples
+        if worker is None or random.random() < 0.01:
+            return examples.any_of(WorkerHello)
+        unheard = sorted(worker.expected.keys() - worker.callers)
+        if unheard and random.random() < 0.5:
+            return Attached(EPOCH, unheard[0], worker.expected[unheard[0]], True)
+        if worker.held and random.random() < 0.6:
             lots = [lot for held in worker.held.values() for lot in dict.fromkeys(held.values())]
-            lots = random.sample(lots, min(len(lots), 4))
-            return "worker", Done(EPOCH, [Finished(lot.caller.id, lot.attempt, 8, lot.ids, 500) for lot in lots])
-        return "worker", examples.any_of(
-            kind if kind not in (Leaving, Bye, WorkerHello) or random.random() < 0.1 else Beat
-        )
+            lots = random.sample(lots, min(len(lots), 8))
+            return Done(EPOCH, [Finished(lot.caller.id, lot.attempt, 8, lot.ids, 500) for lot in lots])
+        kinds: tuple[type[Message], ...] = tuple(FROM_WORKER.values())
+        kind = random.choice(kinds)
+        return examples.any_of(kind if kind not in (Leaving, Bye, WorkerHello) or random.random() < 0.1 else Beat)
 
     def _handle(self, event: Any) -> None:
         for command in self.core.handle(event, self._now):
@@ -591,14 +591,11 @@ class Broker(CoreTarget):
                 self.said.append((command.message, TO_CALLER))
             elif isinstance(command, ToWorker):
                 self.said.append((command.message, TO_WORKER))
-                if isinstance(command.message, Assign):
-                    self._work.setdefault(command.worker, []).extend(command.message.groups)
 
     def settle(self) -> int:
         core = self.core
         for peer in {*core.callers, *core.workers, *CALLERS, *WORKERS}:
             self._handle(Gone(peer, "the end", True))
-        self._work.clear()
         self._now += 0.5
         self._handle(Tick())
         core.validate()

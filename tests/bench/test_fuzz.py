@@ -16,6 +16,7 @@ from penstock.broker.core import Core
 from penstock.gateway import inference
 from penstock.wire.codec import unpack
 from penstock.wire.messages import INLINE_MAX_BYTES, Submit
+from tests.system.servers import wait_for
 
 INPUTS: dict[type[Target], int] = {
     Codec: 4000,
@@ -206,9 +207,14 @@ def test_a_real_server_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_checker_tells_what_is_wrong() -> None:
     with fuzzlive.Check("x", lambda x: x) as check:
-        while check.answers < 3:
-            time.sleep(0)
-    assert check.wrong[:1] == ["x, answer 1: another result"]  # of zeros it is right
+        wait_for(lambda: check.answers >= 3, "answers to be checked")
+    assert check.wrong[0][1] == "x, answer 1: another result"  # of zeros it is right
+
+
+def test_a_machine_that_stood_still_explains_what_went_wrong_then() -> None:
+    pauses = fuzzlive.Pauses()
+    pauses.seen.append((100.0, 30.0))
+    assert [at for at in (69.0, 71.0, 100.0, 119.0, 121.0) if pauses.explain(at)] == [71.0, 100.0, 119.0]
 
 
 def test_what_has_become_of_processes_is_told() -> None:
