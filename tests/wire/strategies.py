@@ -58,7 +58,7 @@ from penstock.wire.messages import (
     WorkerModels,
     Workers,
 )
-from penstock.wire.metrics import FAMILIES, HISTOGRAM, Exemplar, Sample
+from penstock.wire.metrics import FAMILIES, HISTOGRAM, MAX_NUMBER, Exemplar, Sample
 from penstock.wire.models import READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
 from penstock.wire.tensors import DATATYPES, MAX_ELEMENTS
 
@@ -70,7 +70,7 @@ names = st.text(max_size=8)
 peers = st.binary(min_size=8, max_size=8)
 flags = st.booleans()
 datatypes = st.sampled_from(sorted(DATATYPES))
-numbers = st.floats(allow_nan=False, allow_infinity=False)
+numbers = st.floats(-MAX_NUMBER, MAX_NUMBER)
 
 
 def few(inner: st.SearchStrategy[Any], least: int = 0) -> st.SearchStrategy[tuple[Any, ...]]:
