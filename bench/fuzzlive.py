@@ -62,6 +62,7 @@ _WAIT_S: Final = 10.0
 _SETTLE_S: Final = 40.0  # for descriptors to be closed, at most
 _QUIET_S: Final = 12.0  # and at least: the broker takes those for gone who are silent for 5 s, and looks each 2
 _SELDOM: Final = 10  # lines of a kind
+_LINE_MAX: Final = 4000
 _PAUSE_S: Final = 0.02  # between two answers that are checked
 _STILL_S: Final = 2.0  # a machine that stands still for so long makes peers take each other for dead, and
 _AFTER_S: Final = 20.0  # requests fail as long as that; this is told, and not held against the server
@@ -426,7 +427,7 @@ def _logged(log: IO[bytes]) -> Iterator[str]:
         with suppress(ValueError, KeyError):
             event = json.loads(line)["event"]
             counts[event] += 1
-            seldom.setdefault(event, []).append(line.decode().strip()[:400])
+            seldom.setdefault(event, []).append(line.decode().strip()[:_LINE_MAX])
             del seldom[event][_SELDOM:]
     yield "logged: " + ", ".join(f"{event}: {count:,}" for event, count in counts.most_common())
     for event, lines in seldom.items():

@@ -23,6 +23,7 @@ _FLOATS: Final = (0.0, -0.0, 1.0, 1.5, -1e308, 1e308, 5e-324, float("inf"), floa
 _TEXTS: Final = ("", "m", "x", "FP32", "BYTES", "READY", "\0", "é" * 40, "\U0010ffff", "x" * 300, "bad_input", "1")
 # The first bytes of what is long in msgpack: of arrays, maps, texts, binaries and extensions, with the length to come.
 _HEADS: Final = b"\xdc\xdd\xde\xdf\xd9\xda\xdb\xc4\xc5\xc6\xc7\xc8\xc9\xd6\xd8"
+_MANY_MAX_BYTES: Final = 1 << 19  # of what is said many times
 _TRAVEL_MAX_BYTES: Final = 1 << 20  # of payloads that a message is given when it has been changed
 
 
@@ -87,6 +88,13 @@ def alike(random: Random, value: Any) -> Any:
     return stranger(random)
 
 
+def _weight(value: Any) -> int:
+    """Of a value: about as many bytes as it will take."""
+    if type(value) is list:
+        return 1 + sum(map(_weight, value))
+    return 1 + len(value) if isinstance(value, (bytes, str)) else 9
+
+
 def change_list(random: Random, items: list[Any]) -> None:
     """Leave out, say twice, put elsewhere, add, or make many of something."""
     kind = random.random()
@@ -103,9 +111,10 @@ def change_list(random: Random, items: list[Any]) -> None:
     elif kind < 0.65:
         random.shuffle(items)
     elif kind < 0.7:
-        items[:] = items * random.choice((2, 3, 50))
+        items[:] = items * random.choice((2, 3))
     elif kind < 0.72:
-        items[at:at] = [items[at]] * random.choice((100, 4095, 5000))
+        # As many as there may be, and more; of what is large fewer, since they may be changed, and repeated, again.
+        items[at:at] = [items[at]] * min(random.choice((100, 4095, 5000)), _MANY_MAX_BYTES // _weight(items[at]))
     elif kind < 0.85:
         items.append(stranger(random))
     else:
