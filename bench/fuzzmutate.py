@@ -218,6 +218,6 @@ def _fit(tree: list[Any], frames: Frames) -> Frames:
             else:
                 fitting += [bytes(nbytes)] * count
         tree[-1] = bytes(blob)
-    except (TypeError, LookupError, ValueError):
+    except (TypeError, LookupError, ValueError, OverflowError):
         return frames
     return fitting
