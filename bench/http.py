@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from socket import create_server
-from typing import Any, Final
+from typing import IO, Any, Final
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -85,8 +85,9 @@ class Figures:
 class Server:
     """``penstock up`` on a repository of bench models, for the time of a ``with``."""
 
-    def __init__(self, repository: Path, runtime: Path, *arguments: str) -> None:
-        """``arguments``: more of ``penstock up``."""
+    def __init__(self, repository: Path, runtime: Path, *arguments: str, log: IO[bytes] | None = None) -> None:
+        """``arguments``: more of ``penstock up``. ``log``: where its log goes, instead of to ours."""
+        self._log = log
         self._repository = repository
         self._runtime = runtime
         self._arguments = arguments
@@ -96,6 +97,7 @@ class Server:
         self._process = subprocess.Popen(
             [*command, f"--runtime-dir={self._runtime}", "--log-level=warning", *self._arguments],
             stdout=subprocess.PIPE,
+            stderr=self._log,
             text=True,
             # As other servers have it: Linux shares a desktop's or a shell's processors out by sessions (autogroups),
             # and in ours it would have to share with who makes the load.

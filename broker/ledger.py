@@ -34,6 +34,7 @@ from penstock.wire.lots import lots_of
 from penstock.wire.messages import (
     DEFAULT_PRIORITY,
     INLINE_MAX_BYTES,
+    MAX_RETRY_AFTER_MS,
     MAX_SENTENCE,
     Finished,
     Form,
@@ -493,7 +494,7 @@ class Ledger:
         self._count_failure(key, error.code, len(ids))
 
     def _refuse_ids(self, caller: CallerPeer, ids: Iterable[int], error: PenstockError) -> None:
-        after_ms = int(error.retry_after_s * 1000)
+        after_ms = min(int(error.retry_after_s * 1000), MAX_RETRY_AFTER_MS)
         refusals = self.refusals.setdefault(caller, [])
         sentence = error.message[:MAX_SENTENCE]
         refusals.extend(Refusal(number, error.code, sentence, after_ms) for number in ids)

@@ -12,13 +12,14 @@ from penstock.wire.models import LOADING, READY, ModelState, newest
 from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
 
 _NO_WEIGHTS: Final[Mapping[str, float]] = {}
+_AWAY_MAX: Final = 4096  # workers that have gone whose models are known: names are the workers' own to choose
 
 
 class Registry:
     """The models that workers have declared.
 
     A worker's models stay known when it goes, under its name: it may be restarting, and a server that forgot them would
-    answer 404 and call itself ready. They go when a worker of that name declares others.
+    answer 404 and call itself ready. They go when a worker of that name declares others, or very many have gone since.
     """
 
     def __init__(self, models_max: int, weights: Mapping[str, float] = _NO_WEIGHTS) -> None:
@@ -26,6 +27,7 @@ class Registry:
         self.queues: dict[ModelKey, ModelQueue] = {}
         self._versions: dict[str, set[str]] = {}
         self._declared: dict[str, dict[ModelKey, ModelState]] = {}  # by the worker's name
+        self._away: dict[str, None] = {}  # names of workers that have gone, in their order
         self._models_max = models_max
         self._weights = weights
 
@@ -33,6 +35,10 @@ class Registry:
         """Take in what a worker says of its models, or that it is leaving. Returns the queues that have ended with
         it."""
         self._declared[worker.name] = dict(worker.models)
+        self._away.pop(worker.name, None)
+        while len(self._away) > _AWAY_MAX:
+            longest = next(iter(self._away))
+            del self._away[longest], self._declared[longest]
         for key, state in worker.models.items():
             queue = self.queues.get(key)
             if queue is None and len(self.queues) < self._models_max:
@@ -48,6 +54,7 @@ class Registry:
 
     def withdraw(self, worker: WorkerPeer, now: float) -> None:
         """A worker has gone; its models stay known."""
+        self._away[worker.name] = None
         for queue in self.queues.values():
             self._enlist(queue, worker, False, now)
 
@@ -93,6 +100,7 @@ class Registry:
             assert set(queue.workers) == serving, f"{key} is served by others than its workers"
             queue.validate()
         assert self._versions == versions, f"versions {self._versions} are {versions}"
+        assert self._away.keys() <= self._declared.keys(), "a worker has gone that never declared anything"
 
     def _enlist(self, queue: ModelQueue, worker: WorkerPeer, serves: bool, now: float) -> None:
         listed = worker in queue.workers

@@ -17,7 +17,7 @@ from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
 from penstock.wire.codec import unpack_outcome
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
 from penstock.wire.messages import MAX_PRIORITY, MAX_TIMEOUT_US, Form, Outcome, Payload
-from penstock.wire.models import Layout, ModelSpec, Tensor, check_declaration
+from penstock.wire.models import MAX_TENSORS, Layout, ModelSpec, Tensor, check_declaration
 from penstock.wire.tensors import Buffer
 
 _KNOWN_MAX: Final = 1024
@@ -111,6 +111,7 @@ def _read_inputs(inputs: Any, binary: memoryview) -> tuple[list[Tensor], Payload
     """The tensors of a request and where they lie, and whether all of them came as binary."""
     if type(inputs) is not list:
         raise PenstockError(BAD_INPUT, "the request has no list 'inputs'")
+    _check_count(inputs, "inputs")
     tensors: list[Tensor] = []
     parts: list[Buffer] = []
     at = taken = 0
@@ -143,6 +144,12 @@ def _read_inputs(inputs: Any, binary: memoryview) -> tuple[list[Tensor], Payload
     return tensors, binary if all_binary else b"".join(parts), all_binary
 
 
+def _check_count(tensors: list[Any], what: str) -> None:
+    """No model has more: what is said of them would otherwise take as long as its client likes."""
+    if len(tensors) > MAX_TENSORS:
+        raise PenstockError(BAD_INPUT, f"the request has {len(tensors)} {what}; at most {MAX_TENSORS} are allowed")
+
+
 def _declaration(each: dict[str, Any]) -> tuple[str, str, tuple[int, ...]]:
     name, datatype, shape = each.get("name"), each.get("datatype"), each.get("shape")
     if type(name) is not str or len(name) > _NAME_MAX:
@@ -166,6 +173,7 @@ def _read_outputs(outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], 
     default = _flag(parameters, "binary_data_output", False)
     if type(outputs) is not list:
         raise PenstockError(BAD_INPUT, "'outputs' is a list")
+    _check_count(outputs, "outputs")
     names: list[str] = []
     exceptions: set[str] = set()
     for each in outputs:

@@ -21,7 +21,7 @@ class Arrivals(Generic[A]):
 
     def came(self, owner: bytes, serial: int, arena: A) -> A | None:
         """An arena has come; returned when it has been announced."""
-        wanted = self._wanted.get(owner, 0)
+        wanted = self._wanted.get(owner, -1)  # a broker numbers from 1; whoever passes for one may say 0
         if serial == wanted:
             del self._wanted[owner]
             return arena

@@ -48,6 +48,7 @@ MAX_KEY_BYTES: Final = 4096
 MAX_PEERS: Final = 16_384
 MAX_MODELS: Final = 4096
 MAX_TIMEOUT_US: Final = 24 * 3600 * 1_000_000  # what callers let their users ask for
+MAX_RETRY_AFTER_MS: Final = 1 << 32
 MAX_PRIORITY: Final = 5  # the least urgent; 1 is the most, and 0 stands for
 DEFAULT_PRIORITY: Final = 3
 MAX_WEIGHT: Final = 1_000_000  # thousandths
@@ -267,7 +268,7 @@ _tensor: Final = record(Tensor, _name, _datatype, _shape, _u64, _u64)
 _tensors: Final = sequence(_tensor, MAX_TENSORS)
 check_layout: Final = record(Layout, _tensors, sequence(_name, MAX_TENSORS))
 check_outcome: Final = record(Outcome, _name, _name, _tensors)
-check_failure: Final = record(Failure, one_of(CODES), _sentence, integer(0, 1 << 32))
+check_failure: Final = record(Failure, one_of(CODES), _sentence, integer(0, MAX_RETRY_AFTER_MS))
 _form_fields: Final = record(
     Form,
     _name,
@@ -306,8 +307,8 @@ def _form(value: Any) -> Form:
 def _column(value: Any, length: int) -> tuple[int, ...]:
     """Whole numbers of at most 64 bits."""
     try:
-        if type(value) is tuple and len(value) == length:
-            array("Q", value)  # checks them all, at a third of what a loop or sets cost
+        if type(value) is tuple and len(value) == length and bool not in map(type, value):
+            array("Q", value)  # checks them all but for true and false, at a third of what a loop or sets cost
             return value
     except (TypeError, OverflowError):
         pass
@@ -360,7 +361,7 @@ def _tasks(value: Any) -> Tasks:
         form,
         _peer(caller),
         _attempt(attempt),
-        _u64(waited),
+        _waited(waited),
         ids,
         _column(timeouts, len(ids)),
         _places(places, len(ids)),
@@ -392,6 +393,7 @@ def _freed(value: Any) -> Freed:
 
 
 _attempt: Final = integer(1, 1 << 16)
+_waited: Final = integer(0, 1 << 62)  # a worker says it with its own time added
 _status: Final = integer(COMPLETE, FAILED)
 _body: Final = binary(MAX_BODY_BYTES)
 _all_freed: Final = sequence(_freed, MAX_PEERS)
@@ -611,7 +613,7 @@ class Refusals(Message):
     """Requests that end without having run."""
 
     TAG = 20
-    CHECKS = (sequence(record(Refusal, _u64, one_of(CODES), _sentence, integer(0, 1 << 32)), MAX_REQUESTS),)
+    CHECKS = (sequence(record(Refusal, _u64, one_of(CODES), _sentence, integer(0, MAX_RETRY_AFTER_MS)), MAX_REQUESTS),)
 
     refusals: Sequence[Refusal]
 

@@ -25,6 +25,7 @@ SECONDS: Final = (
 ROWS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
 MAX_SAMPLES: Final = 100_000  # series in one process's snapshot
+MAX_NUMBER: Final = 1 << 49  # so that those of all peers together are whole numbers of 64 bits
 MAX_LABEL: Final = 256
 # Of a request, beside the label's own name: OpenMetrics allows 128 characters for both.
 MAX_EXEMPLAR: Final = 100
@@ -223,8 +224,14 @@ class Meters:
         )
 
 
+def _number(value: Any) -> float:
+    if not abs(checked := number(value)) <= MAX_NUMBER:
+        raise BadMessage(f"{checked!r} is more than metrics count, {MAX_NUMBER}")
+    return checked
+
+
 def _value(value: Any) -> float | tuple[float, ...]:
-    return tuple(map(number, value)) if type(value) is tuple else number(value)
+    return tuple(map(_number, value)) if type(value) is tuple else _number(value)
 
 
 def _sample(value: Any) -> Sample:
@@ -237,6 +244,8 @@ def _sample(value: Any) -> Sample:
     width = len(sample.value) if isinstance(sample.value, tuple) else 0
     if width != (len(about.bounds) + 2 if about.kind == HISTOGRAM else 0):
         raise BadMessage(f"a {about.kind} does not have {width} values")
+    if sample.value == ():
+        raise BadMessage(f"a {about.kind} is a number, and not a sequence of none")
     buckets = [each.bucket for each in sample.exemplars]
     if len(set(buckets)) != len(buckets) or max(buckets, default=-1) >= max(0, width - 1):
         raise BadMessage(f"a {about.kind} does not have exemplars of its buckets {brief(buckets)}")
@@ -246,6 +255,6 @@ def _sample(value: Any) -> Sample:
 _name: Final[Check] = text(100)
 _labels: Final[Check] = sequence(text(MAX_LABEL), 8)
 _exemplars: Final[Check] = sequence(
-    record(Exemplar, integer(0, 100), text(MAX_EXEMPLAR), number, number), len(SECONDS) + 1
+    record(Exemplar, integer(0, 100), text(MAX_EXEMPLAR), _number, _number), len(SECONDS) + 1
 )
 check_samples: Final[Check] = sequence(_sample, MAX_SAMPLES)

@@ -6,6 +6,7 @@ it trusts no caller. The texts are those of Triton where clients are known to ma
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -121,7 +122,7 @@ def _check_names(spec: ModelSpec, layout: Layout, given: dict[str, Tensor]) -> N
     expected = [tensor.name for tensor in spec.inputs]
     got = [tensor.name for tensor in layout.tensors]
     if len(given) != len(got):
-        twice = next(name for name in got if got.count(name) > 1)
+        [(twice, _)] = Counter(got).most_common(1)
         raise PenstockError(BAD_INPUT, f"input '{twice}' already exists in request for model '{spec.name}'")
     missing = [name for name in expected if name not in given]
     if missing:

@@ -339,6 +339,8 @@ class Core:
         for at, (group, start) in enumerate(zip(message.groups, message.starts, strict=True)):
             form, caller, attempt = group.form, group.caller, group.attempt
             payload: Payload
+            if self._is_here(group):
+                continue
             try:
                 plan = self._plan(form)
                 if group.places:
@@ -351,7 +353,8 @@ class Core:
                 self._refuse((form.model, form.version), caller, attempt, group.ids, error, group.waited_us)
                 continue
             ids, timeouts_us = group.ids, group.timeouts_us
-            if attempt > 1:
+            kept = self._kept.get(caller)
+            if kept is not None and not kept.keys().isdisjoint(ids):
                 left = self._skip_answered(group)
                 if len(left) < len(ids):
                     if not left:
@@ -368,6 +371,15 @@ class Core:
             lot = Lot(index, caller, attempt, plan, ids, timeouts_us, payload, start, waited_us, now, reads, overtakes)
             index.update(dict.fromkeys(ids, lot))
             self._batcher.add(lot)
+
+    def _is_here(self, group: Tasks) -> bool:
+        """Whether any of a group's requests waits or runs here already, or stands in it twice: no broker of ours says
+        that, and one request must not have two answers."""
+        ids, index = group.ids, self._lots.get(group.caller)
+        if len(set(ids)) == len(ids) and (index is None or index.keys().isdisjoint(ids)):
+            return False
+        self._log("error", "requests were assigned twice; the second time is ignored", caller=group.caller.hex())
+        return True
 
     def _skip_answered(self, group: Tasks) -> list[int]:
         """Which requests of a group have no result here. Others have: the broker took this worker for lost. What the
@@ -452,6 +464,9 @@ class Core:
         if held is None:
             held = self._kept[caller] = {}
         for group in publication.groups:
+            if not held.keys().isdisjoint(group.ids):  # refused, and assigned again all the same
+                self._free(caller, [number for number in group.ids if number in held])
+                self._kept[caller] = held
             kept.left += len(group.ids)
             held.update(dict.fromkeys(group.ids, kept))
         self.kept_bytes += kept.nbytes

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from penstock.broker.forecast import forecast_for
-from penstock.wire.messages import Cost, Costs
+from penstock.wire.messages import MAX_RETRY_AFTER_MS, Cost, Costs
 from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTalk, model
 
 # 4 ms for one row, 16 ms for a batch of 16.
@@ -149,6 +149,15 @@ def test_what_cannot_be_done_in_time_is_refused_at_once() -> None:
     caller.submit(timeout_s=0.102, tenant="t")
     talk.tick()
     assert caller.refusals() == []
+
+
+def test_who_would_wait_for_years_is_told_so_in_a_number_that_travels() -> None:
+    talk, caller, _ = server(1, cost(slower=5_000_000))
+    caller.submit(1000, timeout_s=1e12, tenant="t")
+    caller.submit(tenant="t")
+    talk.tick()
+    [refusal] = caller.refusals()
+    assert (refusal.id, refusal.retry_after_ms) == (1001, MAX_RETRY_AFTER_MS)
 
 
 def test_of_a_group_those_are_taken_that_can_be_done_in_time() -> None:

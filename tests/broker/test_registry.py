@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from penstock.broker import registry
 from penstock.broker.peers import WorkerPeer
 from penstock.broker.registry import Registry
 from penstock.wire.errors import PenstockError
@@ -103,6 +104,19 @@ def test_models_go_when_a_worker_of_that_name_declares_others() -> None:
     hall.join(model("n"), name="gpu0")
     assert hall.known() == [("n", "1", READY)]
     assert refusal(hall.registry, "m")[0] == "not_found"
+
+
+def test_of_very_many_workers_that_have_gone_the_first_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_AWAY_MAX", 2)
+    hall = Hall()
+    for name in "abc":
+        hall.leave(hall.join(model(name), name=name))
+    stays = hall.join(model("s"), name="s")
+    hall.leave(hall.join(model("b", "2"), name="b"))
+    assert [name for name, _, _ in hall.known()] == ["b", "c", "s"]
+    assert hall.declare(stays, model("s")) == []
+    hall.leave(hall.join(model("d"), name="d"))
+    assert hall.declare(stays, model("s")) == [("c", "1")]
 
 
 def test_a_model_ends_when_the_last_that_declared_it_takes_it_back() -> None:

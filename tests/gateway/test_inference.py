@@ -15,7 +15,7 @@ from penstock.gateway.inference import Parser, Query, Style, render, render_body
 from penstock.wire.codec import pack_outcome, unpack_layout
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
 from penstock.wire.messages import Outcome
-from penstock.wire.models import Layout, ModelSpec, Tensor, TensorSpec
+from penstock.wire.models import MAX_TENSORS, Layout, ModelSpec, Tensor, TensorSpec
 from penstock.wire.tensors import DTYPES, Buffer, decode, pack_strings
 
 PAIR = ModelSpec(
@@ -301,6 +301,13 @@ def test_request_that_makes_no_sense_is_told_why(request_: Any, sentence: str) -
 )
 def test_sizes_that_lie_are_refused(inputs: list[Any], binary: bytes, sentence: str) -> None:
     assert sentence in refusal({"inputs": inputs}, binary)
+
+
+@pytest.mark.parametrize(("key", "each"), [("inputs", A_JSON), ("outputs", {"name": "sum"})])
+def test_more_tensors_than_any_model_has_are_not_looked_at(key: str, each: dict[str, Any]) -> None:
+    sentence = refusal({"inputs": [A_JSON, B_JSON], key: [each] * (MAX_TENSORS + 1)})
+    assert sentence == f"the request has 1025 {key}; at most 1024 are allowed"
+    assert "at most" not in refusal({"inputs": [A_JSON, B_JSON], key: [each] * MAX_TENSORS})
 
 
 @pytest.mark.parametrize("length", [0, 1_000_000])

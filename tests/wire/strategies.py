@@ -58,7 +58,7 @@ from penstock.wire.messages import (
     WorkerModels,
     Workers,
 )
-from penstock.wire.metrics import FAMILIES, HISTOGRAM, Exemplar, Sample
+from penstock.wire.metrics import FAMILIES, HISTOGRAM, MAX_NUMBER, Exemplar, Sample
 from penstock.wire.models import READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
 from penstock.wire.tensors import DATATYPES, MAX_ELEMENTS
 
@@ -70,7 +70,7 @@ names = st.text(max_size=8)
 peers = st.binary(min_size=8, max_size=8)
 flags = st.booleans()
 datatypes = st.sampled_from(sorted(DATATYPES))
-numbers = st.floats(allow_nan=False, allow_infinity=False)
+numbers = st.floats(-MAX_NUMBER, MAX_NUMBER)
 
 
 def few(inner: st.SearchStrategy[Any], least: int = 0) -> st.SearchStrategy[tuple[Any, ...]]:
@@ -126,7 +126,9 @@ def requests(draw: st.DrawFn) -> Requests:
 def tasks(draw: st.DrawFn) -> Tasks:
     numbers, form = draw(ids), draw(forms)
     attempt, timeouts = draw(st.integers(1, 1 << 16)), tuple(draw(u64) for _ in numbers)
-    return Tasks(form, draw(peers), attempt, draw(u64), numbers, timeouts, draw(places(len(numbers))))
+    return Tasks(
+        form, draw(peers), attempt, draw(st.integers(0, 1 << 62)), numbers, timeouts, draw(places(len(numbers)))
+    )
 
 
 @st.composite

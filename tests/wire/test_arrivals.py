@@ -38,6 +38,13 @@ def test_an_introduction_whose_message_was_lost_is_superseded() -> None:
     assert arrivals.came(A, 2, "second") == "second"
 
 
+def test_an_arena_that_is_not_numbered_is_one_that_nobody_has_announced() -> None:
+    arrivals: Arrivals[str] = Arrivals()
+    assert arrivals.came(A, 0, "a") is None
+    assert arrivals.announced(A, 1) is None
+    assert not arrivals._came
+
+
 def test_who_has_gone_is_forgotten_but_not_who_has_come_again() -> None:
     arrivals: Arrivals[str] = Arrivals()
     arrivals.came(A, 1, "a")

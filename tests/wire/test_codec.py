@@ -33,6 +33,7 @@ from penstock.wire.messages import (
     TO_CALLER,
     TO_WORKER,
     VERSION,
+    Assign,
     Bye,
     Carrier,
     Done,
@@ -40,6 +41,7 @@ from penstock.wire.messages import (
     Message,
     Requests,
     Submit,
+    Tasks,
 )
 from tests.wire.strategies import KINDS, MESSAGES, failures, layouts, messages, outcomes
 
@@ -232,7 +234,7 @@ def test_equal_forms_become_one_object() -> None:
     assert first.groups[0].form is again.groups[0].form
 
 
-@pytest.mark.parametrize("bad", [[1.0], [-1], ["1"], [None], [b"1"], [[1]], 1, None, {}, b"1"])
+@pytest.mark.parametrize("bad", [[1.0], [-1], ["1"], [None], [True], [b"1"], [[1]], 1, None, {}, b"1"])
 @pytest.mark.parametrize("column", ["ids", "timeouts_us"])
 def test_a_column_is_whole_numbers_of_64_bits(column: str, bad: Any) -> None:
     with pytest.raises(BadMessage):
@@ -350,6 +352,13 @@ def test_huge_ranges_cost_no_more_than_what_is_known() -> None:
     assert len(ids_in(every_other, known)) == len(known)
     assert ids_in((200_000, U64_MAX), known) == []
     assert time.process_time() - before < 2.0  # 4096 looks at each of them would take far longer
+
+
+def test_who_has_waited_so_long_that_no_answer_could_say_it_is_refused() -> None:
+    tasks = Tasks(Form("m", "1", 0, "", 1, 0, b"", b""), b"a caller", 1, 1 << 62, (1,), (0,))
+    assert isinstance(unpack(pack(Assign(1, [tasks])), (), TO_WORKER), Assign)
+    with pytest.raises(BadMessage, match="is not a whole number from 0 to"):
+        unpack(pack(Assign(1, [tasks._replace(waited_us=(1 << 62) + 1)])), (), TO_WORKER)
 
 
 def test_done_for_nobody_is_a_message() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from penstock.wire.errors import BAD_INPUT, PenstockError
@@ -115,6 +117,14 @@ def test_a_request_that_does_not_fit_is_told_why(
     tensors: tuple[Tensor, ...], outputs: tuple[str, ...], sentence: str
 ) -> None:
     assert refusal(PAIR, *tensors, outputs=outputs) == sentence
+
+
+def test_which_of_many_inputs_came_twice_is_found_at_once() -> None:
+    many = [Tensor(f"x{at}", "FP32", (1,), 0, 4) for at in range(100_000)]
+    before = time.thread_time()
+    sentence = refusal(PAIR, *many, many[-1])
+    assert sentence == "input 'x99999' already exists in request for model 'pair'"
+    assert time.thread_time() - before < 2.0  # a look at all others for each would take a minute
 
 
 def test_strings_have_at_least_their_lengths() -> None:

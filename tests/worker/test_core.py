@@ -591,6 +591,40 @@ def test_what_was_answered_before_is_not_run_again(talk: Talk, row: Request) -> 
     assert talk.done(talk.assign(A, [1], row, attempt=2)) == [Finished(A, 2, 0, (1,))]
 
 
+@pytest.mark.parametrize("again", [[1], [2, 1], [1, 2, 3]])
+def test_what_waits_or_runs_is_not_taken_a_second_time(talk: Talk, row: Request, again: list[int]) -> None:
+    """No broker of ours says that; who passes for one must not end this process."""
+    talk.assign(A, [1, 2], row)
+    talk.assign(A, [3], row)
+    assert talk.logged(talk.assign(A, again, row)) == ["requests were assigned twice; the second time is ignored"]
+    assert ids(talk, talk.finish()) == [1, 2]
+    assert ids(talk, talk.finish()) == [3]
+
+
+def test_a_request_that_stands_twice_in_what_is_assigned_is_not_taken(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1, 1], row)
+    assert talk.batches == []
+    talk.assign(A, [1], row)
+    assert ids(talk, talk.finish()) == [1]
+
+
+def test_what_was_answered_is_not_run_again_whatever_the_attempt(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.finish()
+    assert ids(talk, talk.assign(A, [1], row)) == [1]
+    assert talk.batches == []
+
+
+def test_an_answer_that_another_takes_the_place_of_is_not_kept(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1, 2], row)
+    talk.finish()
+    talk.assign(A, [1, 2], row._replace(form=row.form._replace(rows=2)))
+    assert [number for number, answer in talk.heard(talk.subscribe(A), A) if isinstance(answer, Failure)] == [1, 2]
+    talk.free(A, 1, 2)
+    assert talk.core.holds_nothing
+    assert talk.core.kept_bytes == 0
+
+
 def test_others_keep_theirs_when_a_caller_goes(talk: Talk, row: Request) -> None:
     talk.expect(B)
     for caller in A, B:
