@@ -20,6 +20,7 @@ _SLOW: Final = 1.5  # times what the fastest worker takes
 # What was measured longer ago, or longer than so many times what a batch takes, is not relied on.
 _STALE_S: Final = 1.0
 _STALE_BATCHES: Final = 10
+_SPEED_SCALE: Final = 1 << 80
 _NO_WEIGHTS: Final[Mapping[str, float]] = {}
 
 
@@ -54,7 +55,7 @@ class ModelQueue:
         self.best_row_us = 0.0  # on the fastest of its workers
         self.measured = float("-inf")  # when one of its batches was last known to have run
         self._told_us: dict[WorkerPeer, float] = {}  # what a row takes there
-        self._rows_per_us = 0.0  # of all of them together
+        self._speed = 0  # of all of them together, see _speed_of
 
     def push(self, lot: Lot, front: bool = False) -> None:
         """Put requests behind the others of their caller and tenant, or before them: these have waited once already."""
@@ -196,10 +197,10 @@ class ModelQueue:
             self._find_best()
 
     def _count_told(self, new_us: float, old_us: float) -> None:
-        self._rows_per_us += (1 / new_us if new_us else 0.0) - (1 / old_us if old_us else 0.0)
+        self._speed += _speed_of(new_us) - _speed_of(old_us)
         if self._told_us:
             # Each does as much as it can, so it is how many rows they do in a time that has a mean.
-            self.row_us = max(1, round(len(self._told_us) / self._rows_per_us))
+            self.row_us = max(1, round(len(self._told_us) * _SPEED_SCALE / self._speed))
 
     def _find_best(self) -> None:
         if self._told_us:
@@ -286,8 +287,8 @@ class ModelQueue:
         assert len(set(lots)) == len(lots), f"{self.key}: a lot waits twice in {lots}"
         priorities = [level.priority for level in self._levels]
         assert priorities == sorted(set(priorities)), f"{self.key}: priorities are {priorities}"
-        rows_per_us = sum(1 / us for us in self._told_us.values())
-        assert abs(self._rows_per_us - rows_per_us) < 1e-9, f"{self.key}: {self._rows_per_us} rows in a us"
+        speed = sum(map(_speed_of, self._told_us.values()))
+        assert self._speed == speed, f"{self.key}: workers are as quick as {self._speed}, not {speed}"
         best = min(self._told_us.values(), default=self.best_row_us)
         assert self.best_row_us == best, f"{self.key}: a row takes {best} us at best"
         assert self._told_us.keys() <= self.workers.keys(), f"{self.key}: a worker that has gone has told"
@@ -296,3 +297,9 @@ class ModelQueue:
         for lot in lots:
             assert lot.state == QUEUED, f"{lot} waits in a line"
             assert lot.model is self, f"{lot} waits for another model"
+
+
+def _speed_of(row_us: float) -> int:
+    """Rows in a microsecond, in parts that are so small and whole that sums of them are exact whatever is added and
+    taken away; 0 where nothing is known."""
+    return round(_SPEED_SCALE / row_us) if row_us else 0

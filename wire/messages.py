@@ -375,6 +375,26 @@ def _answers(value: Any) -> Answers:
     return Answers(_status(status), _u64(nbytes), _body(body), _u64(queue), ids, places, _u64(held))
 
 
+def _groups(check: Check) -> Check:
+    """Of requests, not more in all than may be in a message."""
+
+    def check_groups(value: Any) -> tuple[Any, ...]:
+        if type(value) is not tuple or len(value) > MAX_REQUESTS:
+            raise BadMessage(f"a message has at most {MAX_REQUESTS} groups, in one sequence")
+        if len(value) <= 1:
+            return (check(value[0]),) if value else value
+        found, left = [], MAX_REQUESTS
+        for each in value:
+            group = check(each)
+            left -= len(group.ids)
+            if left < 0:
+                raise BadMessage(f"a message has at most {MAX_REQUESTS} requests")
+            found.append(group)
+        return tuple(found)
+
+    return check_groups
+
+
 def _finished(value: Any) -> Finished:
     caller, attempt, nbytes, ids, compute = _split(value, 5, "finished requests")
     return Finished(_peer(caller), _attempt(attempt), _u64(nbytes), _ids(ids), _u64(compute))
@@ -457,7 +477,7 @@ class Submit(Carrier):
     new requests."""
 
     TAG = 2
-    CHECKS = (sequence(_requests, MAX_REQUESTS), _ranges, _cancels, _blob)
+    CHECKS = (_groups(_requests), _ranges, _cancels, _blob)
 
     groups: Sequence[Requests]
     acks: Sequence[int] = ()  # ranges, as in Freed
@@ -647,7 +667,7 @@ class Assign(Carrier):
     ones, go before what the worker was given earlier and has not begun."""
 
     TAG = 23
-    CHECKS = (sequence(_tasks, MAX_REQUESTS), _all_freed, _all_freed, integer(0, MAX_REQUESTS), _blob)
+    CHECKS = (_groups(_tasks), _all_freed, _all_freed, integer(0, MAX_REQUESTS), _blob)
 
     groups: Sequence[Tasks]
     freed: Sequence[Freed] = ()
@@ -664,7 +684,7 @@ class Results(Carrier):
 
     TAG = 32
     CHECKS = (
-        sequence(_answers, MAX_REQUESTS),
+        _groups(_answers),
         _peer,
         record(Batch, _u64, integer(0, 1 << 32), one_of(BATCH_REASONS), _u64, _u64),
         _blob,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -113,6 +113,18 @@ def test_limits_are_included(message: Message) -> None:
 )
 def test_what_is_beyond_a_limit_is_refused(message: Message) -> None:
     with pytest.raises(BadMessage):
+        unpack(pack(message), (), KINDS)
+
+
+@pytest.mark.parametrize("count", [MAX_REQUESTS, MAX_REQUESTS + 1])
+def test_requests_of_all_groups_together_are_limited(count: int) -> None:
+    form = messages.Form("m", "1", 0, "", 1, 0, b"", b"")
+    halves = [range(1, 4), range(4, count + 1)]
+    message = Submit(1, [messages.Requests(form, tuple(ids), (1,) * len(ids)) for ids in halves])
+    if count <= MAX_REQUESTS:
+        assert unpack(pack(message), (), KINDS) == replace(message, groups=tuple(message.groups), starts=[0, 0])
+        return
+    with pytest.raises(BadMessage, match="at most 4096 requests"):
         unpack(pack(message), (), KINDS)
 
 
