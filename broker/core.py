@@ -51,6 +51,8 @@ from penstock.wire.messages import (
     Metrics,
     Models,
     Payload,
+    Ping,
+    Pong,
     Refusals,
     Snapshot,
     Submit,
@@ -64,6 +66,8 @@ from penstock.wire.messages import (
 from penstock.wire.metrics import Meters
 
 _SWEEP_S: Final = 2.0  # between two looks at what need not be exact; each wakes an idle broker
+_LOOK_S: Final = 0.02  # between two looks at workers that have work, at least
+_AWAY_S: Final = 0.2  # a look that is later than that: this process was stopped, or starved
 _SETTLE_S: Final = 0.25  # a dead process's files are all closed by then
 _BROKER: Final = "broker"  # its name among the peers'
 
@@ -90,6 +94,7 @@ class Core:
         self._left_behind = False  # a worker has gone, perhaps without removing its socket
         self._free_at = float("inf")  # when acknowledgments travel even if no work does
         self._sweep_at = now
+        self._look_at = float("inf")  # when workers that have work are looked at; never while none has
         self._commands: list[Command] = []
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -128,7 +133,7 @@ class Core:
     def due(self) -> float:
         """When the next Tick is needed even if nothing happens before."""
         grace = float("inf") if self._open else self._assign_from
-        return min(grace, self._sweep_at, self._free_at, self.ledger.next_deadline)
+        return min(grace, self._sweep_at, self._look_at, self._free_at, self.ledger.next_deadline)
 
     # --- callers ---
 
@@ -245,6 +250,8 @@ class Core:
                         queue.measured = now
                         self._assigner.worker_changed(queue)
                 self._assigner.room_came(worker)
+            case Pong():
+                pass  # it was heard
             case Beat():
                 worker.samples = message.samples
                 self._commands.append(ToWorker(peer, Beat(self.epoch)))
@@ -330,9 +337,13 @@ class Core:
                 self._left_behind = False
                 self._commands.append(Sweep())
             self.ledger.sweep(now)
+        if now >= self._look_at:
+            self._look_at_busy(now)
         if self._open:
             given = self._assigner.assign(now)
             self.ledger.hand_out(given)
+            if given and self._look_at == float("inf"):
+                self._look_at = now + self.options.ping_after_s
             self.ledger.refuse_late(now)
             for worker, lots in given.items():
                 for part in _messages(lots):
@@ -410,6 +421,29 @@ class Core:
         for peer in self._peers():
             if peer.heard < earliest:
                 self._gone(peer.id, f"silent for {now - peer.heard:.1f} s", now)
+
+    def _look_at_busy(self, now: float) -> None:
+        """Workers that have work and say nothing. Such a one is asked whether it lives, and if it does not answer, what
+        it has moves to others: a process that is stopped, or stuck in a model, leaves its control connection open. One
+        that was thought lost in error joins anew; what it says of its work then comes too late."""
+        if now - self._look_at > _AWAY_S:
+            self._was_away(now)
+        options, at = self.options, float("inf")
+        for worker in list(self.workers.values()):
+            if not worker.batches:
+                continue
+            if worker.pinged <= worker.heard and now >= worker.heard + options.ping_after_s:
+                worker.pinged = now
+                self._commands.append(ToWorker(worker.id, Ping(self.epoch)))
+            if worker.pinged <= worker.heard:
+                at = min(at, worker.heard + options.ping_after_s)
+                continue
+            until = worker.pinged + options.busy_silence_max_s - options.ping_after_s
+            if now < until:
+                at = min(at, until, now + options.ping_after_s)  # when it may have answered, and be silent again
+            else:
+                self._worker_gone(worker, f"silent for {now - worker.heard:.1f} s while it had work", now)
+        self._look_at = max(at, now + _LOOK_S)
 
     def _peers(self) -> list[CallerPeer | WorkerPeer]:
         return [*self.workers.values(), *self.callers.values()]

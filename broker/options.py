@@ -21,6 +21,8 @@ class BrokerOptions:
     attempts_max: int = 3  # workers that may be lost under one request
 
     silence_max_s: float = 5.0  # after which a peer is taken for dead, within two seconds
+    ping_after_s: float = 0.3  # a worker that has work and says nothing for so long is asked whether it lives
+    busy_silence_max_s: float = 0.8  # after which one that does not answer is taken for lost, and its work moves
     rejoin_grace_s: float = 0.25  # a new broker waits so long for the peers of the old one before it assigns
     unserved_grace_s: float = 10.0  # requests wait so long for a worker to come back before they are refused
     free_delay_s: float = 0.01  # acknowledgments wait so long for work to travel with

@@ -562,6 +562,13 @@ class Costs(Message):
     costs: Sequence[Cost]
 
 
+@dataclass(slots=True)
+class Pong(Message):
+    """A worker's answer to Ping."""
+
+    TAG = 12
+
+
 # --- from the broker ---
 
 
@@ -653,6 +660,13 @@ class Assign(Carrier):
     overtaking: int = 0
 
 
+@dataclass(slots=True)
+class Ping(Message):
+    """The broker has not heard this worker for a while, though it has work: say Pong."""
+
+    TAG = 24
+
+
 # --- from workers to callers ---
 
 
@@ -674,7 +688,7 @@ class Results(Carrier):
 
 
 FROM_CALLER: Final = {m.TAG: m for m in (CallerHello, Submit, Ask, Beat, Bye)}
-FROM_WORKER: Final = {m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Costs, Beat, Leaving, Bye)}
+FROM_WORKER: Final = {m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Costs, Pong, Beat, Leaving, Bye)}
 TO_CALLER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Models, Workers, Refusals, Metrics, Beat, Bye)}
-TO_WORKER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Expect, Assign, Beat, Bye)}
+TO_WORKER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Expect, Assign, Ping, Beat, Bye)}
 ON_PUBLICATION: Final = {m.TAG: m for m in (Results,)}

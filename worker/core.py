@@ -36,6 +36,8 @@ from penstock.wire.messages import (
     Leaving,
     Message,
     Payload,
+    Ping,
+    Pong,
     Results,
     Tasks,
     Welcome,
@@ -241,6 +243,8 @@ class Core:
                 self._expect(message)
             case Beat():
                 pass
+            case Ping():
+                self._say(Pong(membership.epoch))
             case Bye():
                 self._log("info", "broker is shutting down")
                 membership.lost()
