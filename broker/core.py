@@ -7,7 +7,7 @@ test. Requests that arrive between two ticks are assigned together at the second
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from penstock.broker.assign import Assigner
@@ -271,14 +271,15 @@ class Core:
                 self._declare(worker, now)
                 self._log("info", "worker is leaving", worker=worker.name)
             case Bye():
-                self._worker_gone(worker, "", now)
+                self._worker_gone(worker, "", now, ())
             case _:
                 raise AssertionError(f"a worker does not send {message!r}")
 
     def _worker_hello(self, peer: bytes, hello: WorkerHello, now: float) -> None:
         before = self.workers.get(peer)
         if before is not None:
-            self._worker_gone(before, "it started over", now)
+            self._worker_gone(before, "it started over", now, ())
+        self.ledger.pardon(peer)
         if len(self.workers) >= self.options.workers_max:
             self._log("error", "worker turned away: too many are connected", limit=self.options.workers_max)
             return
@@ -300,12 +301,15 @@ class Core:
         self._workers_changed = True
         self._declare(worker, now)
 
-    def _worker_gone(self, worker: WorkerPeer, reason: str, now: float) -> None:
+    def _worker_gone(self, worker: WorkerPeer, reason: str, now: float, ran: Collection[Lot] | None = None) -> None:
+        """``ran``: requests that it may have died of; None: nobody knows which of those that it had not finished."""
+        if ran is None:
+            ran = self.ledger.unfinished(worker)
         del self.workers[worker.id]
         self._names.free(worker.name)
         self.registry.withdraw(worker, now)
         self._assigner.worker_went(worker)
-        held = self.ledger.worker_gone(worker)
+        held = self.ledger.worker_gone(worker, ran, reason)
         self._workers_changed = self._models_changed = True
         self._left_behind = True
         self._sweep_at = min(self._sweep_at, now + _SETTLE_S)
@@ -381,7 +385,8 @@ class Core:
                 frames += lot.payload
         freed, cancelled = worker.take_freed(), worker.take_cancelled()
         self.ledger.news.pop(worker, None)
-        message = Assign(self.epoch, groups, freed, cancelled, overtaking, blob=b"".join(inline), frames=frames)
+        alone = bool(lots) and lots[0].suspect
+        message = Assign(self.epoch, groups, freed, cancelled, overtaking, alone, blob=b"".join(inline), frames=frames)
         self._commands.append(ToWorker(worker.id, message))
 
     def _send_news(self, now: float) -> None:
@@ -426,9 +431,8 @@ class Core:
         """Workers that have work and say nothing. Such a one is asked whether it lives, and if it does not answer, what
         it has moves to others: a process that is stopped, or stuck in a model, leaves its control connection open. One
         that was thought lost in error joins anew; what it says of its work then comes too late."""
-        if now - self._look_at > _AWAY_S:
-            self._was_away(now)
         options, at = self.options, float("inf")
+        away = now - self._look_at > _AWAY_S
         for worker in list(self.workers.values()):
             if not worker.batches:
                 continue
@@ -438,6 +442,8 @@ class Core:
             if worker.pinged <= worker.heard:
                 at = min(at, worker.heard + options.ping_after_s)
                 continue
+            if away:
+                worker.pinged = now  # it may have answered, and not been read yet
             until = worker.pinged + options.busy_silence_max_s - options.ping_after_s
             if now < until:
                 at = min(at, until, now + options.ping_after_s)  # when it may have answered, and be silent again
@@ -468,7 +474,8 @@ class Core:
         value("penstock_callers").value = len(self.callers)
         value("penstock_held_bytes").value = self.ledger.bytes
         for key, queue in self.registry.queues.items():
-            value("penstock_queue_requests", *key).value = queue.requests
+            suspects = sum([len(lot.ids) for lot in queue.suspects])
+            value("penstock_queue_requests", *key).value = queue.requests + suspects
         running = self.ledger.running(self.callers.values())
         for key in self.registry.queues:
             value("penstock_running_requests", *key).value = running.get(key, 0)

@@ -97,9 +97,8 @@ class Requests(NamedTuple):
 class Tasks(NamedTuple):
     """Requests of one form and caller, which the broker accepted together, on their way to a worker.
 
-    ``attempt``: from 1; above 1 a request runs alone, because the worker that had it before is gone.
-    ``waited_us``: since the broker accepted them. ``timeouts_us``: what is left of each one's time. ``places``: see
-    Carrier; in the caller's arena.
+    ``attempt``: from 1; above 1 the worker that had the requests before is gone. ``waited_us``: since the broker
+    accepted them. ``timeouts_us``: what is left of each one's time. ``places``: see Carrier; in the caller's arena.
     """
 
     form: Form
@@ -649,15 +648,17 @@ class Expect(Message):
 @dataclass(slots=True)
 class Assign(Carrier):
     """Work for a worker; also what it need not keep or do any more. ``overtaking``: so many of the groups, the first
-    ones, go before what the worker was given earlier and has not begun."""
+    ones, go before what the worker was given earlier and has not begun. ``alone``: each of these requests is a batch by
+    itself, because a worker that had it has died."""
 
     TAG = 23
-    CHECKS = (sequence(_tasks, MAX_REQUESTS), _all_freed, _all_freed, integer(0, MAX_REQUESTS), _blob)
+    CHECKS = (sequence(_tasks, MAX_REQUESTS), _all_freed, _all_freed, integer(0, MAX_REQUESTS), flag, _blob)
 
     groups: Sequence[Tasks]
     freed: Sequence[Freed] = ()
     cancelled: Sequence[Freed] = ()
     overtaking: int = 0
+    alone: bool = False
 
 
 @dataclass(slots=True)

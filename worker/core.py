@@ -369,7 +369,8 @@ class Core:
             reads = caller in self._readers
             overtakes = at < message.overtaking
             waited_us = group.waited_us
-            lot = Lot(index, caller, attempt, plan, ids, timeouts_us, payload, start, waited_us, now, reads, overtakes)
+            placed = payload, start, waited_us, now, reads, overtakes, message.alone
+            lot = Lot(index, caller, attempt, plan, ids, timeouts_us, *placed)
             index.update(dict.fromkeys(ids, lot))
             self._batcher.add(lot)
 

@@ -284,6 +284,10 @@ class WorkerTalk(PeerTalk):
     def declare(self, *models: ModelState) -> None:
         self.say(WorkerModels(EPOCH, models))
 
+    def bye(self) -> None:
+        """End in good order: nobody is to blame."""
+        self.say(Bye(EPOCH))
+
 
 def spread(ranges: Sequence[int]) -> list[int]:
     return [number for at in range(0, len(ranges), 2) for number in range(ranges[at], ranges[at + 1] + 1)]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from penstock.wire.messages import WorkerHello
-from tests.broker.conversation import CallerTalk, Conversation, WorkerTalk, model
+from penstock.wire.messages import Pong, WorkerHello
+from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTalk, model
 
 
 def two(**options: Any) -> tuple[Conversation, CallerTalk, WorkerTalk, WorkerTalk]:
@@ -40,7 +40,7 @@ def test_what_a_stopped_worker_had_moves_within_a_second() -> None:
     assert (talk.pings[worker.id], reasons(talk), other.got()) == (1, [], [])
     pass_time(talk, 0.15)
     assert reasons(talk) == ["silent for 0.8 s while it had work"]
-    assert other.got() == [1, 2]
+    assert other.got() == [1]  # it may have been that one that the worker is stuck in
     assert talk.pings[other.id] == 0
 
 
@@ -84,6 +84,7 @@ def test_a_broker_that_was_stopped_itself_asks_first(stopped_s: float) -> None:
     talk.tick(stopped_s)
     assert (reasons(talk), other.got()) == ([], [])
     talk.stopped.discard(worker.id)
+    worker.say(Pong(EPOCH))  # it had come while the broker was stopped
     pass_time(talk, 3.0)
     assert reasons(talk) == []
 
@@ -97,7 +98,10 @@ def test_a_worker_that_was_lost_in_error_joins_anew_and_its_late_results_end_not
     worker.done(caller, 1, 2)
     assert worker.heard() == ["HelloWanted"]
     worker.say(WorkerHello(0, "w", "cpu", 1, (), 1, (model(),)))
-    other.done(caller, 1, 2, attempt=2)
+    for number in (1, 2):
+        talk.tick()
+        assert other.got() == [number]
+        other.done(caller, number, attempt=2)
     caller.ack(1, 2)
     assert talk.held == (0, 0)
     assert worker.id in talk.core.workers

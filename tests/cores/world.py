@@ -180,10 +180,14 @@ class WorkerLife(Peer):
             to.send(self.name, lambda: to.hear(FromWorker(message)))
 
     def compute(self) -> bool:
-        """Run the oldest batch. False: there is none."""
+        """Run the oldest batch, or die of it, and be started again. False: there is none."""
         if not self.batches or self.stopped or not self.alive:
             return False
         run = self.batches.pop(0)
+        if any((lot.caller, number) in self.world.poison for lot in run.batch.lots for number in lot.ids):
+            self.world.kill(self)
+            self.world.start_worker()
+            return True
         self.hear(execute(run.model, run.batch, self.slots))
         return True
 
@@ -284,6 +288,10 @@ class CallerLife(Peer):
             request.fail(PenstockError("cancelled", ""))
             self.flush()
 
+    def poison(self, *requests: Request) -> None:
+        """Whoever runs these dies."""
+        self.world.poison |= {(self.id, request.number) for request in requests}
+
     def let_go(self, pick: int) -> None:
         """A result has been read: it must still be what it was."""
         if self.reading:
@@ -320,6 +328,7 @@ class World:
         self.now = 1000.0
         self.broker: BrokerLife | None = None
         self.peers: dict[bytes, Peer] = {}
+        self.poison: set[tuple[bytes, int]] = set()  # requests, by caller and id, that kill the worker that runs them
         self._made = 0
 
     def of(self, kind: type[Any]) -> list[Any]:

@@ -208,7 +208,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
         few(st.builds(Expected, peers, u64, flags, flags)),
         few(st.builds(Forgotten, peers, u64)),
     ),
-    Assign: carriers(Assign, tasks(), freed, freed),
+    Assign: carriers(Assign, tasks(), freed, freed, st.integers(0, 9), flags),
     Results: carriers(Results, answers(), peers, batches),
 }
 messages: st.SearchStrategy[Message] = st.one_of(*MESSAGES.values())

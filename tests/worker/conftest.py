@@ -169,7 +169,8 @@ class Requests:
             payload = bytes(before) + b"".join(payload)
         timeouts = tuple(timeouts_us) or (MINUTE_US,) * len(ids)
         plan = plan or Plan(model, form)
-        return Lot({}, caller, attempt, plan, tuple(ids), timeouts, payload, before, 0, arrived)
+        alone = attempt > 1
+        return Lot({}, caller, attempt, plan, tuple(ids), timeouts, payload, before, 0, arrived, alone=alone)
 
     def run(self, model: Model, lots: Sequence[Lot], run: Callable[[Model, Batch], Executed] = execute) -> Executed:
         """Run lots as one batch."""
@@ -318,13 +319,13 @@ class Talk:
         attempt: int = 1,
         timeouts_us: Sequence[int] = (),
     ) -> list[Command]:
-        """The same request under each of some ids."""
+        """The same request under each of some ids; alone when a worker that had it before has died."""
         timeouts = tuple(timeouts_us) or (MINUTE_US,) * len(ids)
         tasks = Tasks(request.form, caller, attempt, 0, tuple(ids), timeouts)
-        payloads = [request.payload] * len(ids)
+        payloads, alone = [request.payload] * len(ids), attempt > 1
         if request.form.nbytes <= INLINE_MAX_BYTES:
-            return self.tell(Assign(self.epoch, [tasks], blob=b"".join(payloads)))
-        return self.tell(Assign(self.epoch, [tasks], frames=payloads), frames=payloads)
+            return self.tell(Assign(self.epoch, [tasks], alone=alone, blob=b"".join(payloads)))
+        return self.tell(Assign(self.epoch, [tasks], alone=alone, frames=payloads), frames=payloads)
 
     def free(self, caller: bytes, *ranges: int) -> list[Command]:
         return self.tell(Assign(self.epoch, [], [Freed(caller, ranges)]))
