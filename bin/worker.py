@@ -53,7 +53,7 @@ def worker(
     """Run a worker: it loads MODELS (a repository or an .onnx file), forms batches and runs them.
 
     With --bind its results can be heard over TCP, port 0 for any. Exit code 2: nothing could be loaded; 69: its GPU is
-    lost.
+    lost; 75: a batch did not end.
     """
     from penstock.bin import logs
     from penstock.bin.run import run

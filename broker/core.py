@@ -46,6 +46,7 @@ from penstock.wire.messages import (
     Expected,
     Forgotten,
     HelloWanted,
+    Hung,
     Leaving,
     Message,
     Metrics,
@@ -252,6 +253,8 @@ class Core:
                 self._assigner.room_came(worker)
             case Pong():
                 pass  # it was heard
+            case Hung(stuck=stuck, reason=reason):
+                self._worker_gone(worker, reason, now, self.ledger.stuck(worker, stuck))
             case Beat():
                 worker.samples = message.samples
                 self._commands.append(ToWorker(peer, Beat(self.epoch)))

@@ -41,6 +41,7 @@ from penstock.wire.messages import (
     Payload,
     Refusal,
     Requests,
+    Stuck,
     Submit,
 )
 from penstock.wire.metrics import Meters
@@ -288,6 +289,16 @@ class Ledger:
     def unfinished(worker: WorkerPeer) -> set[Lot]:
         """What a worker may be running."""
         return {lot for lots in worker.held.values() for lot in lots.values() if lot.unfinished}
+
+    @staticmethod
+    def stuck(worker: WorkerPeer, stuck: Sequence[Stuck]) -> set[Lot]:
+        """What a worker says that it is running."""
+        return {
+            lot
+            for caller, attempt, ids in stuck
+            for lot in lots_of(worker.held.get(caller, {}), ids)
+            if lot.attempt == attempt and lot.unfinished
+        }
 
     def worker_gone(self, worker: WorkerPeer, ran: Collection[Lot], reason: str) -> int:
         """Requests that a lost worker held, or whose result it had not delivered, wait again, first in their line.

@@ -173,6 +173,14 @@ class Finished(NamedTuple):
     compute_us: int = 0
 
 
+class Stuck(NamedTuple):
+    """Requests of one caller in a batch that does not end."""
+
+    caller: bytes
+    attempt: int
+    ids: tuple[int, ...]
+
+
 class Freed(NamedTuple):
     """Requests of one caller that a worker may forget. ``ranges``: first id, last id, first id, last id, ..., both
     included, ascending and apart."""
@@ -378,6 +386,11 @@ def _finished(value: Any) -> Finished:
     return Finished(_peer(caller), _attempt(attempt), _u64(nbytes), _ids(ids), _u64(compute))
 
 
+def _stuck(value: Any) -> Stuck:
+    caller, attempt, ids = _split(value, 3, "stuck requests")
+    return Stuck(_peer(caller), _attempt(attempt), _ids(ids))
+
+
 def _cost(value: Any) -> Cost:
     cost: Cost = _cost_fields(value)
     if len(cost.rows) != len(cost.times_us) or any(map(ge, cost.rows, cost.rows[1:])):
@@ -568,6 +581,18 @@ class Pong(Message):
     TAG = 12
 
 
+@dataclass(slots=True)
+class Hung(Message):
+    """A batch of these requests does not end, as ``reason`` says, so this worker does. The others that it has were not
+    in it."""
+
+    TAG = 13
+    CHECKS = (sequence(_stuck, MAX_REQUESTS), _sentence)
+
+    stuck: Sequence[Stuck]
+    reason: str
+
+
 # --- from the broker ---
 
 
@@ -689,7 +714,9 @@ class Results(Carrier):
 
 
 FROM_CALLER: Final = {m.TAG: m for m in (CallerHello, Submit, Ask, Beat, Bye)}
-FROM_WORKER: Final = {m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Costs, Pong, Beat, Leaving, Bye)}
+FROM_WORKER: Final = {
+    m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Costs, Pong, Hung, Beat, Leaving, Bye)
+}
 TO_CALLER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Models, Workers, Refusals, Metrics, Beat, Bye)}
 TO_WORKER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Expect, Assign, Ping, Beat, Bye)}
 ON_PUBLICATION: Final = {m.TAG: m for m in (Results,)}

@@ -51,7 +51,8 @@ class Rules:
 @dataclass(slots=True, eq=False)
 class Batch:
     """Lots that run together. ``serial`` numbers a worker's batches; ``reason`` is one of BATCH_REASONS;
-    ``expected_s``: what it is expected to take."""
+    ``expected_s``: what it is expected to take. ``runs``: how often it, or a part of it, has been begun: by the thread
+    that runs it."""
 
     serial: int
     model: ModelKey
@@ -59,6 +60,7 @@ class Batch:
     rows: int
     reason: str
     expected_s: float = 0.0
+    runs: int = 0
 
 
 class Line:

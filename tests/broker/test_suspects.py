@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from penstock.wire.messages import Assign, WorkerHello
-from tests.broker.conversation import CallerTalk, Conversation, WorkerTalk, model
+from penstock.wire.messages import Assign, Hung, Stuck, WorkerHello
+from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTalk, model
 
 
 def crashed(count: int, workers: int = 1, **options: Any) -> tuple[Conversation, CallerTalk, list[WorkerTalk]]:
@@ -233,3 +233,56 @@ def test_suspects_of_several_models_take_turns_on_a_worker(instances: int) -> No
     assert sorted(seen) == [1, 2, 3, 4]
     caller.ack(*seen)
     assert talk.held == (0, 0)
+
+
+def hang(caller: CallerTalk, worker: WorkerTalk, *ids: int, attempt: int = 1) -> None:
+    """A batch of these requests does not end there."""
+    worker.say(Hung(EPOCH, [Stuck(caller.id, attempt, ids)], "a batch of 'm' had not ended after 30.0 s"))
+
+
+def test_of_a_worker_that_says_what_does_not_end_the_rest_moves_without_blame() -> None:
+    talk = Conversation()
+    caller = talk.caller()
+    worker = talk.worker(hears=[caller])
+    caller.submit(6)
+    talk.tick()
+    others = [talk.worker(hears=[caller]) for _ in range(2)]
+    talk.forget()
+    hang(caller, worker, 1, 2, 3)
+    hang(caller, worker, 4)  # it has gone for the broker
+    talk.tick()
+    apart, free = sorted(others, key=lambda each: not talk.core.workers[each.id].apart)
+    assert (alone(apart), free.got()) == ([1], [4, 5, 6])
+    assert [line.fields["reason"] for line in talk.logs if line.event == "worker lost"] == [
+        "a batch of 'm' had not ended after 30.0 s"
+    ]
+
+
+def test_what_never_ends_is_poison() -> None:
+    talk, caller, workers = crashed(2, workers=3)
+    while workers:
+        talk.tick()
+        for worker in workers:
+            for number in alone(worker):
+                attempt = talk.core.callers[caller.id].requests[number].attempt
+                if number == 2:
+                    hang(caller, worker, number, attempt=attempt)
+                    workers.remove(worker)
+                    break
+                finish(talk, caller, worker, number, attempt)
+    talk.tick()
+    [refusal] = caller.refusals()
+    assert (refusal.id, refusal.code) == (2, "poisoned")
+    assert refusal.message.count("a batch of 'm' had not ended after 30.0 s") == 3
+
+
+def test_a_worker_that_names_what_it_does_not_have_blames_nobody() -> None:
+    talk, caller, [worker] = crashed(2)
+    talk.tick()
+    assert alone(worker) == [1]
+    hang(caller, worker, 1, attempt=1)
+    hang(caller, worker, 99, attempt=2)
+    other = talk.worker(hears=[caller])
+    talk.tick()
+    assert alone(other) == [2]  # each is suspect still, and nobody was convicted
+    assert caller.refused() == {}

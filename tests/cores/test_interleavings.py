@@ -288,6 +288,25 @@ def test_poison_fails_and_its_neighbours_are_answered(world: World, workers: int
     assert world.broker.core.ledger.requests == 0
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_never_ends_fails_and_its_neighbours_are_answered(world: World, workers: int) -> None:
+    caller = caller_of(world)
+    for _ in range(workers - 1):
+        world.start_worker()
+    world.settle()
+    for number in range(12):
+        caller.ask(world.model, float(number), LARGE if number % 3 == 0 else SMALL, 600.0)
+    bad = caller.requests[2]
+    world.endless.add((caller.id, bad.number))
+    live(world, 4 * 32)
+    for request in caller.requests:
+        assert request.ends == (["poisoned"] if request is bad else ["result"])
+    while caller.reading:
+        caller.let_go(0)
+    world.settle()
+    assert set(used(caller, *world.of(WorkerLife))) == {0}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_hundred_kills_convict_nobody(world: World, seed: int) -> None:
     caller, random = caller_of(world), Random(seed)

@@ -40,6 +40,7 @@ from penstock.wire.messages import (
     Form,
     Freed,
     HelloWanted,
+    Hung,
     Leaving,
     Message,
     Metrics,
@@ -52,6 +53,7 @@ from penstock.wire.messages import (
     Requests,
     Results,
     Snapshot,
+    Stuck,
     Submit,
     Tasks,
     Welcome,
@@ -139,6 +141,7 @@ def answers(draw: st.DrawFn) -> Answers:
 
 
 finished = st.builds(Finished, peers, st.integers(1, 1 << 16), u64, ids, u64)
+stuck = st.builds(Stuck, peers, st.integers(1, 1 << 16), ids)
 freed = few(st.builds(Freed, peers, id_ranges))
 
 
@@ -195,6 +198,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     Done: st.builds(Done, u64, few(finished)),
     Ping: st.builds(Ping, u64),
     Pong: st.builds(Pong, u64),
+    Hung: st.builds(Hung, u64, few(stuck), names),
     Costs: st.builds(Costs, u64, few(costs())),
     Welcome: st.builds(Welcome, u64, names, flags, u64),
     HelloWanted: st.builds(HelloWanted, u64),
