@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -14,10 +15,13 @@ from penstock.bin.bundled import BUNDLED_MODELS
 from penstock.bin.cpus import format_cpus, pin, usable_cpus
 from penstock.bin.devices import VISIBLE
 from penstock.bin.numa import cores_of, place_of, prefer_memory
-from penstock.wire.process import fields
+from penstock.wire.process import end_before_others, fields
 from penstock.worker.gpus import EXIT_GPU_LOST
 
 log = logging.getLogger("penstock")
+
+# When memory is out, what a worker had runs elsewhere; without the broker nothing does. (What prepares models: 1000.)
+_OOM_SCORE: Final = 500
 
 
 @click.command()
@@ -60,6 +64,7 @@ def worker(
 
     address = options.broker_address(broker or runtime_dir)
     limits = options.load_options(config).worker
+    end_before_others(_OOM_SCORE)
     logs.set_up(name or "worker", log_format, log_level)
     where = options.find_device(device, gpu)
     # All of this before there are threads of ours and of ONNX Runtime, which inherit it, and before CUDA is loaded.
