@@ -83,6 +83,7 @@ class Hall:
             caller_requests_max=many,
             workers_max=many,
             silence_max_s=1e9,
+            busy_silence_max_s=1e9,
         )
         self.now = 1000.0
         self.core = Core(options, 1, self.now)

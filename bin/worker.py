@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -14,10 +15,13 @@ from penstock.bin.bundled import BUNDLED_MODELS
 from penstock.bin.cpus import format_cpus, pin, usable_cpus
 from penstock.bin.devices import VISIBLE
 from penstock.bin.numa import cores_of, place_of, prefer_memory
-from penstock.wire.process import fields
+from penstock.wire.process import end_before_others, fields
 from penstock.worker.gpus import EXIT_GPU_LOST
 
 log = logging.getLogger("penstock")
+
+# When memory is out, what a worker had runs elsewhere; without the broker nothing does. (What prepares models: 1000.)
+_OOM_SCORE: Final = 500
 
 
 @click.command()
@@ -53,13 +57,14 @@ def worker(
     """Run a worker: it loads MODELS (a repository or an .onnx file), forms batches and runs them.
 
     With --bind its results can be heard over TCP, port 0 for any. Exit code 2: nothing could be loaded; 69: its GPU is
-    lost.
+    lost; 75: a batch did not end.
     """
     from penstock.bin import logs
     from penstock.bin.run import run
 
     address = options.broker_address(broker or runtime_dir)
     limits = options.load_options(config).worker
+    end_before_others(_OOM_SCORE)
     logs.set_up(name or "worker", log_format, log_level)
     where = options.find_device(device, gpu)
     # All of this before there are threads of ours and of ONNX Runtime, which inherit it, and before CUDA is loaded.

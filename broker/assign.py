@@ -10,6 +10,7 @@ from penstock.broker.peers import WorkerPeer
 from penstock.broker.pools import LONG_S, Pool, Turn
 from penstock.broker.queues import ModelKey, ModelQueue
 from penstock.broker.shares import Taking
+from penstock.broker.suspects import Suspects
 
 Given: TypeAlias = dict[WorkerPeer, list[Lot]]
 
@@ -27,6 +28,7 @@ class Assigner:
     def __init__(self) -> None:
         self.pools: dict[frozenset[ModelKey], Pool] = {}
         self.late: list[Lot] = []
+        self.suspects = Suspects()
         self._changed: dict[ModelQueue, None] = {}  # have new requests; dicts, because a set has no order
         self._free: dict[WorkerPeer, None] = {}  # have more room than before
 
@@ -38,9 +40,12 @@ class Assigner:
         if worker.pool is not None:
             worker.pool.place(worker, begins=True)
             self._free[worker] = None
+            if self.suspects:
+                self.suspects.room_came()
 
     def model_went(self, model: ModelQueue) -> None:
         self._changed.pop(model, None)
+        self.suspects.model_went(model)
 
     def enlist(self, worker: WorkerPeer, models: Mapping[ModelKey, ModelQueue]) -> None:
         """Put a worker where it belongs by the models that it serves now."""
@@ -70,6 +75,7 @@ class Assigner:
     def worker_went(self, worker: WorkerPeer) -> None:
         pool = worker.pool
         self._move(worker, None)
+        self.suspects.worker_went(worker)
         for model in pool.models if pool is not None else ():
             self.worker_changed(model)
 
@@ -89,6 +95,9 @@ class Assigner:
     def assign(self, now: float = 0.0) -> Given:
         """Give out all that can be given, and say what went where. Counts the rows; moves no request."""
         given: Given = {}
+        if self.suspects:
+            for worker in self.suspects.assign(given, now):
+                self.room_came(worker)
         if self._free:
             free, self._free = self._free, {}
             for worker in free:
@@ -107,6 +116,8 @@ class Assigner:
         """
         pool = worker.pool
         assert pool is not None
+        if worker.apart:
+            return
         passed: list[Turn] = []
         while (turn := pool.next()) is not None:
             model = turn[2]
@@ -219,6 +230,7 @@ class Assigner:
         assert self._free.keys() <= set(workers), "a worker that has gone is to be filled"
         assert self._changed.keys() <= set(models), "a model that has gone is looked at"
         assert not self.late, f"{self.late} have not been refused"
+        self.suspects.validate()
         for key, pool in self.pools.items():
             assert key == frozenset(model.key for model in pool.models), f"a pool of {key} has others"
             assert set(pool.models) <= set(models), "a model that has gone has a pool"

@@ -7,7 +7,7 @@ test. Requests that arrive between two ticks are assigned together at the second
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from penstock.broker.assign import Assigner
@@ -46,11 +46,14 @@ from penstock.wire.messages import (
     Expected,
     Forgotten,
     HelloWanted,
+    Hung,
     Leaving,
     Message,
     Metrics,
     Models,
     Payload,
+    Ping,
+    Pong,
     Refusals,
     Snapshot,
     Submit,
@@ -64,6 +67,8 @@ from penstock.wire.messages import (
 from penstock.wire.metrics import Meters
 
 _SWEEP_S: Final = 2.0  # between two looks at what need not be exact; each wakes an idle broker
+_LOOK_S: Final = 0.02  # between two looks at workers that have work, at least
+_AWAY_S: Final = 0.2  # a look that is later than that: this process was stopped, or starved
 _SETTLE_S: Final = 0.25  # a dead process's files are all closed by then
 _BROKER: Final = "broker"  # its name among the peers'
 
@@ -90,6 +95,7 @@ class Core:
         self._left_behind = False  # a worker has gone, perhaps without removing its socket
         self._free_at = float("inf")  # when acknowledgments travel even if no work does
         self._sweep_at = now
+        self._look_at = float("inf")  # when workers that have work are looked at; never while none has
         self._commands: list[Command] = []
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -128,7 +134,7 @@ class Core:
     def due(self) -> float:
         """When the next Tick is needed even if nothing happens before."""
         grace = float("inf") if self._open else self._assign_from
-        return min(grace, self._sweep_at, self._free_at, self.ledger.next_deadline)
+        return min(grace, self._sweep_at, self._look_at, self._free_at, self.ledger.next_deadline)
 
     # --- callers ---
 
@@ -245,6 +251,10 @@ class Core:
                         queue.measured = now
                         self._assigner.worker_changed(queue)
                 self._assigner.room_came(worker)
+            case Pong():
+                pass  # it was heard
+            case Hung(stuck=stuck, reason=reason):
+                self._worker_gone(worker, reason, now, self.ledger.stuck(worker, stuck))
             case Beat():
                 worker.samples = message.samples
                 self._commands.append(ToWorker(peer, Beat(self.epoch)))
@@ -264,14 +274,15 @@ class Core:
                 self._declare(worker, now)
                 self._log("info", "worker is leaving", worker=worker.name)
             case Bye():
-                self._worker_gone(worker, "", now)
+                self._worker_gone(worker, "", now, ())
             case _:
                 raise AssertionError(f"a worker does not send {message!r}")
 
     def _worker_hello(self, peer: bytes, hello: WorkerHello, now: float) -> None:
         before = self.workers.get(peer)
         if before is not None:
-            self._worker_gone(before, "it started over", now)
+            self._worker_gone(before, "it started over", now, ())
+        self.ledger.pardon(peer)
         if len(self.workers) >= self.options.workers_max:
             self._log("error", "worker turned away: too many are connected", limit=self.options.workers_max)
             return
@@ -293,12 +304,15 @@ class Core:
         self._workers_changed = True
         self._declare(worker, now)
 
-    def _worker_gone(self, worker: WorkerPeer, reason: str, now: float) -> None:
+    def _worker_gone(self, worker: WorkerPeer, reason: str, now: float, ran: Collection[Lot] | None = None) -> None:
+        """``ran``: requests that it may have died of; None: nobody knows which of those that it had not finished."""
+        if ran is None:
+            ran = self.ledger.unfinished(worker)
         del self.workers[worker.id]
         self._names.free(worker.name)
         self.registry.withdraw(worker, now)
         self._assigner.worker_went(worker)
-        held = self.ledger.worker_gone(worker)
+        held = self.ledger.worker_gone(worker, ran, reason)
         self._workers_changed = self._models_changed = True
         self._left_behind = True
         self._sweep_at = min(self._sweep_at, now + _SETTLE_S)
@@ -330,9 +344,13 @@ class Core:
                 self._left_behind = False
                 self._commands.append(Sweep())
             self.ledger.sweep(now)
+        if now >= self._look_at:
+            self._look_at_busy(now)
         if self._open:
             given = self._assigner.assign(now)
             self.ledger.hand_out(given)
+            if given and self._look_at == float("inf"):
+                self._look_at = now + self.options.ping_after_s
             self.ledger.refuse_late(now)
             for worker, lots in given.items():
                 for part in _messages(lots):
@@ -370,7 +388,8 @@ class Core:
                 frames += lot.payload
         freed, cancelled = worker.take_freed(), worker.take_cancelled()
         self.ledger.news.pop(worker, None)
-        message = Assign(self.epoch, groups, freed, cancelled, overtaking, blob=b"".join(inline), frames=frames)
+        alone = bool(lots) and lots[0].suspect
+        message = Assign(self.epoch, groups, freed, cancelled, overtaking, alone, blob=b"".join(inline), frames=frames)
         self._commands.append(ToWorker(worker.id, message))
 
     def _send_news(self, now: float) -> None:
@@ -411,6 +430,30 @@ class Core:
             if peer.heard < earliest:
                 self._gone(peer.id, f"silent for {now - peer.heard:.1f} s", now)
 
+    def _look_at_busy(self, now: float) -> None:
+        """Workers that have work and say nothing. Such a one is asked whether it lives, and if it does not answer, what
+        it has moves to others: a process that is stopped, or stuck in a model, leaves its control connection open. One
+        that was thought lost in error joins anew; what it says of its work then comes too late."""
+        options, at = self.options, float("inf")
+        away = now - self._look_at > _AWAY_S
+        for worker in list(self.workers.values()):
+            if not worker.batches:
+                continue
+            if worker.pinged <= worker.heard and now >= worker.heard + options.ping_after_s:
+                worker.pinged = now
+                self._commands.append(ToWorker(worker.id, Ping(self.epoch)))
+            if worker.pinged <= worker.heard:
+                at = min(at, worker.heard + options.ping_after_s)
+                continue
+            if away:
+                worker.pinged = now  # it may have answered, and not been read yet
+            until = worker.pinged + options.busy_silence_max_s - options.ping_after_s
+            if now < until:
+                at = min(at, until, now + options.ping_after_s)  # when it may have answered, and be silent again
+            else:
+                self._worker_gone(worker, f"silent for {now - worker.heard:.1f} s while it had work", now)
+        self._look_at = max(at, now + _LOOK_S)
+
     def _peers(self) -> list[CallerPeer | WorkerPeer]:
         return [*self.workers.values(), *self.callers.values()]
 
@@ -434,7 +477,8 @@ class Core:
         value("penstock_callers").value = len(self.callers)
         value("penstock_held_bytes").value = self.ledger.bytes
         for key, queue in self.registry.queues.items():
-            value("penstock_queue_requests", *key).value = queue.requests
+            suspects = sum([len(lot.ids) for lot in queue.suspects])
+            value("penstock_queue_requests", *key).value = queue.requests + suspects
         running = self.ledger.running(self.callers.values())
         for key in self.registry.queues:
             value("penstock_running_requests", *key).value = running.get(key, 0)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from penstock.broker.assign import Assigner, Given
 from penstock.broker.forecast import forecast_for
-from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, ENDED, QUEUED, Lot
+from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, ENDED, QUEUED, Death, Lot
 from penstock.broker.options import BrokerOptions
 from penstock.broker.peers import CallerPeer, WorkerPeer
 from penstock.broker.queues import ModelKey, ModelQueue
@@ -26,6 +26,7 @@ from penstock.wire.errors import (
     DRAINING,
     LOST,
     OVERLOADED,
+    POISONED,
     TOO_LARGE,
     UNAVAILABLE,
     PenstockError,
@@ -41,6 +42,7 @@ from penstock.wire.messages import (
     Payload,
     Refusal,
     Requests,
+    Stuck,
     Submit,
 )
 from penstock.wire.metrics import Meters
@@ -276,6 +278,7 @@ class Ledger:
                 lot.model.end(lot, over_us)
                 if worker.pool is not None:
                     worker.pool.end(lot.model, lot.model_turn, over_us)
+                lot.suspect, lot.deaths = False, ()
                 if lot.move("done") == DONE:
                     lot.kept_bytes = nbytes
                     worker.keep(caller, nbytes * len(lot.ids))
@@ -283,14 +286,31 @@ class Ledger:
                     self._release(worker, lot)
         self._assigner.room_came(worker)
 
-    def worker_gone(self, worker: WorkerPeer) -> int:
+    @staticmethod
+    def unfinished(worker: WorkerPeer) -> set[Lot]:
+        """What a worker may be running."""
+        return {lot for lots in worker.held.values() for lot in lots.values() if lot.unfinished}
+
+    @staticmethod
+    def stuck(worker: WorkerPeer, stuck: Sequence[Stuck]) -> set[Lot]:
+        """What a worker says that it is running."""
+        return {
+            lot
+            for caller, attempt, ids in stuck
+            for lot in lots_of(worker.held.get(caller, {}), ids)
+            if lot.attempt == attempt and lot.unfinished
+        }
+
+    def worker_gone(self, worker: WorkerPeer, ran: Collection[Lot], reason: str) -> int:
         """Requests that a lost worker held, or whose result it had not delivered, wait again, first in their line.
+        ``ran``: of these, what it may have died of, for a ``reason``: they are suspects.
 
         Returns how many there were.
         """
         held = [lot for lots in worker.held.values() for lot in dict.fromkeys(lots.values())]
         worker.held.clear()
-        for lot in reversed(held):
+        alone = sum([len(lot.ids) for lot in ran]) == 1
+        for lot in [*(lot for lot in held if lot in ran), *(lot for lot in reversed(held) if lot not in ran)]:
             lot.worker = None
             lot.kept_bytes = 0
             if lot.state != DONE:
@@ -298,9 +318,16 @@ class Ledger:
             if lot.move("lose") == ENDED:
                 self._forget(lot)
                 continue
+            if lot in ran:
+                if alone:
+                    lot.deaths += (Death(worker.id, worker.name, reason),)
+                lot.suspect = True
             lot.model.push(lot, front=True)
             if self._registry.queues.get(lot.model.key) is not lot.model:
                 self._refuse(lot, UNAVAILABLE, _removed(lot.model))
+                continue
+            if len(lot.deaths) >= self._options.deaths_max:
+                self._refuse(lot, POISONED, _poisoned(lot))
                 continue
             if lot.attempt >= self._options.attempts_max:
                 self._refuse(
@@ -308,10 +335,20 @@ class Ledger:
                 )
                 continue
             self._meters.value("penstock_retries", *lot.model.key).value += len(lot.ids)
-            self._assigner.requests_came(lot.model)
+            if lot.suspect:
+                self._assigner.suspects.came(lot.model)
+            else:
+                self._assigner.requests_came(lot.model)
             self._watch(lot)
         self.news.pop(worker, None)
         return sum(len(lot.ids) for lot in held)
+
+    def pardon(self, worker: bytes) -> None:
+        """A worker that was taken for dead lives: nobody has ended it."""
+        waiting = [lot for model in self._registry.queues.values() for lot in model.suspects]
+        running = [lot for each in self._workers.values() if each.apart for lot in self.unfinished(each)]
+        for lot in waiting + running:
+            lot.deaths = tuple([death for death in lot.deaths if death.worker != worker])
 
     # --- out ---
 
@@ -384,7 +421,7 @@ class Ledger:
         """What time alone decides, and need not be exact: models that have no workers for too long. (A result waits for
         its acknowledgment as long as its caller lives, which may still be reading it.)"""
         for model in self._registry.queues.values():
-            waits = model.requests and not model.workers
+            waits = model.waits and not model.workers
             if waits and now - model.unserved_since > self._options.unserved_grace_s:
                 for lot in model.lots():
                     self._refuse(lot, UNAVAILABLE, f"no worker serves model '{model.key[0]}' at present")
@@ -449,8 +486,11 @@ class Ledger:
             assert lot.in_line, f"{lot} stands in no line"
             assert self._registry.queues.get(lot.model.key) is lot.model, f"{lot} waits for a model that has gone"
             assert lot.attempt < self._options.attempts_max, f"{lot} is tried too often"
+            assert len(lot.deaths) < self._options.deaths_max, f"{lot} is poison"
         else:
             assert lot.worker is not None, f"{lot} is on no worker"
+            alone = lot.worker.apart and len(lot.ids) == 1
+            assert alone or not (lot.suspect and lot.unfinished), f"{lot} does not run alone"
             assert workers.get(lot.worker.id) is lot.worker, f"the worker of {lot} has gone"
             held = lot.worker.held.get(lot.caller.id, {})
             assert all(held.get(number) is lot for number in lot.ids), f"{lot} cannot be found on its worker"
@@ -532,6 +572,14 @@ def _check_places(group: Requests, caller: CallerPeer) -> None:
 
 def _not_growing() -> PenstockError:
     return PenstockError(BAD_INPUT, "request ids must grow, and these do not")
+
+
+def _poisoned(lot: Lot) -> str:
+    deaths = ", ".join(f"{death.name} ({death.reason})" for death in lot.deaths)
+    return (
+        f"{len(lot.deaths)} workers, one after another, were lost while they ran this request and nothing else: "
+        f"{deaths}; model '{lot.model.key[0]}' cannot run this input, so it is not tried again"
+    )
 
 
 def _removed(model: ModelQueue) -> str:

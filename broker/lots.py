@@ -8,7 +8,7 @@ has it. The picture in ARCHITECTURE.md is drawn from TABLE.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from penstock.wire.lots import pick, pick_payload, places_of
 from penstock.wire.messages import DEFAULT_PRIORITY, Form, Payload
@@ -39,6 +39,14 @@ class IllegalTransition(Exception):
     """A defect: an event that cannot happen to a request in its state."""
 
 
+class Death(NamedTuple):
+    """A worker that was lost while a request was alone there."""
+
+    worker: bytes
+    name: str
+    reason: str
+
+
 class Lot:
     """Requests of one form that came in one message and are in the same state. Compared by identity.
 
@@ -48,6 +56,8 @@ class Lot:
     result. ``due``: when the first of them must be done. ``cost_us``: what each is expected to take of a worker.
     ``priority`` and ``share_key``: where they stand in line. ``turn`` and ``model_turn``: when, in virtual time, it was
     their tenant's turn, and their model's. ``overtakes``: they go before what their worker was given and has not begun.
+    ``suspect``: a worker died that had not finished them, so they run alone, one at a time; ``deaths``: of workers that
+    they were alone on.
     """
 
     __slots__ = (
@@ -55,6 +65,7 @@ class Lot:
         "attempt",
         "caller",
         "cost_us",
+        "deaths",
         "due",
         "form",
         "ids",
@@ -68,6 +79,7 @@ class Lot:
         "priority",
         "share_key",
         "state",
+        "suspect",
         "timeouts_us",
         "turn",
         "worker",
@@ -105,6 +117,13 @@ class Lot:
         self.turn = 0.0
         self.model_turn = 0.0
         self.overtakes = False
+        self.suspect = False
+        self.deaths: tuple[Death, ...] = ()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a worker has them, and may be running them."""
+        return self.state in (ASSIGNED, ABANDONED)
 
     @property
     def rows(self) -> int:
@@ -146,6 +165,7 @@ class Lot:
         other.attempt = self.attempt
         other.worker = self.worker
         other.kept_bytes = self.kept_bytes
+        other.suspect, other.deaths = self.suspect, self.deaths
         other.turn, other.model_turn, other.overtakes = self.turn, self.model_turn, self.overtakes
         self.ids = pick(self.ids, outside)
         self.timeouts_us = pick(self.timeouts_us, outside)

@@ -18,9 +18,14 @@ class BrokerOptions:
     held_bytes_max: int = 4 << 30  # of their tensors in messages
     caller_requests_max: int = 65_536  # of one caller, not acknowledged yet
     unacknowledged_bytes_max: int = 256 << 20  # results that one worker keeps for one caller
-    attempts_max: int = 3  # workers that may be lost under one request
+    # Workers that may be lost under one request: then it fails with `lost`, as a retry may help.
+    attempts_max: int = 10
+    # Of these, workers that may die, or not end, while the request is alone on them: then it fails with `poisoned`.
+    deaths_max: int = 3
 
     silence_max_s: float = 5.0  # after which a peer is taken for dead, within two seconds
+    ping_after_s: float = 0.3  # a worker that has work and says nothing for so long is asked whether it lives
+    busy_silence_max_s: float = 0.8  # after which one that does not answer is taken for lost, and its work moves
     rejoin_grace_s: float = 0.25  # a new broker waits so long for the peers of the old one before it assigns
     unserved_grace_s: float = 10.0  # requests wait so long for a worker to come back before they are refused
     free_delay_s: float = 0.01  # acknowledgments wait so long for work to travel with

@@ -62,7 +62,9 @@ class WorkerPeer:
         self._busy_since = 0.0  # when it began with that, or last finished something
         self._kept_bytes_max = kept_bytes_max
         self.heard = now
+        self.pinged = 0.0  # when it was last asked whether it lives; unanswered if that is later than it was heard
         self.leaving = False
+        self.apart = False  # takes nothing but suspects, one at a time
         self.models: dict[ModelKey, ModelState] = {}
         self.costs: dict[ModelKey, Cost] = {}
         self.expected: dict[bytes, int] = {}  # callers that it has been told of, and as which introduction
@@ -110,6 +112,8 @@ class WorkerPeer:
 
     def room(self, key: ModelKey, more: int = 0) -> int:
         """How many more rows of a model that it serves it takes, if it may be given so many batches ``more``."""
+        if self.apart:
+            return 0
         size = self._sizes[key]
         rows = self._rows.get(key, 0)
         others = self.batches - -(-rows // size)

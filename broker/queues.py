@@ -30,7 +30,8 @@ class ModelQueue:
     ``spec`` is the newest that a worker told; it outlives the worker, so that requests can wait while one restarts.
     ``row_us``: what a row is expected to take, in a full
     batch, as the mean of its workers; 0 as long as none has said. ``weight``: its share of a worker beside
-    other models. ``weights``: of tenants, 1 of those that are not named.
+    other models. ``weights``: of tenants, 1 of those that are not named. ``suspects`` wait by themselves (see
+    suspects.py), and are not counted among the others.
     """
 
     def __init__(self, key: ModelKey, spec: ModelSpec | None, weights: Mapping[str, float] = _NO_WEIGHTS) -> None:
@@ -39,6 +40,7 @@ class ModelQueue:
         self.workers: dict[WorkerPeer, None] = {}  # those that have it READY
         self.pools: list[Pool] = []  # of these
         self.unserved_since = 0.0  # when the last of them left
+        self.suspects: dict[Lot, None] = {}
         self.requests = 0
         self.rows = 0
         self.nbytes = 0
@@ -58,12 +60,22 @@ class ModelQueue:
         self._speed = 0  # of all of them together, see _speed_of
 
     def push(self, lot: Lot, front: bool = False) -> None:
-        """Put requests behind the others of their caller and tenant, or before them: these have waited once already."""
+        """Put requests behind the others of their caller and tenant, or before them: these have waited once already.
+        Suspects are put behind each other."""
+        if lot.suspect:
+            lot.in_line = True
+            self.suspects[lot] = None
+            return
         self.level(lot.priority).push(lot, self._weights.get(lot.form.tenant, 1.0), front)
         self._count(lot, 1)
 
     def remove(self, lot: Lot) -> None:
         """Take out requests: a lot that waits in its line, or what has left its line and is counted still."""
+        if lot.suspect:
+            if lot.in_line:
+                lot.in_line = False
+                del self.suspects[lot]
+            return
         self.level(lot.priority).remove(lot)
         self._count(lot, -1)
 
@@ -91,6 +103,28 @@ class ModelQueue:
             if not self.requests:
                 self._weigh(0.0)
         return bool(taking.lots)
+
+    def next_suspect(self, worker: WorkerPeer) -> Lot | None:
+        """The first that a worker of this model may be given."""
+        for lot in self.suspects:
+            if lot.caller.id in worker.callers and lot.caller.id not in worker.full:
+                return lot
+        return None
+
+    def take_suspect(self, worker: WorkerPeer) -> Lot | None:
+        """One request for a worker that is set apart. Its tenant is charged for it, as for all others."""
+        lot = self.next_suspect(worker)
+        if lot is None:
+            return None
+        if len(lot.ids) > 1:
+            lot = lot.split(lot.ids[:1])
+        else:
+            self.remove(lot)
+        level = self.level(lot.priority)
+        level.given += lot.rows
+        level.charge(lot.share_key, lot.cost_us)
+        lot.turn = level.done
+        return lot
 
     def _take_mixed(self, taking: Taking, enough: int) -> None:
         levels = [level for level in self._levels if level.requests]
@@ -179,7 +213,11 @@ class ModelQueue:
             self._overtaking -= lot.rows
 
     def lots(self) -> list[Lot]:
-        return [lot for level in self._levels for lot in level.lots()]
+        return [*self.suspects, *(lot for level in self._levels for lot in level.lots())]
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.requests or self.suspects)
 
     def learn(self, worker: WorkerPeer) -> None:
         """What a row takes on one of its workers, as far as that has said it."""
@@ -278,7 +316,7 @@ class ModelQueue:
 
     def validate(self) -> None:
         """Derive again what is counted, for tests. Raises AssertionError."""
-        lots = self.lots()
+        lots = [lot for lot in self.lots() if not lot.suspect]
         assert self.requests == sum(len(lot.ids) for lot in lots), f"{self.key}: {self.requests} requests in {lots}"
         assert self.rows == sum(lot.rows for lot in lots), f"{self.key}: {self.rows} rows in {lots}"
         assert self.us == sum(len(lot.ids) * lot.cost_us for lot in lots), f"{self.key}: {self.us} us in {lots}"
@@ -294,8 +332,9 @@ class ModelQueue:
         assert self._told_us.keys() <= self.workers.keys(), f"{self.key}: a worker that has gone has told"
         for level in self._levels:
             level.validate(f"{self.key} at priority {level.priority}")
-        for lot in lots:
+        for lot in self.lots():
             assert lot.state == QUEUED, f"{lot} waits in a line"
+            assert lot.suspect == (lot in self.suspects), f"{lot} waits in the wrong place"
             assert lot.model is self, f"{lot} waits for another model"
 
 

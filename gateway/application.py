@@ -53,6 +53,7 @@ STATUSES: Final = {
     errors.DEADLINE: 504,
     errors.CANCELLED: 499,
     errors.MODEL_FAILED: 500,
+    errors.POISONED: 500,
     errors.INTERNAL: 500,
 }
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time

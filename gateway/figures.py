@@ -31,7 +31,15 @@ WORKER: Final = "worker"
 
 # Failures that say something of the server, and not only of who asked.
 _OURS: Final = frozenset(
-    {errors.MODEL_FAILED, errors.INTERNAL, errors.LOST, errors.OVERLOADED, errors.DEADLINE, errors.UNAVAILABLE}
+    {
+        errors.MODEL_FAILED,
+        errors.POISONED,
+        errors.INTERNAL,
+        errors.LOST,
+        errors.OVERLOADED,
+        errors.DEADLINE,
+        errors.UNAVAILABLE,
+    }
 )
 
 Number: TypeAlias = "float | tuple[float, ...]"

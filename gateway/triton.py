@@ -17,6 +17,7 @@ from penstock.wire.metrics import FAMILIES, HISTOGRAM, Sample
 
 _REASONS: Final = {
     errors.MODEL_FAILED: "BACKEND",
+    errors.POISONED: "BACKEND",
     errors.INTERNAL: "BACKEND",
     errors.CANCELLED: "CANCELED",
     errors.OVERLOADED: "REJECTED",

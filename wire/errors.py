@@ -19,6 +19,7 @@ LOST: Final = "lost"  # a process died while it held the request
 DEADLINE: Final = "deadline"  # the request's time was up before it was computed
 CANCELLED: Final = "cancelled"  # its caller no longer wants it
 MODEL_FAILED: Final = "model_failed"  # the model raised an error on this input
+POISONED: Final = "poisoned"  # workers died, or did not end, whenever they ran the request
 INTERNAL: Final = "internal"  # a defect of Penstock
 
 RETRYABLE: Final = frozenset({OVERLOADED, DRAINING, UNAVAILABLE, LOST})
@@ -30,6 +31,7 @@ CODES: Final = RETRYABLE | {
     DEADLINE,
     CANCELLED,
     MODEL_FAILED,
+    POISONED,
     INTERNAL,
 }
 

@@ -98,9 +98,8 @@ class Requests(NamedTuple):
 class Tasks(NamedTuple):
     """Requests of one form and caller, which the broker accepted together, on their way to a worker.
 
-    ``attempt``: from 1; above 1 a request runs alone, because the worker that had it before is gone.
-    ``waited_us``: since the broker accepted them. ``timeouts_us``: what is left of each one's time. ``places``: see
-    Carrier; in the caller's arena.
+    ``attempt``: from 1; above 1 the worker that had the requests before is gone. ``waited_us``: since the broker
+    accepted them. ``timeouts_us``: what is left of each one's time. ``places``: see Carrier; in the caller's arena.
     """
 
     form: Form
@@ -173,6 +172,14 @@ class Finished(NamedTuple):
     nbytes: int
     ids: tuple[int, ...]
     compute_us: int = 0
+
+
+class Stuck(NamedTuple):
+    """Requests of one caller in a batch that does not end."""
+
+    caller: bytes
+    attempt: int
+    ids: tuple[int, ...]
 
 
 class Freed(NamedTuple):
@@ -400,6 +407,11 @@ def _finished(value: Any) -> Finished:
     return Finished(_peer(caller), _attempt(attempt), _u64(nbytes), _ids(ids), _u64(compute))
 
 
+def _stuck(value: Any) -> Stuck:
+    caller, attempt, ids = _split(value, 3, "stuck requests")
+    return Stuck(_peer(caller), _attempt(attempt), _ids(ids))
+
+
 def _cost(value: Any) -> Cost:
     cost: Cost = _cost_fields(value)
     if len(cost.rows) != len(cost.times_us) or any(map(ge, cost.rows, cost.rows[1:])):
@@ -584,6 +596,25 @@ class Costs(Message):
     costs: Sequence[Cost]
 
 
+@dataclass(slots=True)
+class Pong(Message):
+    """A worker's answer to Ping."""
+
+    TAG = 12
+
+
+@dataclass(slots=True)
+class Hung(Message):
+    """A batch of these requests does not end, as ``reason`` says, so this worker does. The others that it has were not
+    in it."""
+
+    TAG = 13
+    CHECKS = (sequence(_stuck, MAX_REQUESTS), _sentence)
+
+    stuck: Sequence[Stuck]
+    reason: str
+
+
 # --- from the broker ---
 
 
@@ -664,15 +695,24 @@ class Expect(Message):
 @dataclass(slots=True)
 class Assign(Carrier):
     """Work for a worker; also what it need not keep or do any more. ``overtaking``: so many of the groups, the first
-    ones, go before what the worker was given earlier and has not begun."""
+    ones, go before what the worker was given earlier and has not begun. ``alone``: each of these requests is a batch by
+    itself, because a worker that had it has died."""
 
     TAG = 23
-    CHECKS = (_groups(_tasks), _all_freed, _all_freed, integer(0, MAX_REQUESTS), _blob)
+    CHECKS = (_groups(_tasks), _all_freed, _all_freed, integer(0, MAX_REQUESTS), flag, _blob)
 
     groups: Sequence[Tasks]
     freed: Sequence[Freed] = ()
     cancelled: Sequence[Freed] = ()
     overtaking: int = 0
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class Ping(Message):
+    """The broker has not heard this worker for a while, though it has work: say Pong."""
+
+    TAG = 24
 
 
 # --- from workers to callers ---
@@ -696,7 +736,9 @@ class Results(Carrier):
 
 
 FROM_CALLER: Final = {m.TAG: m for m in (CallerHello, Submit, Ask, Beat, Bye)}
-FROM_WORKER: Final = {m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Costs, Beat, Leaving, Bye)}
+FROM_WORKER: Final = {
+    m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Costs, Pong, Hung, Beat, Leaving, Bye)
+}
 TO_CALLER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Models, Workers, Refusals, Metrics, Beat, Bye)}
-TO_WORKER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Expect, Assign, Beat, Bye)}
+TO_WORKER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Expect, Assign, Ping, Beat, Bye)}
 ON_PUBLICATION: Final = {m.TAG: m for m in (Results,)}

@@ -51,7 +51,8 @@ class Rules:
 @dataclass(slots=True, eq=False)
 class Batch:
     """Lots that run together. ``serial`` numbers a worker's batches; ``reason`` is one of BATCH_REASONS;
-    ``expected_s``: what it is expected to take."""
+    ``expected_s``: what it is expected to take. ``runs``: how often it, or a part of it, has been begun: by the thread
+    that runs it."""
 
     serial: int
     model: ModelKey
@@ -59,6 +60,7 @@ class Batch:
     rows: int
     reason: str
     expected_s: float = 0.0
+    runs: int = 0
 
 
 class Line:
@@ -155,7 +157,7 @@ class Batcher:
         self.late: list[Lot] = []
         self._lines: dict[ModelKey, Line] = {}
         self._groups: dict[tuple[ModelKey, bytes], Group] = {}
-        self._alone: Fifo[Lot] = Fifo()  # were on a worker that was lost
+        self._alone: Fifo[Lot] = Fifo()  # run by themselves, before all others
         self._busy = tuning.Fading()  # batches that run at once; counted where there is a target
         self._tuned = False  # whether any model has one
         self._begun = 0.0  # the virtual time at which the last batch began
@@ -182,7 +184,7 @@ class Batcher:
         line.held += rows
         if line.rules.target_s:
             line.came.add(rows, lot.arrived)
-        if lot.attempt > 1:
+        if lot.alone:
             self._alone.push(lot)
             return
         key = (model, lot.plan.form.key)
@@ -200,7 +202,7 @@ class Batcher:
         """Take out requests that wait: a whole lot, or what has been split from one that stays."""
         model = lot.plan.key
         self._lines[model].held -= lot.rows
-        if lot.attempt > 1:
+        if lot.alone:
             if whole:
                 self._alone.remove(lot)
             return
@@ -274,9 +276,9 @@ class Batcher:
             assert group.rows == total, f"{key} has {total} rows, and {group.rows} are counted"
             for lot in lots:
                 assert (lot.plan.key, lot.plan.form.key) == key, f"{lot!r} is in the group {key}"
-                assert lot.attempt == 1, f"{lot!r} is in a group"
+                assert not lot.alone, f"{lot!r} is in a group"
                 assert group.earliest_deadline <= lot.first_deadline, f"{lot!r} is due before its group"
-        assert all(lot.attempt > 1 for lot in self._alone), f"{list(self._alone)} run alone without a reason"
+        assert all(lot.alone for lot in self._alone), f"{list(self._alone)} run alone without a reason"
         for lot in self.waiting():
             assert lot.ids, "a lot without requests waits"
             assert lot.state == WAITING, f"{lot!r} is among those that wait"

@@ -14,7 +14,7 @@ import msgspec.inspect
 
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s)")
-_MAX_DELAY_S: Final = 60.0
+_LONGEST_S: Final = {"max_queue_delay": 60.0, "latency_target": 60.0, "max_compute": 3600.0}
 _SIZES_MAX: Final = 32  # preferred ones
 MAX_BATCH_SIZE: Final = 4096  # rows
 
@@ -46,6 +46,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     intra_op_threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     intra_op_spinning: bool = False  # look for the next batch in a loop before they sleep
+    # A batch that computes for longer never ends, and the worker is started anew. None: see [worker] max_compute_s.
+    max_compute: str | None = None
 
     # Of workers on a GPU. The first of the providers must be there, the others run what it cannot; None: cuda, cpu.
     providers: tuple[Provider, ...] | None = None
@@ -64,6 +66,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def latency_target_s(self) -> float:
         """0: there is none."""
         return 0.0 if self.latency_target is None else parse_duration(self.latency_target)
+
+    @property
+    def max_compute_s(self) -> float:
+        """0: it is not said."""
+        return 0.0 if self.max_compute is None else parse_duration(self.max_compute)
 
     @property
     def rows_max(self) -> int:
@@ -113,13 +120,15 @@ def load_config(path: Path, device: str = CPU) -> ModelConfig:
     if not values.get("cuda_graphs"):
         values.setdefault("instances", default_config(device).instances)
     config = convert(values, ModelConfig, str(path))
-    for key in ("max_queue_delay", "latency_target"):
+    for key, most_s in _LONGEST_S.items():
         text = getattr(config, key)
         try:
-            if text is not None and parse_duration(text) > _MAX_DELAY_S:
-                raise ValueError(f"{text!r} is longer than {_MAX_DELAY_S:.0f}s")
+            if text is not None and parse_duration(text) > most_s:
+                raise ValueError(f"{text!r} is longer than {most_s:.0f}s")
         except ValueError as error:
             raise ConfigError(f"{path}: key '{key}': {error}") from None
+    if config.max_compute is not None and not config.max_compute_s:
+        raise ConfigError(f"{path}: key 'max_compute': it is more than nothing; without the key, 30s or more")
     problem = _contradiction_of_batches(config) or _contradiction(config)
     if problem:
         raise ConfigError(f"{path}: {problem}")

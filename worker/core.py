@@ -33,10 +33,14 @@ from penstock.wire.messages import (
     Finished,
     Form,
     HelloWanted,
+    Hung,
     Leaving,
     Message,
     Payload,
+    Ping,
+    Pong,
     Results,
+    Stuck,
     Tasks,
     Welcome,
     WorkerHello,
@@ -46,17 +50,21 @@ from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.metrics import Meters
 from penstock.wire.models import READY, ModelState
 from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
-from penstock.worker.batcher import Batcher, ModelKey, Rules
+from penstock.worker.batcher import Batch, Batcher, ModelKey, Rules
 from penstock.worker.costs import Curve, batch_sizes
-from penstock.worker.events import Command, DeviceLost, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import Command, DeviceLost, Event, GiveUp, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import Executed, Publication, failure_answers
 from penstock.worker.lots import ENDED, RUNNING, WAITING, Lot
 from penstock.worker.model import Model
+from penstock.worker.options import MAX_COMPUTE_S
 from penstock.worker.plan import Plan
 
 _PLANS_MAX: Final = 4096
 _NO_BATCH: Final = BatchInfo(0, 0, "alone", 0, 0)
 _COSTS_S: Final = 0.1  # between two times that the broker is told what has changed of what batches take
+_COMPUTE_TIMES: Final = 10  # what a batch is expected to take: it may take so much longer
+_AWAY_S: Final = 1.0  # a look at what computes that is later than that: this process was stopped
+_NAMED_MAX: Final = 20  # requests of a batch that does not end, in the log
 _ROWS_TOLD: Final = 0.1  # of the size that batches are picked to have: a larger change is told
 
 
@@ -87,6 +95,19 @@ class Kept:
         self.nbytes = len(head) + sum(map(len, self.frames)) + placed
 
 
+class _Computing:
+    """A batch that runs. ``runs``: how often it had begun at the last look; ``until``: when it is next."""
+
+    __slots__ = ("batch", "began", "limit_s", "runs", "until")
+
+    def __init__(self, batch: Batch, began: float, limit_s: float) -> None:
+        self.batch = batch
+        self.began = began
+        self.limit_s = limit_s
+        self.until = began + limit_s
+        self.runs = 1
+
+
 class _Series:
     """A model's metrics, found once."""
 
@@ -101,7 +122,8 @@ class _Series:
 class Core:
     """One life of a worker. Times are seconds of the caller's monotonic clock."""
 
-    def __init__(self, identity: Identity, models: Sequence[ModelState]) -> None:
+    def __init__(self, identity: Identity, models: Sequence[ModelState], max_compute_s: float = MAX_COMPUTE_S) -> None:
+        """``max_compute_s``: of batches of models that say nothing of it; 0: for ever."""
         self.identity = identity
         self.membership = Membership(identity.local)
         self.meters = Meters()
@@ -111,6 +133,9 @@ class Core:
         self._models: dict[ModelKey, Model] = {}
         self._batcher = Batcher()
         self._idle = identity.instances
+        self._computing: dict[int, _Computing] = {}  # by serial
+        self._max_compute_s = max_compute_s
+        self._limits_s: dict[ModelKey, float] = {}  # what models say themselves
         self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
         self._kept: dict[bytes, dict[int, Kept]] = {}  # by caller
         self._callers: set[bytes] = set()  # those that the broker knows, and whose arena is here if they share one
@@ -144,7 +169,7 @@ class Core:
             case Executed():
                 self._executed(event, now)
             case Tick():
-                pass
+                self._look_at_computing(now)
             case ArenaCame(caller, serial, arena, reason):
                 if arena is None:
                     self._log("error", "a caller's memory cannot be read; it is not served", reason=reason)
@@ -180,7 +205,8 @@ class Core:
     def due(self) -> float:
         """When the next Tick is needed even if nothing happens before."""
         batch = self._batcher.due() if self._idle else float("inf")
-        return min(batch, self.membership.due())
+        overrun = min([each.until for each in self._computing.values()], default=float("inf"))
+        return min(batch, overrun, self.membership.due())
 
     def validate(self) -> None:
         """For tests: derive every index and counter anew. Raises AssertionError saying what is wrong."""
@@ -188,6 +214,7 @@ class Core:
         assert not self._commands, f"{self._commands} were not given out"
         assert not self._done, f"{self._done} were not said"
         idle, running = self._idle, self._batcher.running
+        assert len(self._computing) == running, f"{running} batches run, and {len(self._computing)} are looked at"
         assert idle + running == self.identity.instances, f"{idle} instances are idle while {running} batches run"
         known: set[Lot] = set()
         for caller, index in self._lots.items():
@@ -241,6 +268,8 @@ class Core:
                 self._expect(message)
             case Beat():
                 pass
+            case Ping():
+                self._say(Pong(membership.epoch))
             case Bye():
                 self._log("info", "broker is shutting down")
                 membership.lost()
@@ -301,7 +330,8 @@ class Core:
             self._publish_again(caller)
 
     def _attach(self, caller: bytes, attached: bool) -> None:
-        self._say(Attached(self.membership.epoch, caller, self._expected[caller], attached))
+        if self.membership.joined:  # else the next broker names the caller anew
+            self._say(Attached(self.membership.epoch, caller, self._expected[caller], attached))
 
     def _subscribed(self, caller: bytes) -> None:
         self._subscriptions[caller] = self._subscriptions.get(caller, 0) + 1
@@ -368,7 +398,8 @@ class Core:
             reads = caller in self._readers
             overtakes = at < message.overtaking
             waited_us = group.waited_us
-            lot = Lot(index, caller, attempt, plan, ids, timeouts_us, payload, start, waited_us, now, reads, overtakes)
+            placed = payload, start, waited_us, now, reads, overtakes, message.alone
+            lot = Lot(index, caller, attempt, plan, ids, timeouts_us, *placed)
             index.update(dict.fromkeys(ids, lot))
             self._batcher.add(lot)
 
@@ -425,10 +456,55 @@ class Core:
             for lot in batch.lots:
                 lot.move("start")
             self._idle -= 1
+            self._computing[batch.serial] = _Computing(batch, now, self._limit_s(batch))
             self._commands.append(Run(batch, self._models[batch.model]))
+
+    def _limit_s(self, batch: Batch) -> float:
+        """How long a batch may compute."""
+        limit_s = self._limits_s.get(batch.model, 0.0)
+        if limit_s:
+            return limit_s
+        return max(self._max_compute_s, _COMPUTE_TIMES * batch.expected_s) if self._max_compute_s else float("inf")
+
+    def _look_at_computing(self, now: float) -> None:
+        """Batches that have computed for as long as they may: the broker is told what is in them, and the process ends,
+        since it can have nothing else run in their place."""
+        hung = []
+        for each in self._computing.values():
+            if now < each.until:
+                continue
+            if now - each.until > _AWAY_S or each.batch.runs > each.runs:
+                # This process was stopped, or the batch failed and runs again in parts: it is given its time anew.
+                each.runs, each.until = max(each.runs, each.batch.runs), now + each.limit_s
+            else:
+                hung.append(each)
+        if not hung:
+            return
+        stuck: list[Stuck] = []
+        for each in hung:
+            batch = each.batch
+            own = [Stuck(lot.caller, lot.attempt, lot.ids) for lot in batch.lots if lot.state == RUNNING]
+            stuck += own
+            named = [f"{part.caller.hex()}:{number}" for part in own for number in part.ids][:_NAMED_MAX]
+            self._log(
+                "critical",
+                "batch does not end",
+                model=batch.model[0],
+                version=batch.model[1],
+                rows=batch.rows,
+                seconds=round(now - each.began, 1),
+                limit_s=round(each.limit_s, 3),
+                requests=sum([len(part.ids) for part in own]),
+                named=named,
+            )
+        if self.membership.joined:
+            reason = f"a batch of '{hung[0].batch.model[0]}' had not ended after {now - hung[0].began:.1f} s"
+            self._say(Hung(self.membership.epoch, stuck, reason))
+        self._commands.append(GiveUp())
 
     def _executed(self, event: Executed, now: float) -> None:
         self._idle += 1
+        del self._computing[event.batch.serial]
         if not self._measure(event):  # to find what fails takes much longer
             self._curves[event.batch.model].learn(event.batch.rows, event.compute_s, now)
             self._ran.add(event.batch.model)
@@ -537,6 +613,7 @@ class Core:
             curve = self._curves[key] = Curve(model.sizes or batch_sizes(model.spec.max_batch_size), bool(model.sizes))
             curve.begin(model.warm_s)
             self._batcher.set_rules(key, self._rules(model), curve)
+            self._limits_s[key] = model.config.max_compute_s
         self.meters.value("penstock_model_ready", *key).value = int(state.state == READY)
         if self.membership.joined:
             self._tell_models()

@@ -50,6 +50,11 @@ class Run:
 
 
 @dataclass(slots=True)
+class GiveUp:
+    """A batch does not end, and nobody can stop its thread: end the process, once what was said has been sent."""
+
+
+@dataclass(slots=True)
 class Publish:
     """To whoever hears the caller's topic."""
 
@@ -72,4 +77,4 @@ Event: TypeAlias = (
     | Drain
     | Executed
 )
-Command: TypeAlias = Run | Say | Publish | Log
+Command: TypeAlias = Run | Say | Publish | GiveUp | Log

@@ -70,7 +70,7 @@ def execute(model: Model, batch: Batch, slots: Slots | None = None) -> Executed:
     does: a batch that fails is run again one by one, or in halves where memory was short, so that only those that fail
     alone are told so. Raises CudaError when the GPU has failed: this process can do nothing more on it."""
     cpu_start = time.thread_time()
-    running = _Running(model, slots)
+    running = _Running(model, slots, batch)
     try:
         running.run(batch.lots)
     except _FAILURES as error:
@@ -92,15 +92,17 @@ class _Running:
     """A batch that is run, from ``start`` on. ``publications``: what its callers get, as far as it has come.
     ``model_s``: how long the model itself ran."""
 
-    def __init__(self, model: Model, slots: Slots | None) -> None:
+    def __init__(self, model: Model, slots: Slots | None, batch: Batch) -> None:
         self.start = time.monotonic()
         self.publications: dict[bytes, Publication] = {}
         self.model_s = 0.0
         self._model = model
         self._slots = slots
+        self._batch = batch
 
     def run(self, lots: Sequence[Lot]) -> None:
         """All of them together. Raises one of _FAILURES; then some may have their answers nevertheless."""
+        self._batch.runs += 1
         with self._model.staging() as staging:
             self._run_in(staging, lots)
 

@@ -34,10 +34,12 @@ class Lot:
     ``payload``: their tensors (see pick_payload), from byte ``start`` on where they lie in one piece. ``arrived``:
     seconds of this process's monotonic clock; ``timeouts_us``: how long after that each may take; ``waited_us``:
     before that; ``first_deadline``: when the first of them has to have ended. ``reads``: their caller reads results
-    where they lie in this worker's arena. ``overtakes``: they go before what came earlier and has not begun.
+    where they lie in this worker's arena. ``overtakes``: they go before what came earlier and has not begun. ``alone``:
+    each runs by itself.
     """
 
     __slots__ = (
+        "alone",
         "arrived",
         "attempt",
         "caller",
@@ -68,6 +70,7 @@ class Lot:
         arrived: float,
         reads: bool = False,
         overtakes: bool = False,
+        alone: bool = False,
     ) -> None:
         self.index = index  # where the worker finds it by its ids
         self.caller = caller
@@ -81,6 +84,7 @@ class Lot:
         self.arrived = arrived
         self.reads = reads
         self.overtakes = overtakes
+        self.alone = alone
         self.state = WAITING
         self.first_deadline = arrived + min(timeouts_us) * 1e-6
 
@@ -129,6 +133,7 @@ class Lot:
             self.arrived,
             self.reads,
             self.overtakes,
+            self.alone,
         )
         other.state = self.state
         self.ids = pick(self.ids, outside)

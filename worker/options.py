@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+EXIT_HUNG: Final = 75  # EX_TEMPFAIL of sysexits.h: a batch did not end
+MAX_COMPUTE_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,6 +16,9 @@ class WorkerOptions:
     # Memory that models run in, beside their weights, of each worker. -1: half of what is free, at least 256 MiB;
     # 0: no limit.
     run_bytes_max: int = -1
+    # How long a batch may compute, or ten times what it is expected to take if that is longer, unless its model.toml
+    # says it. One that takes longer is taken to never end: the worker ends, to be started anew. 0: for ever.
+    max_compute_s: float = MAX_COMPUTE_S
     # Whether a worker for a GPU keeps to the cores and the memory next to it, unless it is given cores.
     numa: bool = True
     # Where models are prepared, once for all workers of this user; "": penstock/models in the user's cache.

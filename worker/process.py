@@ -34,12 +34,12 @@ from penstock.wire.sockets import Socket
 from penstock.worker.config import CPU, without_effect
 from penstock.worker.core import Core, Identity
 from penstock.worker.cuda import CudaError, find_gpu
-from penstock.worker.events import Command, DeviceLost, Event, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import Command, DeviceLost, Event, GiveUp, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.gpus import EXIT_GPU_LOST, GpuWatch, Watching, measure_gpu
 from penstock.worker.instances import Instances
 from penstock.worker.memory import GiveBackRule, give_back, heap_bytes, share_arena
 from penstock.worker.model import LoadError
-from penstock.worker.options import WorkerOptions
+from penstock.worker.options import EXIT_HUNG, WorkerOptions
 from penstock.worker.probe import load_and_probe
 from penstock.worker.repository import ModelFile, find_models
 from penstock.worker.store import Store, StoreError, Weights, find_store
@@ -149,9 +149,10 @@ class WorkerProcess:
     """``start`` opens, ``serve`` runs until a signal and drains, ``stop`` closes. ``serve`` returns whether any model
     could be loaded. RepositoryError, EndpointError, ArenaError: cannot start.
 
-    A GPU that is lost while models are on it ends the process at once, with EXIT_GPU_LOST. One that is lost when the
-    process begins is told to the broker for a while, before ``serve`` returns and ``lost`` says why: so the reason is
-    in health and metrics while whoever started this process does so again and again, and does it slowly.
+    A GPU that is lost while models are on it ends the process at once, with EXIT_GPU_LOST, and so does a batch that
+    does not end, with EXIT_HUNG: no thread can be stopped. A GPU that is lost when the process begins is told to the
+    broker for a while, before ``serve`` returns and ``lost`` says why: so the reason is in health and metrics while
+    whoever started this process does so again and again, and does it slowly.
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
@@ -163,6 +164,7 @@ class WorkerProcess:
         self._give_back = GiveBackRule()
         self._watchdog = Watchdog()
         self._gpu: Watching | None = None
+        self._guard: Guard | None = None
         self.failures: list[str] = []  # a sentence for each model that could not be loaded
         self.lost = ""  # why the GPU cannot be used
 
@@ -179,7 +181,8 @@ class WorkerProcess:
                 opened.callback(arena.close)
                 self._slots = Slots(arena)
             settings.broker.runtime.make()
-            opened.callback(Guard(settings.broker.runtime.results(number)).release)
+            self._guard = Guard(settings.broker.runtime.results(number))
+            opened.callback(self._guard.release)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
         self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER)
@@ -201,7 +204,8 @@ class WorkerProcess:
         opened.callback(self._lose_control)
         local = settings.broker.runtime is not None
         identity = Identity(number, settings.name, settings.device, os.getpid(), endpoints, instances, local)
-        self._core = Core(identity, [ModelState(file.name, file.version, LOADING, "", None) for file in files])
+        states = [ModelState(file.name, file.version, LOADING, "", None) for file in files]
+        self._core = Core(identity, states, settings.options.max_compute_s)
         self._loader = _Loader(files, _find_store(settings), settings.device)
         sockets = self._results.fileno(), self._broker.fileno()
         for readable in (*sockets, self._instances.fileno(), self._loader.wake, self._stop_signal.fileno()):
@@ -276,10 +280,15 @@ class WorkerProcess:
         for threads that hang in the driver."""
         self._hear_lost(reason)
         self._broker.send((pack(Bye(self._core.membership.epoch)),))
+        self._end_at_once(EXIT_GPU_LOST)
+
+    def _end_at_once(self, code: int) -> NoReturn:
         self._results.close(_LINGER_MS)
         self._broker.close(_LINGER_MS)
         self._context.term()  # when all has been sent, or that time is over
-        os._exit(EXIT_GPU_LOST)
+        if self._guard is not None:
+            self._guard.release()
+        os._exit(code)
 
     def stop(self) -> None:
         """Close what has been opened, in whatever state; what was said last is still delivered."""
@@ -365,6 +374,8 @@ class WorkerProcess:
                     executed = self._instances.run(model, batch)
                     if executed is not None:
                         todo.extend(self._core.handle(executed, time.monotonic()))
+                case GiveUp():
+                    self._end_at_once(EXIT_HUNG)
                 case Log(level, event, about):
                     log.log(logging.getLevelNamesMapping()[level.upper()], event, extra=fields(**about))
                 case _:

@@ -6,7 +6,7 @@ Every message goes through pack and unpack in both directions, and the core is v
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -31,6 +31,8 @@ from penstock.wire.messages import (
     Finished,
     Form,
     Message,
+    Ping,
+    Pong,
     Refusal,
     Refusals,
     Requests,
@@ -67,16 +69,21 @@ class Conversation:
         self.inbox: defaultdict[bytes, list[Message]] = defaultdict(list)
         self.logs: list[Log] = []
         self.sweeps = 0
+        self.pings: Counter[bytes] = Counter()  # how often workers were asked whether they live
+        self.stopped: set[bytes] = set()  # workers that do not answer when they are asked whether they live
         self.shared: list[tuple[bytes, bytes]] = []  # whose arena was passed on to whom
         self.serials: dict[tuple[bytes, bytes], int] = {}  # as which introduction, the last time
         if not grace:
             self.tick(self.core.options.rejoin_grace_s)
 
     def handle(self, event: Event) -> None:
+        pinged: list[bytes] = []
         for command in self.core.handle(event, self.now):
             match command:
                 case ToCaller(peer, message):
                     self.inbox[peer].append(through_the_wire(message, TO_CALLER))
+                case ToWorker(peer, Ping()):
+                    pinged.append(peer)
                 case ToWorker(peer, message):
                     self.inbox[peer].append(through_the_wire(message, TO_WORKER))
                 case Log():
@@ -87,6 +94,10 @@ class Conversation:
                 case Sweep():
                     self.sweeps += 1
         self.core.validate()
+        for peer in pinged:
+            self.pings[peer] += 1
+            if peer not in self.stopped and peer in self.core.workers:
+                self.handle(FromWorker(peer, Pong(EPOCH)))
 
     def tick(self, seconds: float = 0.0) -> None:
         """Let time pass, as if nothing had happened meanwhile."""
@@ -272,6 +283,10 @@ class WorkerTalk(PeerTalk):
 
     def declare(self, *models: ModelState) -> None:
         self.say(WorkerModels(EPOCH, models))
+
+    def bye(self) -> None:
+        """End in good order: nobody is to blame."""
+        self.say(Bye(EPOCH))
 
 
 def spread(ranges: Sequence[int]) -> list[int]:

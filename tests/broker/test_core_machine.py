@@ -43,7 +43,7 @@ MODELS = {"m": model("m", batch=4), "n": model("n", batch=2)}
 HAPPENINGS = (
     *("caller", "remote caller", "worker", "sharing worker", "tcp worker"),
     *("heard", "heard", "heard", "unheard", "models", "models", "costs", "nonsense", "leaving"),
-    *("caller bye", "caller gone", "caller hello", "worker gone", "worker gone", "worker hello"),
+    *("caller bye", "caller gone", "caller hello", "worker gone", "worker gone", "worker hello", "worker stopped"),
 )
 
 picks = st.lists(st.integers(0, 50), max_size=8) | st.just([*range(50)])  # some of what there is, or all
@@ -96,7 +96,7 @@ class CoreMachine(RuleBasedStateMachine):
             caller_requests_max=15,
             held_bytes_max=6 * LARGE,
             unacknowledged_bytes_max=100,
-            attempts_max=2,
+            attempts_max=5,
             unserved_grace_s=3.0,
             queue_rows_max=20,
             queue_bytes_max=5 * LARGE,
@@ -104,6 +104,7 @@ class CoreMachine(RuleBasedStateMachine):
         )
         self.callers: dict[bytes, CallerLife] = {}
         self.workers: dict[bytes, WorkerLife] = {}
+        self.suspects: set[tuple[bytes, int]] = set()  # a worker died that had them, and none has finished them since
         for who in ("caller", "caller", "worker", "worker"):
             self.join(who)
 
@@ -141,6 +142,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     def tick(self, seconds: float) -> None:
         self.talk.tick(seconds)
+        for number in self.workers.keys() - self.talk.core.workers.keys():
+            self.suspects |= self.workers.pop(number).holds.keys()
         self.hear()
         for caller in self.callers.values():
             caller.closed = caller.acknowledged | caller.cancelled | caller.refused
@@ -164,12 +167,16 @@ class CoreMachine(RuleBasedStateMachine):
                 ended = number in caller.cancelled or number in caller.acknowledged
                 assert ended, f"request {number} was cancelled by nobody"
         assert message.overtaking <= len(message.groups)
+        if message.alone:
+            assert [len(group.ids) for group in message.groups] == [1]
+            assert worker.holds == {}, "a suspect was given to a worker that has something else"
         for group, start in zip(message.groups, message.starts, strict=True):
             assert group.caller in worker.hears, "work for a caller that does not hear this worker"
             assert group.form.model in worker.serves, "work for a model that this worker does not serve"
             caller, size = self.callers[group.caller], group.nbytes
             for at, number in enumerate(group.ids):
                 key = (group.caller, number)
+                assert message.alone or key not in self.suspects, f"{key} may have killed a worker, and is not alone"
                 holders = [each for each in self.workers.values() if key in each.holds]
                 assert holders == [], f"{key} was given to two workers"
                 assert number not in caller.closed, f"{key} had ended, and was assigned"
@@ -273,6 +280,7 @@ class CoreMachine(RuleBasedStateMachine):
         groups: dict[tuple[bytes, int], list[int]] = {}
         for caller, number in dict.fromkeys(some(list(worker.holds), picks)):
             attempt = worker.holds.pop((caller, number))
+            self.suspects.discard((caller, number))
             groups.setdefault((caller, attempt), []).append(number)
             worker.keeps.add((caller, number))
             if delivered:
@@ -322,6 +330,8 @@ class CoreMachine(RuleBasedStateMachine):
                 wrong = [Finished(*key[:1], attempt + 1, 5, key[1:]) for key, attempt in worker.holds.items()]
                 unknown = [Finished(caller, 1, 5, (999, 1000)) for caller in [*self.callers, b"nobody.."]]
                 worker.talk.say(Done(EPOCH, wrong + unknown))
+            elif what == "worker stopped":  # it is lost when it has work and does not answer
+                self.talk.stopped.add(worker.talk.id)
             else:
                 self.end_worker(worker.talk, what)
 
@@ -365,6 +375,7 @@ class CoreMachine(RuleBasedStateMachine):
         before = self.workers.pop(worker.id)
         if how == "worker gone":
             worker.vanish()
+            self.suspects |= before.holds.keys()
         else:
             models = tuple(MODELS.values())
             worker.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, models))
@@ -392,10 +403,11 @@ class CoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Everybody becomes careful and patient: then everything that is left ends."""
+        self.talk.stopped.clear()
         while len(self.workers) >= WORKERS:
             self.end_worker(self.worker(0).talk, "worker gone")
         self.join("tcp worker", 2)
-        for _ in range(40):
+        for _ in range(120):  # suspects run one after another
             self.tick(0.02)
             for at, worker in enumerate(list(self.workers.values())):
                 self.worker_is_done(at, list(range(len(worker.holds))), 1, True, False)

@@ -239,7 +239,7 @@ def test_what_was_left_to_a_quick_worker_is_done_by_a_slow_one_when_that_goes() 
     talk.tick()
     assert slow.got() == []
     assert first
-    quick.vanish()
+    quick.bye()
     talk.live(0.1)
     assert slow.got(), "nobody else is there to be waited for"
 

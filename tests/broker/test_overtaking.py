@@ -118,7 +118,7 @@ def test_requests_that_were_lost_with_their_worker_overtake_nobody_any_more() ->
     flood(talk, caller, worker)
     asked = caller.submit(3, tenant="quiet")
     talk.tick()
-    worker.vanish()
+    worker.bye()
     other = talk.worker(model(batch=BATCH), hears=[caller])
     talk.tick()
     first, others = given(other)

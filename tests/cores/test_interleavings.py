@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import onnx
@@ -264,6 +266,61 @@ def test_a_caller_that_dies_leaves_nothing(world: World) -> None:
     assert world.broker.core.ledger.requests == 0
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_poison_fails_and_its_neighbours_are_answered(world: World, workers: int) -> None:
+    caller = caller_of(world)
+    for _ in range(workers - 1):
+        world.start_worker()
+    world.settle()
+    for number in range(24):
+        caller.ask(world.model, float(number), LARGE if number % 3 == 0 else SMALL, 60.0)
+    bad = caller.requests[5], caller.requests[18]
+    caller.poison(*bad)
+    world.settle(2000)
+    caller.check()
+    for request in caller.requests:
+        assert request.ends == (["poisoned"] if request in bad else ["result"])
+    while caller.reading:
+        caller.let_go(0)
+    world.settle()
+    assert set(used(caller, *world.of(WorkerLife))) == {0}
+    assert world.broker is not None
+    assert world.broker.core.ledger.requests == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_never_ends_fails_and_its_neighbours_are_answered(world: World, workers: int) -> None:
+    caller = caller_of(world)
+    for _ in range(workers - 1):
+        world.start_worker()
+    world.settle()
+    for number in range(12):
+        caller.ask(world.model, float(number), LARGE if number % 3 == 0 else SMALL, 600.0)
+    bad = caller.requests[2]
+    world.endless.add((caller.id, bad.number))
+    live(world, 4 * 32)
+    for request in caller.requests:
+        assert request.ends == (["poisoned"] if request is bad else ["result"])
+    while caller.reading:
+        caller.let_go(0)
+    world.settle()
+    assert set(used(caller, *world.of(WorkerLife))) == {0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hundred_kills_convict_nobody(world: World, seed: int) -> None:
+    caller, random = caller_of(world), Random(seed)
+    world.start_worker()
+    for number in range(100):
+        for _ in range(8):
+            caller.ask(world.model, float(number), SMALL, 60.0)
+        world.settle(random.randrange(40))
+        world.kill(random.choice(world.of(WorkerLife)))
+        world.start_worker()
+    world.settle(2000)
+    assert Counter(end for request in caller.requests for end in request.ends) == {"result": 800}
+
+
 class Interleavings(RuleBasedStateMachine):
     """Anything, in any order."""
 
@@ -321,6 +378,21 @@ class Interleavings(RuleBasedStateMachine):
         caller = self.pick(CallerLife, at)
         if caller is not None:
             caller.cancel(pick)
+
+    @rule(at=st.integers(0, 3), pick=st.integers(0, 9))
+    def poison(self, at: int, pick: int) -> None:
+        """A request that has not ended is one that kills."""
+        caller = self.pick(CallerLife, at)
+        left = [request for request in caller.requests if not request.ends] if caller is not None else []
+        if left:
+            caller.poison(left[pick % len(left)])
+
+    @rule()
+    def be_missed(self) -> None:
+        """Long enough for those that are stopped and have work to be missed."""
+        for _ in range(10):
+            self.world.pass_time(0.1)
+            self.world.settle(2)
 
     @rule(seconds=st.sampled_from([0.0, 0.005, 0.3, 1.0]))
     def pass_time(self, seconds: float) -> None:

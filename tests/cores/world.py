@@ -42,7 +42,7 @@ from penstock.wire.models import READY, Layout, ModelState, Tensor
 from penstock.wire.slots import Slot, Slots
 from penstock.worker.core import Core as WorkerCore
 from penstock.worker.core import Identity as WorkerIdentity
-from penstock.worker.events import Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import GiveUp, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import execute
 from penstock.worker.model import Model
 
@@ -153,6 +153,7 @@ class WorkerLife(Peer):
         self.endpoint = f"ipc://{self.name}"
         self.core = WorkerCore(WorkerIdentity(number, self.name, "cpu", 1, (self.endpoint,), 1, True), [])
         self.batches: list[Run] = []
+        self.gives_up = False
         self.subscribers: Counter[bytes] = Counter()
         spec = model.spec
         self.hear(Loaded(ModelState(spec.name, spec.version, READY, "", spec), model))
@@ -170,7 +171,12 @@ class WorkerLife(Peer):
                     self._publish(caller, head, list(map(bytes, frames)))
                 case Run():
                     self.batches.append(command)
+                case GiveUp():
+                    self.gives_up = True
         self.core.validate()
+        if self.gives_up and self.alive:
+            self.world.kill(self)
+            self.world.start_worker()
 
     def _publish(self, caller: bytes, head: bytes, frames: Sequence[bytes]) -> None:
         to = self.world.peers.get(caller)
@@ -180,10 +186,17 @@ class WorkerLife(Peer):
             to.send(self.name, lambda: to.hear(FromWorker(message)))
 
     def compute(self) -> bool:
-        """Run the oldest batch. False: there is none."""
+        """Run the oldest batch, or die of it, and be started again. False: there is none."""
         if not self.batches or self.stopped or not self.alive:
             return False
+        asked = {(lot.caller, number) for lot in self.batches[0].batch.lots for number in lot.ids}
+        if asked & self.world.endless:
+            return False
         run = self.batches.pop(0)
+        if asked & self.world.poison:
+            self.world.kill(self)
+            self.world.start_worker()
+            return True
         self.hear(execute(run.model, run.batch, self.slots))
         return True
 
@@ -284,6 +297,10 @@ class CallerLife(Peer):
             request.fail(PenstockError("cancelled", ""))
             self.flush()
 
+    def poison(self, *requests: Request) -> None:
+        """Whoever runs these dies."""
+        self.world.poison |= {(self.id, request.number) for request in requests}
+
     def let_go(self, pick: int) -> None:
         """A result has been read: it must still be what it was."""
         if self.reading:
@@ -320,6 +337,8 @@ class World:
         self.now = 1000.0
         self.broker: BrokerLife | None = None
         self.peers: dict[bytes, Peer] = {}
+        self.poison: set[tuple[bytes, int]] = set()  # requests, by caller and id, that kill the worker that runs them
+        self.endless: set[tuple[bytes, int]] = set()  # those that never end
         self._made = 0
 
     def of(self, kind: type[Any]) -> list[Any]:

@@ -640,6 +640,7 @@ def test_text_that_cannot_be_answered_is_400(joined: Desk) -> None:
         (errors.DEADLINE, 504, {}),
         (errors.CANCELLED, 499, {}),
         (errors.MODEL_FAILED, 500, {}),
+        (errors.POISONED, 500, {}),
         (errors.INTERNAL, 500, {}),
     ],
 )

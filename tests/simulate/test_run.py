@@ -135,7 +135,7 @@ def test_what_a_dead_worker_had_is_answered_by_others(silent: bool) -> None:
     assert dying.name == "dying-0"
     assert dying.alive_s == pytest.approx(1.0, abs=0.01)
     slowest_s = figures.total.latency.largest / 1e9
-    assert slowest_s > 4.0 if silent else slowest_s < 1.0  # by silence alone it takes the broker five seconds
+    assert 0.8 < slowest_s < 1.5 if silent else slowest_s < 0.8  # the broker asks whether it lives
 
 
 def test_without_any_worker_left_everything_ends_all_the_same() -> None:

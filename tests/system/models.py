@@ -66,6 +66,45 @@ def slow(layers: int = 200) -> onnx.ModelProto:
     )
 
 
+def endless() -> onnx.ModelProto:
+    """y [N, 2] = x [N, 2], after as many rounds of a loop as the largest number in the batch: 1e18 never end. It takes
+    long enough without them to have a thread of its own."""
+    side = 1024
+    weights = [
+        numpy_helper.from_array(np.zeros(1, np.float32), "nothing"),
+        numpy_helper.from_array(np.ones((2, side), np.float32), "spread"),
+        numpy_helper.from_array(np.eye(side, dtype=np.float32)[::-1].copy(), "turn"),
+        numpy_helper.from_array(np.zeros((side, 2), np.float32), "gather"),
+    ]
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["on"], ["goes_on"]), helper.make_node("Add", ["before", "nothing"], ["after"])],
+        "body",
+        [
+            helper.make_tensor_value_info("round", TensorProto.INT64, []),
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", TensorProto.FLOAT, ["N", 2]),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", TensorProto.FLOAT, ["N", 2]),
+        ],
+    )
+    return make_model(
+        [
+            helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+            helper.make_node("Cast", ["most"], ["rounds"], to=TensorProto.INT64),
+            helper.make_node("Loop", ["rounds", "", "x"], ["looped"], body=body),
+            helper.make_node("MatMul", ["looped", "spread"], ["wide"]),
+            helper.make_node("MatMul", ["wide", "turn"], ["turned"]),
+            helper.make_node("MatMul", ["turned", "gather"], ["zero"]),
+            helper.make_node("Add", ["looped", "zero"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT, ["N", 2])],
+        [("y", TensorProto.FLOAT, ["N", 2])],
+        weights,
+    )
+
+
 def make_model(
     nodes: Sequence[onnx.NodeProto],
     inputs: Sequence[tuple[str, int, Sequence[str | int]]],

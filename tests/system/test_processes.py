@@ -55,6 +55,9 @@ def test_they_find_each_other_in_any_order(
         elif role == "worker":
             wait_for(lambda: started["worker"].said("models loaded"), "the worker")
     wait_for(lambda: ready(url_of(started["gateway"])), "readiness")
+    scores = {role: Path(f"/proc/{each.pid}/oom_score_adj").read_text().strip() for role, each in started.items()}
+    own = Path("/proc/self/oom_score_adj").read_text().strip()
+    assert scores == {"broker": own, "gateway": own, "worker": str(max(500, int(own)))}
 
 
 def test_each_may_be_restarted_while_the_others_stay(

@@ -40,16 +40,20 @@ from penstock.wire.messages import (
     Form,
     Freed,
     HelloWanted,
+    Hung,
     Leaving,
     Message,
     Metrics,
     Models,
     Outcome,
+    Ping,
+    Pong,
     Refusal,
     Refusals,
     Requests,
     Results,
     Snapshot,
+    Stuck,
     Submit,
     Tasks,
     Welcome,
@@ -139,6 +143,7 @@ def answers(draw: st.DrawFn) -> Answers:
 
 
 finished = st.builds(Finished, peers, st.integers(1, 1 << 16), u64, ids, u64)
+stuck = st.builds(Stuck, peers, st.integers(1, 1 << 16), ids)
 freed = few(st.builds(Freed, peers, id_ranges))
 
 
@@ -193,6 +198,9 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     WorkerModels: st.builds(WorkerModels, u64, models),
     Attached: st.builds(Attached, u64, peers, u64, flags),
     Done: st.builds(Done, u64, few(finished)),
+    Ping: st.builds(Ping, u64),
+    Pong: st.builds(Pong, u64),
+    Hung: st.builds(Hung, u64, few(stuck), names),
     Costs: st.builds(Costs, u64, few(costs())),
     Welcome: st.builds(Welcome, u64, names, flags, u64),
     HelloWanted: st.builds(HelloWanted, u64),
@@ -206,7 +214,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
         few(st.builds(Expected, peers, u64, flags, flags)),
         few(st.builds(Forgotten, peers, u64)),
     ),
-    Assign: carriers(Assign, tasks(), freed, freed),
+    Assign: carriers(Assign, tasks(), freed, freed, st.integers(0, 9), flags),
     Results: carriers(Results, answers(), peers, batches),
 }
 messages: st.SearchStrategy[Message] = st.one_of(*MESSAGES.values())

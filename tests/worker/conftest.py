@@ -48,6 +48,7 @@ from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscri
 from penstock.worker.execute import Executed, execute
 from penstock.worker.lots import Lot
 from penstock.worker.model import Model, load
+from penstock.worker.options import MAX_COMPUTE_S
 from penstock.worker.plan import Plan
 
 Dims: TypeAlias = Sequence[int | str | None] | None
@@ -169,7 +170,8 @@ class Requests:
             payload = bytes(before) + b"".join(payload)
         timeouts = tuple(timeouts_us) or (MINUTE_US,) * len(ids)
         plan = plan or Plan(model, form)
-        return Lot({}, caller, attempt, plan, tuple(ids), timeouts, payload, before, 0, arrived)
+        alone = attempt > 1
+        return Lot({}, caller, attempt, plan, tuple(ids), timeouts, payload, before, 0, arrived, alone=alone)
 
     def run(self, model: Model, lots: Sequence[Lot], run: Callable[[Model, Batch], Executed] = execute) -> Executed:
         """Run lots as one batch."""
@@ -237,12 +239,20 @@ class Talk:
     the commands that followed. ``now``: seconds.
     """
 
-    def __init__(self, requests: Requests, instances: int = 1, local: bool = True, slots: Slots | None = None) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        instances: int = 1,
+        local: bool = True,
+        slots: Slots | None = None,
+        max_compute_s: float = MAX_COMPUTE_S,
+    ) -> None:
         """``slots``: of the worker's arena."""
         self.requests = requests
         self.slots = slots
         self.now = 1.0
-        self.core = Core(Identity(WORKER, "worker", "cpu", 42, ("ipc://results",), instances, local), [])
+        identity = Identity(WORKER, "worker", "cpu", 42, ("ipc://results",), instances, local)
+        self.core = Core(identity, [], max_compute_s)
         self.batches: list[Run] = []
         self.serials: dict[bytes, int] = {}  # of callers' last introductions
         self._serial = 0
@@ -318,13 +328,13 @@ class Talk:
         attempt: int = 1,
         timeouts_us: Sequence[int] = (),
     ) -> list[Command]:
-        """The same request under each of some ids."""
+        """The same request under each of some ids; alone when a worker that had it before has died."""
         timeouts = tuple(timeouts_us) or (MINUTE_US,) * len(ids)
         tasks = Tasks(request.form, caller, attempt, 0, tuple(ids), timeouts)
-        payloads = [request.payload] * len(ids)
+        payloads, alone = [request.payload] * len(ids), attempt > 1
         if request.form.nbytes <= INLINE_MAX_BYTES:
-            return self.tell(Assign(self.epoch, [tasks], blob=b"".join(payloads)))
-        return self.tell(Assign(self.epoch, [tasks], frames=payloads), frames=payloads)
+            return self.tell(Assign(self.epoch, [tasks], alone=alone, blob=b"".join(payloads)))
+        return self.tell(Assign(self.epoch, [tasks], alone=alone, frames=payloads), frames=payloads)
 
     def free(self, caller: bytes, *ranges: int) -> list[Command]:
         return self.tell(Assign(self.epoch, [], [Freed(caller, ranges)]))
@@ -469,10 +479,11 @@ def make_lot(requests: Requests, double: Model, slow: Model) -> MakeLot:
 
 @pytest.fixture
 def start_talk(requests: Requests) -> Callable[..., Talk]:
-    """``start_talk(*models, instances=1, local=True, slots=None)``: a conversation with a core that has loaded them."""
+    """``start_talk(*models, instances=1, local=True, slots=None, max_compute_s=MAX_COMPUTE_S)``: a conversation with a
+    core that has loaded them."""
 
-    def start(*models: Model, instances: int = 1, local: bool = True, slots: Slots | None = None) -> Talk:
-        talk = Talk(requests, instances, local, slots)
+    def start(*models: Model, **about: Any) -> Talk:
+        talk = Talk(requests, **about)
         for model in models:
             talk.load(model)
         return talk

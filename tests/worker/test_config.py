@@ -24,6 +24,27 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.toml"
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ('"0s"', "it is more than nothing"),
+        ('"3601s"', "'3601s' is longer than 3600s"),
+        ('"soon"', "'soon' is not a duration"),
+        ("30", "Expected `str | null`, got `int`"),
+    ],
+)
+def test_a_time_to_compute_is_more_than_nothing_and_has_an_end(path: Path, value: str, words: str) -> None:
+    text = complaint(path, f"max_compute = {value}")
+    assert text.startswith("key 'max_compute': ")
+    assert words in text
+
+
+def test_a_time_to_compute_is_read(path: Path) -> None:
+    path.write_text('max_compute = "2.5s"\n')
+    assert load_config(path).max_compute_s == 2.5
+    assert ModelConfig().max_compute_s == 0.0
+
+
 def complaint(path: Path, content: str) -> str:
     """What is wrong with a file, without its name."""
     path.write_text(content)
@@ -101,7 +122,7 @@ def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
     text = complaint(path, "[zebra]\nx = 1")
     assert text == (
         "unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, latency_target, preferred_batch_sizes, "
-        "weight, instances, intra_op_threads, intra_op_spinning, providers, gpu_memory_limit, gpu_arena, "
+        "weight, instances, intra_op_threads, intra_op_spinning, max_compute, providers, gpu_memory_limit, gpu_arena, "
         "cudnn_search, tf32, fp16, cuda_graphs"
     )
 

@@ -31,7 +31,9 @@ from penstock.wire.messages import (
     Finished,
     Freed,
     HelloWanted,
+    Hung,
     Leaving,
+    Stuck,
     Tasks,
     Welcome,
     WorkerHello,
@@ -40,9 +42,10 @@ from penstock.wire.messages import (
 from penstock.wire.models import LOADING, READY, ModelState
 from penstock.wire.models import UNAVAILABLE as NOT_LOADED
 from penstock.worker import core
-from penstock.worker.events import Command, DeviceLost, Loaded, Publish, Run, Unsubscribed
+from penstock.worker.events import Command, DeviceLost, GiveUp, Loaded, Publish, Run, Unsubscribed
 from penstock.worker.execute import Executed, execute
 from penstock.worker.model import Model
+from penstock.worker.options import MAX_COMPUTE_S
 
 if TYPE_CHECKING:
     from tests.worker.conftest import Request, Requests, Talk, Workshop
@@ -1107,3 +1110,74 @@ def test_what_ran_when_the_device_was_lost_may_still_end(talk: Talk, row: Reques
     talk.assign(A, [1], row)
     talk.hear(DeviceLost("gone"))
     assert ids(talk, talk.finish()) == [1]
+
+
+# --- batches that do not end ---
+
+
+def test_a_batch_that_does_not_end_is_named_and_the_process_ends(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1, 2], row)
+    talk.assign(A, [3], row)  # waits
+    assert talk.core.due() < talk.now + MAX_COMPUTE_S
+    commands = talk.wait(MAX_COMPUTE_S)
+    assert talk.said(commands, Hung) == [
+        Hung(7, [Stuck(A, 1, (1, 2))], "a batch of 'double' had not ended after 30.0 s")
+    ]
+    assert GiveUp() in commands
+    [line] = [each for each in commands if isinstance(each, Log) and each.level == "critical"]
+    assert (line.event, line.fields["model"], line.fields["requests"]) == ("batch does not end", "double", 2)
+    assert line.fields["named"] == [f"{A.hex()}:1", f"{A.hex()}:2"]
+    assert line.fields["seconds"] == 30.0
+
+
+def test_a_batch_that_is_expected_to_take_long_has_ten_times_as_long(
+    start_talk: StartTalk, double: Model, row: Request
+) -> None:
+    talk = start_talk(double)
+    talk.join()
+    talk.expect(A)
+    talk.subscribe(A)
+    for number in range(1, 30):
+        talk.assign(A, [number], row)
+        run = talk.batches.pop()
+        executed = execute(run.model, run.batch)
+        talk.hear(replace(executed, compute_s=5.0), after=5.0)
+    talk.assign(A, [100], row)
+    expected_s = talk.batches[0].batch.expected_s
+    assert 10 * expected_s > MAX_COMPUTE_S + 1
+    assert GiveUp() not in talk.wait(9.9 * expected_s)
+    assert GiveUp() in talk.wait(0.1 * expected_s)
+
+
+def test_a_process_that_was_stopped_gives_its_batches_their_time_anew(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    commands = talk.wait(1000.0)
+    assert GiveUp() not in commands
+    talk.finish()
+    assert GiveUp() not in talk.wait(MAX_COMPUTE_S)
+
+
+def test_a_batch_that_failed_and_runs_in_parts_has_its_time_for_each(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1, 2], row)
+    [run] = talk.batches
+    run.batch.runs = 2
+    assert GiveUp() not in talk.wait(MAX_COMPUTE_S)
+    run.batch.runs = 3
+    assert GiveUp() not in talk.wait(MAX_COMPUTE_S)
+    assert GiveUp() in talk.wait(MAX_COMPUTE_S)  # the third part does not end
+
+
+def test_without_a_limit_a_batch_may_take_for_ever(start_talk: StartTalk, double: Model, row: Request) -> None:
+    talk = start_talk(double, max_compute_s=0.0)
+    talk.join()
+    talk.expect(A)
+    talk.subscribe(A)
+    talk.assign(A, [1], row)
+    assert GiveUp() not in talk.wait(1e6)
+
+
+def test_what_does_not_end_ends_the_process_without_a_broker_too(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.hear(BrokerLost("its process ended"))
+    commands = talk.wait(MAX_COMPUTE_S)
+    assert (talk.said(commands, Hung), GiveUp() in commands) == ([], True)

@@ -194,7 +194,8 @@ class CoreMachine(RuleBasedStateMachine):
                 sent = Sent(attempt, float(number), code, timeout_us < 60_000_000)
                 blob += self.send((caller, number), sent, rows, width)
             tasks.append(Tasks(form, caller, attempt, 0, tuple(ids), (timeout_us,) * count))
-        self.follow(self.talk.tell(Assign(self.talk.epoch, tasks, freed, cancelled, blob=blob)))
+        alone = any(task.attempt > 1 for task in tasks)
+        self.follow(self.talk.tell(Assign(self.talk.epoch, tasks, freed, cancelled, alone=alone, blob=blob)))
 
     @precondition(lambda self: self.known)
     @rule(groups=GROUPS)
