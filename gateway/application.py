@@ -127,9 +127,9 @@ class Application:
             exchange.answer_error(error.status, error.sentence, allow)
         except Exception:
             log.exception("request handler failed", extra=fields(url=repr(head.url)))
-            self._crashed(exchange)
+            self.crashed(exchange)
 
-    def _crashed(self, exchange: Exchange) -> None:
+    def crashed(self, exchange: Exchange) -> None:
         """A defect of ours must end one request, not the connections of everybody else."""
         self._count(500)
         total = total_line(time.monotonic() - exchange.arrived)
@@ -310,14 +310,14 @@ class Application:
                 head, tail = render(answer.body, answer.payload, query.style, query.id, begin, parameters)
                 if answer.held and tail is answer.payload:
                     self._count(200)
-                    exchange.send(200, head, tail, partial(self._release, answer.held))
+                    exchange.send(200, head, tail, partial(self.release, answer.held))
                     return
                 self._send(exchange, head, tail)
         except (BadMessage, PenstockError) as error:
             code = error.code if isinstance(error, PenstockError) else errors.INTERNAL
             self.fail(exchange, PenstockError(code, str(error)), query.id)
         if answer.held:  # what is sent of it has been copied
-            self._release(answer.held)
+            self.release(answer.held)
 
     def _send_compressed(self, exchange: Exchange, json: bytes, binary: bytes, encoding: str, begin: bytes) -> None:
         if len(json) + len(binary) < self.options.compress_bytes_min:
@@ -334,7 +334,7 @@ class Application:
 
         self._aside(exchange, len(json) + len(binary), partial(compress, json + binary, encoding), compressed)
 
-    def _release(self, held: int) -> None:
+    def release(self, held: int) -> None:
         self.caller.release(held, time.monotonic())
 
     def _send(self, exchange: Exchange, head: bytes, tail: Payload) -> None:
@@ -367,7 +367,7 @@ class Application:
             self.fail(exchange, error)
         except Exception:
             log.exception("request handler failed", extra=fields(url=repr(exchange.request.head.url)))
-            self._crashed(exchange)
+            self.crashed(exchange)
 
     def _count_failure(self, target: Target, code: str) -> None:
         """Count a request that went no further than this gateway. Only names that the server has become labels."""
@@ -466,7 +466,13 @@ class _Inference:
         seconds = time.monotonic() - exchange.arrived
         if application.seconds.observe_one(seconds):
             application.seconds.exemplify(seconds, application.name(query.id, self._number))
-        application.finish(exchange, query, answer, self._asked, seconds)
+        try:
+            application.finish(exchange, query, answer, self._asked, seconds)
+        except Exception:  # of one answer, which is no reason to end: the core would not be told the rest of its batch
+            log.exception("answer cannot be written", extra=fields(model=query.form.model))
+            if answer.held and not exchange.status:  # else it goes with what has been sent
+                application.release(answer.held)
+            application.crashed(exchange)
 
     def fail(self, error: PenstockError) -> None:
         self._application.fail(self._exchange, error, self._query.id, self._number)

@@ -15,6 +15,7 @@ from typing import Final
 import uvloop
 
 from penstock.client.link import Link
+from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.options import GatewayOptions
@@ -23,7 +24,7 @@ from penstock.gateway.tracing import Tracing
 from penstock.wire.arena import Arena, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
-from penstock.wire.process import Watchdog, fields, measure, notify
+from penstock.wire.process import EXIT_DEFECT, Watchdog, check_descriptor_limit, fields, measure, notify
 
 log = logging.getLogger("penstock.gateway")
 
@@ -31,6 +32,10 @@ _BACKLOG: Final = 2048
 # A gateway that starts leaves connections in the kernel's queue, and so to the gateways beside it, for as long as it
 # may take to hear from a broker that is there: who comes at once is not told that there is none.
 _PATIENCE_S: Final = 1.0
+_BESIDE: Final = 256  # descriptors beside those of HTTP: workers, the broker, the log
+# An exception that nobody expected has come out of the core: the event loop would go on with one that is in the middle
+# of something. Whoever started this process starts it again.
+_DEFECT: Final = "defect; what this process knows cannot be relied on any more, and it ends"
 _SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
 
 
@@ -96,6 +101,7 @@ class GatewayProcess:
         self._listener: socket.socket | None = None
 
     def start(self) -> None:
+        check_descriptor_limit(self._settings.options.connections_max + _BESIDE, "HTTP connections")
         self._arena = _make_arena(self._settings)
         self._listener = listen(self._settings.http)
         try:
@@ -123,16 +129,19 @@ class GatewayProcess:
         notify("READY=1")
         coupling.pump()
         await _first_of(_PATIENCE_S, coupling.introduced, stopped)
-        server = await loop.create_server(coupling.http.connection, sock=self._listener, backlog=_BACKLOG)
+        acceptor = Acceptor(self._listener, coupling.http.connection, _BACKLOG)
+        await acceptor.start()
+        coupling.http.look = acceptor.look
         coupling.http.watch()
         await stopped.wait()
         notify("STOPPING=1")
-        await self._drain(server, coupling.http)
+        await self._drain(acceptor, coupling.http)
         coupling.close()
 
-    async def _drain(self, server: asyncio.AbstractServer, http: Http) -> None:
+    async def _drain(self, acceptor: Acceptor, http: Http) -> None:
         """Accept nothing more; answer what is under way, and wait for idle connections until the limit."""
-        server.close()
+        http.look = lambda: None
+        acceptor.close()
         http.drain()
         log.info("gateway draining", extra=fields(connections=len(http.connections), limit_s=self._settings.drain_s))
         with contextlib.suppress(TimeoutError):
@@ -170,6 +179,13 @@ class Coupling:
 
     def pump(self) -> None:
         """Handle what has come from the broker and the workers."""
+        try:
+            self._pump()
+        except Exception:
+            log.exception(_DEFECT)
+            os._exit(EXIT_DEFECT)
+
+    def _pump(self) -> None:
         self._link.pump()
         self._watchdog.feed(time.monotonic())
         if self._link.caller.models is not None:
@@ -183,8 +199,12 @@ class Coupling:
 
     def _flush(self) -> None:
         self._flushing = False
-        self._link.flush()
-        self._set_timer()
+        try:
+            self._link.flush()
+            self._set_timer()
+        except Exception:
+            log.exception(_DEFECT)
+            os._exit(EXIT_DEFECT)
 
     def _set_timer(self) -> None:
         """Be called when the link is due. A timer that is early costs one turn; one for each change would cost more."""

@@ -23,6 +23,7 @@ import zmq
 from penstock.wire import control
 from penstock.wire.arena import make_arena
 from penstock.wire.codec import pack, unpack
+from penstock.wire.doors import Doors
 from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
@@ -172,6 +173,7 @@ class WorkerProcess:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._slots: Slots | None = None
+        self._doors = Doors([])
         if settings.broker.runtime is not None:
             name = f"penstock-{settings.name or settings.device}"
             arena = make_arena(settings.options.arena_bytes, name, "[worker] arena_bytes")
@@ -179,7 +181,9 @@ class WorkerProcess:
                 opened.callback(arena.close)
                 self._slots = Slots(arena)
             settings.broker.runtime.make()
-            opened.callback(Guard(settings.broker.runtime.results(number)).release)
+            guard = Guard(settings.broker.runtime.results(number))
+            opened.callback(guard.release)
+            self._doors = Doors([guard])
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
         self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER)
@@ -349,6 +353,7 @@ class WorkerProcess:
             self._hear(Unsubscribed(caller))
         elif self._core.may_subscribe(caller):
             self._results.raw.set(zmq.SUBSCRIBE, caller)
+            self._doors.look()
             self._hear(Subscribed(caller))
 
     def _obey(self, commands: list[Command]) -> None:
@@ -382,6 +387,7 @@ class WorkerProcess:
             if self._gpu is not None:
                 measure_gpu(meters, self._gpu.uuid, self._gpu.latest)
             measure(meters)
+            self._doors.look()
             message.samples = meters.samples()
         assert not isinstance(message, Carrier)
         self._broker.send((pack(message),))
