@@ -20,6 +20,7 @@ class BrokerOptions:
     unacknowledged_bytes_max: int = 256 << 20  # results that one worker keeps for one caller
     attempts_max: int = 3  # workers that may be lost under one request
 
+    drain_max_s: float = 35.0  # a broker that is to end waits so long for what it holds; then requests are given up
     silence_max_s: float = 5.0  # after which a peer is taken for dead, within two seconds
     rejoin_grace_s: float = 0.25  # a new broker waits so long for the peers of the old one before it assigns
     unserved_grace_s: float = 10.0  # requests wait so long for a worker to come back before they are refused

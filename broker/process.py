@@ -66,7 +66,6 @@ class BrokerSettings:
 
     runtime: RuntimeDir
     bind: str = ""
-    drain_s: float = 10.0
     options: BrokerOptions = field(default_factory=BrokerOptions)
     record: Path | None = None
     record_max_bytes: int = RECORD_MAX_BYTES
@@ -125,13 +124,15 @@ class BrokerProcess:
             self._turn(float("inf"))
         notify("STOPPING=1")
         self._obey(self._core.handle(Drain(), time.monotonic()))
-        until = time.monotonic() + self._settings.drain_s
+        until = time.monotonic() + self._settings.options.drain_max_s
         log.info(
             "broker draining",
-            extra=fields(requests=self._core.ledger.requests, limit_s=self._settings.drain_s),
+            extra=fields(requests=self._core.ledger.requests, limit_s=self._settings.options.drain_max_s),
         )
         while self._core.ledger.requests and time.monotonic() < until:
             self._turn(until)
+        if self._core.ledger.requests:
+            log.warning("drain limit is over; requests are given up", extra=fields(requests=self._core.ledger.requests))
         self._obey(self._core.handle(End(), time.monotonic()))
         log.info("broker stopped", extra=fields(requests_left=self._core.ledger.requests))
 
@@ -212,6 +213,8 @@ class BrokerProcess:
 
     def _read_connection(self, fileno: int) -> None:
         event = self._control.read(fileno)
+        if isinstance(event, Gone):
+            self._read()  # it may have said before that it leaves
         if event is not None:
             self._obey(self._core.handle(event, time.monotonic()))
 

@@ -18,7 +18,8 @@ class Registry:
     """The models that workers have declared.
 
     A worker's models stay known when it goes, under its name: it may be restarting, and a server that forgot them would
-    answer 404 and call itself ready. They go when a worker of that name declares others.
+    answer 404 and call itself ready. They go when a worker of that name declares others, or when it leaves, as it was
+    told to, while another goes by its name and a number (see Names): its successor, which was started beside it.
     """
 
     def __init__(self, models_max: int, weights: Mapping[str, float] = _NO_WEIGHTS) -> None:
@@ -26,13 +27,17 @@ class Registry:
         self.queues: dict[ModelKey, ModelQueue] = {}
         self._versions: dict[str, set[str]] = {}
         self._declared: dict[str, dict[ModelKey, ModelState]] = {}  # by the worker's name
+        self._present: set[str] = set()  # the names of workers that have not gone
         self._models_max = models_max
         self._weights = weights
 
     def declare(self, worker: WorkerPeer, now: float) -> list[ModelQueue]:
         """Take in what a worker says of its models, or that it is leaving. Returns the queues that have ended with
         it."""
+        self._present.add(worker.name)
         self._declared[worker.name] = dict(worker.models)
+        if worker.leaving and any(_stem(worker.name, other) for other in self._present):
+            del self._declared[worker.name]
         for key, state in worker.models.items():
             queue = self.queues.get(key)
             if queue is None and len(self.queues) < self._models_max:
@@ -48,6 +53,7 @@ class Registry:
 
     def withdraw(self, worker: WorkerPeer, now: float) -> None:
         """A worker has gone; its models stay known."""
+        self._present.discard(worker.name)
         for queue in self.queues.values():
             self._enlist(queue, worker, False, now)
 
@@ -107,3 +113,10 @@ class Registry:
         if not self._versions[name]:
             del self._versions[name]
         return self.queues.pop(key)
+
+
+def _stem(one: str, other: str) -> bool:
+    """Whether two workers wished for the same name: one has it, and the other its number behind it."""
+    short, long = sorted((one, other), key=len)
+    number = long[len(short) + 1 :]
+    return long.startswith(f"{short}-") and number.isdecimal() and number[0] != "0"

@@ -27,6 +27,7 @@ from penstock.gateway.options import GatewayOptions
 from penstock.gateway.page import load_page
 from penstock.gateway.reports import Reports, form_for
 from penstock.gateway.routes import Route, RouteError, Routes
+from penstock.gateway.steady import Steady
 from penstock.gateway.terms import read_terms
 from penstock.gateway.timing import ServerTiming, explanation, total_line
 from penstock.gateway.tracing import Tracing
@@ -77,10 +78,12 @@ class Application:
         reports: Reports,
         flush: Callable[[], None],
         tracing: Tracing | None = None,
+        steady: Steady | None = None,
     ) -> None:
         self._inference: Callable[[Application, Exchange, Query], _Inference] = (
             _Inference if tracing is None else partial(_TracedInference, tracing)
         )
+        self._steady = steady or Steady()
         self._loop = loop
         self.caller = caller
         self.options = options
@@ -196,11 +199,14 @@ class Application:
 
     def _ready(self, exchange: Exchange, target: Target) -> None:
         caller = self.caller
-        if caller.is_ready():
+        ready, unsteady = caller.is_ready(), self._steady.reason(time.monotonic())
+        if ready and not unsteady:
             self._count(200)
             exchange.answer(200)
             return
-        if not caller.membership.joined:
+        if ready:
+            reason = unsteady
+        elif not caller.membership.joined:
             reason = "no broker answers"
         else:
             waits = [state for state in self._states() if state.state != READY]

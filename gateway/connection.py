@@ -575,6 +575,17 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
+    @property
+    def unanswered(self) -> int:
+        """Requests that have come."""
+        return len(self._exchanges)
+
+    def close_if_idle(self) -> None:
+        """End it unless a request is under way, or has begun to come."""
+        if not self._exchanges and self._phase == IDLE and not self._lingering and self._transport is not None:
+            self._last = True
+            self._close()
+
     def drain(self) -> None:
         """The gateway is about to end: answer what has come, and close when there is nothing to answer any more. What
         goes on ends now."""
@@ -639,6 +650,16 @@ class Http:
         for connection in list(self.connections):
             connection.drain()
         self._note_drained()
+
+    def close_idle(self) -> None:
+        """They have had the time to bring one."""
+        for connection in list(self.connections):
+            connection.close_if_idle()
+
+    @property
+    def unanswered(self) -> int:
+        """Requests on all connections."""
+        return sum(connection.unanswered for connection in self.connections)
 
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""

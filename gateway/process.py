@@ -20,6 +20,7 @@ from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import Reports
+from penstock.gateway.steady import Steady
 from penstock.gateway.tracing import Tracing
 from penstock.wire.arena import Arena, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
@@ -47,7 +48,6 @@ class GatewaySettings:
     broker: BrokerAddress
     http: str = "127.0.0.1:8000"
     name: str = "gateway"
-    drain_s: float = 5.0
     options: GatewayOptions = field(default_factory=GatewayOptions)
     tracing: Tracing | None = None
 
@@ -139,15 +139,27 @@ class GatewayProcess:
         coupling.close()
 
     async def _drain(self, acceptor: Acceptor, http: Http) -> None:
-        """Accept nothing more; answer what is under way, and wait for idle connections until the limit."""
+        """Accept nothing more, and answer what is under way. Connections without a request may bring one more, until
+        they are closed."""
+        options = self._settings.options
+        until = time.monotonic() + options.drain_max_s
         http.look = lambda: None
         acceptor.close()
         http.drain()
-        log.info("gateway draining", extra=fields(connections=len(http.connections), limit_s=self._settings.drain_s))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(http.drained.wait(), self._settings.drain_s)
+        log.info("gateway draining", extra=fields(connections=len(http.connections), limit_s=options.drain_max_s))
+        if not await _within(min(options.drain_idle_s, options.drain_max_s), http.drained):
+            http.close_idle()
+            if not await _within(until - time.monotonic(), http.drained):
+                log.warning("drain limit is over; requests are given up", extra=fields(requests=http.unanswered))
         log.info("gateway stopped", extra=fields(connections_left=len(http.connections)))
         http.stop()
+
+
+async def _within(limit_s: float, event: asyncio.Event) -> bool:
+    """Whether it is set before the time is up."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), max(0.0, limit_s))
+    return event.is_set()
 
 
 async def _first_of(limit_s: float, *events: asyncio.Event) -> None:
@@ -167,8 +179,11 @@ class Coupling:
         self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
         self._link.measure = self._measure
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
+        self._steady = Steady()
+        self._models: object = None  # what readiness follows from, when it was last looked at
+        self._epoch = 0
         self._application = Application(
-            loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing
+            loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing, self._steady
         )
         self.http = Http(loop, settings.options, self._application, self._link.slots)
         self._flushing = False
@@ -187,9 +202,14 @@ class Coupling:
 
     def _pump(self) -> None:
         self._link.pump()
-        self._watchdog.feed(time.monotonic())
-        if self._link.caller.models is not None:
-            self.introduced.set()
+        now, caller = time.monotonic(), self._link.caller
+        self._watchdog.feed(now)
+        models, epoch = caller.models, caller.membership.epoch
+        if models is not self._models or epoch != self._epoch:
+            self._models, self._epoch = models, epoch
+            self._steady.saw(caller.is_ready(), now)
+            if models is not None:
+                self.introduced.set()
         self._set_timer()
 
     def _flush_soon(self) -> None:

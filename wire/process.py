@@ -20,7 +20,9 @@ EXIT_DEFECT: Final = 70  # an exception that nobody expected: what is left canno
 SPARE_DESCRIPTORS: Final = 64  # the highest numbers, which are for what a process opens itself and not for who comes
 SHORT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # of accept(2)
 Descriptors: TypeAlias = Literal["none", "short", "enough"]
+WATCHDOG_FD: Final = "PENSTOCK_WATCHDOG_FD"  # an eventfd to feed instead of NOTIFY_SOCKET: it wakes nobody
 _FEEDINGS: Final = 3  # of a watchdog in the time after which it bites
+_EARLY_S: Final = 2.0  # it is fed so long before it is due, by who is awake: an idle process wakes for its beat alone
 
 
 class StopSignal:
@@ -78,22 +80,31 @@ def _channel() -> socket.socket:
 
 
 class Watchdog:
-    """Tells systemd that the loop which does the work turns (sd_watchdog_enabled(3)); does nothing when nobody asked
-    for it. ``due``: when to ``feed`` it next, in the same clock."""
+    """Tells systemd (sd_watchdog_enabled(3)) or the launcher that the loop which does the work turns; does nothing when
+    nobody asked for it. ``due``: when to ``feed`` it next, in the same clock."""
 
     def __init__(self) -> None:
         self.due = float("inf")
         self._every_s = float("inf")
         self._channel: socket.socket | None = None
+        self._counter = -1
         limit, whose = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
         if limit.isdecimal() and int(limit) and whose in ("", str(os.getpid())):
             self._every_s = int(limit) * 1e-6 / _FEEDINGS
             self.due = 0.0
-            self._channel = _channel()  # kept: who has no descriptor left is not stuck
+            if os.environ.get(WATCHDOG_FD, "").isdecimal():
+                self._counter = int(os.environ[WATCHDOG_FD])
+            else:
+                self._channel = _channel()  # kept: who has no descriptor left is not stuck
 
     def feed(self, now: float) -> None:
-        if now >= self.due:
-            self.due = now + self._every_s
+        if now < self.due - min(_EARLY_S, self._every_s / 2):
+            return
+        self.due = now + self._every_s
+        if self._counter >= 0:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._counter, 1)
+        else:
             notify("WATCHDOG=1", self._channel)
 
     def __del__(self) -> None:

@@ -68,7 +68,6 @@ class WorkerSettings:
     gpu: str = ""
     gpu_unusable: str = ""
     bind: str = ""
-    drain_s: float = 10.0
     options: WorkerOptions = field(default_factory=WorkerOptions)
 
 
@@ -184,6 +183,8 @@ class WorkerProcess:
             guard = Guard(settings.broker.runtime.results(number))
             opened.callback(guard.release)
             self._doors = Doors([guard])
+        # It is closed last: by its end the broker knows that this process has ended, and what was said last has left.
+        opened.callback(self._lose_control)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
         self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER)
@@ -202,7 +203,6 @@ class WorkerProcess:
         opened.callback(self._instances.stop)
         self._stop_signal = StopSignal()
         opened.callback(self._stop_signal.restore)
-        opened.callback(self._lose_control)
         local = settings.broker.runtime is not None
         identity = Identity(number, settings.name, settings.device, os.getpid(), endpoints, instances, local)
         self._core = Core(identity, [ModelState(file.name, file.version, LOADING, "", None) for file in files])
@@ -253,11 +253,13 @@ class WorkerProcess:
 
     def _drain(self) -> None:
         """Finish what has been assigned and wait for its acknowledgment, within the limit."""
-        until = time.monotonic() + self._settings.drain_s
+        until = time.monotonic() + self._settings.options.drain_max_s
         self._obey(self._core.handle(Drain(), time.monotonic()))
         while not self._core.holds_nothing and self._core.membership.joined and time.monotonic() < until:
             self._turn(until)
         self._broker.send((pack(Bye(self._core.membership.epoch)),))
+        if not self._core.holds_nothing and self._core.membership.joined:
+            log.warning("drain limit is over; what is left is given elsewhere")
         log.info("worker stopped", extra=fields(drained=self._core.holds_nothing))
 
     def _tell_lost(self) -> None:
