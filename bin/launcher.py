@@ -33,7 +33,7 @@ from penstock.broker.options import RECORD_MAX_BYTES
 from penstock.gateway.process import listen, url_of
 from penstock.wire.arena import available_bytes
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
-from penstock.wire.process import WATCHDOG_FD, StopSignal, fields
+from penstock.wire.process import SHORT_OF_DESCRIPTORS, WATCHDOG_FD, StopSignal, fields
 from penstock.worker.gpus import EXIT_GPU_LOST
 
 log = logging.getLogger("penstock.launcher")
@@ -322,6 +322,8 @@ class Launcher:
         """Kill who is stuck, so that it is started again."""
         late_s = now - self._look_at
         self._look_at = now + LOOK_S
+        if self._listener is not None:
+            self._poll.register(self._listener, select.POLLIN)
         for child in self._children:
             beat = False
             with suppress(BlockingIOError):
@@ -378,13 +380,17 @@ class Launcher:
 
     def _hear_ask(self) -> None:
         assert self._listener is not None
-        with suppress(OSError):  # who asked has left, or there is no descriptor
+        try:
             asker = Asker(self._listener.accept()[0])
-            if self._asked is None:
-                self._asked = asker
-            else:
-                asker.end("another restart is under way; wait for it")
-                asker.close()
+        except OSError as error:
+            if error.errno in SHORT_OF_DESCRIPTORS:
+                self._poll.unregister(self._listener)  # until the next look: it would be readable all the time
+            return
+        if self._asked is None:
+            self._asked = asker
+        else:
+            asker.end("another restart is under way; wait for it")
+            asker.close()
 
     def _restart(self, asker: Asker) -> None:
         """Gateways, workers, broker: each is replaced, and serves, before the next is touched."""

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -141,3 +142,19 @@ def serves(client: Client) -> bool:
     except PenstockError:
         return False
     return True
+
+
+def test_a_launcher_that_can_start_nothing_tries_again(start_server: StartServer, repository: Path) -> None:
+    server = start_server(str(repository), "--gateways=2")
+    before = server.children("gateway")
+    others = [*server.children("broker"), *server.children("worker")]
+    failed = "process cannot be started; it is tried again"
+    with limited(server.pid, -5):
+        os.kill(before[0], signal.SIGKILL)
+        wait_for(lambda: said(server, "launcher", failed), "the log to say so")
+        assert server.process.poll() is None
+        assert server.request("GET", "/v2/health/ready")[0] == 200, "the other gateway serves on"
+    wait_for(lambda: len(server.children("gateway")) == 2, "another gateway")
+    assert [*server.children("broker"), *server.children("worker")] == others
+    [first, *_] = [line for line in server.log() if line["event"] == failed]
+    assert (first["about_process"], first["reason"]) == ("gateway-0", "Too many open files")
