@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import click
 
-from penstock.bin import bench, broker, check, gateway, infer, models, simulate, systemd, top, tune, up, worker
+from penstock.bin import bench, broker, check, gateway, infer, models, restart, simulate, systemd, top, tune, up, worker
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -16,7 +16,7 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    *(up.up, check.check, broker.broker, worker.worker, gateway.gateway),
+    *(up.up, restart.restart, check.check, broker.broker, worker.worker, gateway.gateway),
     *(infer.infer, bench.bench, tune.tune, simulate.simulate, models.models, top.top, systemd.systemd),
 )
 for command in _COMMANDS:

@@ -1,5 +1,5 @@
-"""``penstock up``: starts the processes of one server, says when they serve, starts again what dies, stops all in
-order.
+"""``penstock up``: starts the processes of one server, says when they serve, starts again what dies or is stuck,
+replaces all of them one after another when it is asked to, and stops all in order.
 
 On a server systemd does this instead, with the same commands: processes tell either of them that they are ready in
 the same way (sd_notify(3)), and are stopped by the same signal.
@@ -18,25 +18,28 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
 from penstock.bin.cpus import format_cpus
 from penstock.bin.devices import VISIBLE, Device
+from penstock.bin.options import EXIT_CANNOT_SERVE, Options
+from penstock.bin.restart import IN_PLACE, SOCKET, Ask, Asker, RestartError, rss_bytes
+from penstock.bin.supervision import LOOK_S, STUCK_S, Breaker, Pulse
 from penstock.broker.options import RECORD_MAX_BYTES
 from penstock.gateway.process import listen, url_of
+from penstock.wire.arena import available_bytes
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
-from penstock.wire.process import StopSignal, fields
+from penstock.wire.process import SHORT_OF_DESCRIPTORS, WATCHDOG_FD, StopSignal, fields
 from penstock.worker.gpus import EXIT_GPU_LOST
 
 log = logging.getLogger("penstock.launcher")
 
-_BACKOFF_FIRST_S: Final = 0.2  # before a process that has died is started again
-_BACKOFF_MAX_S: Final = 10.0
-_STEADY_S: Final = 30.0  # who has run so long begins with the first backoff again
-_STOP_MAX_S: Final = 20.0  # for a process to drain before it is killed
+_STOP_MORE_S: Final = 10.0  # than its drain_max_s a process may take to end before it is killed
+_KILL_MAX_S: Final = 5.0  # for the kernel to end a process that is killed; one that waits for a broken disk stays
 _PROBE_S: Final = 0.05  # between two looks whether HTTP answers
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 
@@ -66,13 +69,17 @@ class Plan:
     log_level: str
     record: Path | None = None
     record_max_bytes: int = RECORD_MAX_BYTES
+    options: Options = field(default_factory=Options)
 
 
 @dataclass(slots=True)
 class Child:
-    """A process and what is needed to start it again. ``exit_code``: of its last life, None while it lives."""
+    """A process and what is needed to start it again. ``exit_code``: of its last life, None while it lives. ``held``:
+    it is not started again when it ends. ``beats``: an eventfd that it writes to, so that the launcher learns that it
+    lives without being woken."""
 
     name: str
+    role: str
     arguments: list[str]
     inherits: tuple[int, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)  # more than the launcher's own
@@ -82,8 +89,11 @@ class Child:
     failed: bool = False  # it says that it cannot do its work, and will end
     exit_code: int | None = None
     started: float = 0.0
-    backoff_s: float = 0.0
     start_at: float = field(default=float("inf"))
+    held: bool = False
+    beats: int = -1
+    pulse: Pulse = field(default_factory=lambda: Pulse(0.0))
+    breaker: Breaker = field(default_factory=Breaker)
 
 
 class WorkerPlan(NamedTuple):
@@ -110,12 +120,6 @@ def plan_workers(devices: Sequence[Device], each: int, shares: Sequence[Collecti
     return found
 
 
-def next_backoff(before_s: float, ran_s: float) -> float:
-    """How long to wait before a process that ran for so long is started again. ``before_s``: how long it was last
-    time, 0 when this is the first."""
-    return _BACKOFF_FIRST_S if ran_s >= _STEADY_S or not before_s else min(before_s * 2, _BACKOFF_MAX_S)
-
-
 class Launcher:
     """``run`` starts everything, calls ``announce`` with the URL once it serves, and returns the exit code."""
 
@@ -124,6 +128,9 @@ class Launcher:
         self._announce = announce
         self._poll = select.poll()
         self._children: list[Child] = []
+        self._look_at = float("inf")
+        self._asked: Asker | None = None
+        self._listener: socket.socket | None = None  # for who asks
 
     def run(self) -> int:
         """Raises EndpointError and LaunchError when the server cannot start."""
@@ -144,6 +151,7 @@ class Launcher:
         try:
             listener = listen(plan.http)
             if self._start_all(listener):
+                self._listen_for_asks()
                 self._announce(url_of(listener))
                 self._supervise()
             return 0
@@ -155,6 +163,9 @@ class Launcher:
             self._stop_all()
             if listener is not None:
                 listener.close()
+            if self._listener is not None:
+                self._listener.close()
+                (plan.runtime.path / SOCKET).unlink(missing_ok=True)
             self._notify.close()
             self._stop_signal.restore()
             guard.release()
@@ -214,21 +225,38 @@ class Launcher:
     ) -> Child:
         command, *options = arguments
         start = [sys.executable, "-m", "penstock.bin", command, f"--parent={os.getpid()}"]
-        child = Child(name, [*start, *options], inherits, environment or {})
+        child = Child(name, command, [*start, *options], inherits, environment or {})
         self._children.append(child)
-        self._spawn(child)
+        try:
+            self._spawn(child)
+        except OSError as error:
+            raise LaunchError(f"cannot start the process {name}: {error.strerror}") from None
         return child
 
     def _spawn(self, child: Child) -> None:
-        environment = os.environ | child.environment | {"NOTIFY_SOCKET": str(self._plan.runtime.path / "launcher.sock")}
-        child.process = subprocess.Popen(
+        """Raises OSError: no process or no descriptor is to be had; nothing is left of the attempt."""
+        if child.beats < 0:
+            child.beats = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        own = {
+            "NOTIFY_SOCKET": str(self._plan.runtime.path / "launcher.sock"),
+            "WATCHDOG_USEC": str(round(STUCK_S * 1e6)),
+            WATCHDOG_FD: str(child.beats),
+        }
+        process = subprocess.Popen(
             child.arguments,
-            env=environment,
+            env=os.environ | child.environment | own,
             stdin=subprocess.DEVNULL,
-            pass_fds=child.inherits,
+            pass_fds=(*child.inherits, child.beats),
             start_new_session=True,  # Ctrl-C in a terminal is for the launcher, which stops the others in their order
         )
-        child.pidfd = os.pidfd_open(child.process.pid)
+        try:
+            child.pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_KILL_MAX_S)
+            raise
+        child.process = process
         child.ready, child.failed, child.exit_code = False, False, None
         child.started, child.start_at = time.monotonic(), float("inf")
         self._poll.register(child.pidfd, select.POLLIN)
@@ -251,19 +279,59 @@ class Launcher:
     # --- running ---
 
     def _supervise(self) -> None:
+        self._look_at = time.monotonic() + LOOK_S
         while not self._stop_signal.received:
-            self._turn(min(child.start_at for child in self._children))
-            now = time.monotonic()
-            for child in self._children:
-                if child.exit_code is not None and child.start_at == float("inf"):
-                    child.backoff_s = next_backoff(child.backoff_s, now - child.started)
-                    child.start_at = now + child.backoff_s
-                    log.warning(
-                        "process ended; it is started again",
-                        extra=fields(process=child.name, exit_code=child.exit_code, after_s=child.backoff_s),
-                    )
-                elif child.start_at <= now:
+            self._step(float("inf"))
+            if self._asked is not None:
+                self._restart(self._asked)
+                self._asked.close()
+                self._asked = None
+
+    def _step(self, until: float) -> None:
+        """Take in what happens, for at most so long, and start again what has ended."""
+        self._turn(min([until, self._look_at, *[child.start_at for child in self._children]]))
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look(now)
+        for child in self._children:
+            if child.held:
+                continue
+            if child.exit_code is not None and child.start_at == float("inf"):
+                self._plan_start(child, now)
+            elif child.start_at <= now:
+                try:
                     self._spawn(child)
+                except OSError as error:
+                    child.start_at = now + child.breaker.ended(now, 0.0)
+                    log.error(
+                        "process cannot be started; it is tried again",
+                        extra=fields(process=child.name, reason=error.strerror, after_s=child.start_at - now),
+                    )
+
+    def _plan_start(self, child: Child, now: float) -> None:
+        was_broken, ran_s = child.breaker.broken, now - child.started
+        pause_s = child.breaker.ended(now, ran_s, hopeless=child.exit_code == EXIT_CANNOT_SERVE)
+        child.start_at = now + pause_s
+        about = fields(process=child.name, exit_code=child.exit_code, after_s=pause_s)
+        if child.breaker.broken and not was_broken:
+            log.error("process ends again and again; it is only tried now and then", extra=about)
+        else:
+            log.warning("process ended; it is started again", extra=about)
+
+    def _look(self, now: float) -> None:
+        """Kill who is stuck, so that it is started again."""
+        late_s = now - self._look_at
+        self._look_at = now + LOOK_S
+        if self._listener is not None:
+            self._poll.register(self._listener, select.POLLIN)
+        for child in self._children:
+            beat = False
+            with suppress(BlockingIOError):
+                beat = child.beats >= 0 and os.eventfd_read(child.beats) > 0
+            stuck = child.pulse.feel(now, beat or not child.ready or child.held, late_s)
+            if stuck and child.pidfd >= 0:
+                log.error("process is stuck; it is killed", extra=fields(process=child.name, limit_s=STUCK_S))
+                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
 
     def _turn(self, until: float) -> None:
         """Take in what has happened, for at most so long."""
@@ -273,6 +341,8 @@ class Launcher:
                 self._stop_signal.clear()
             elif readable == self._notify.fileno():
                 self._read_notify()
+            elif self._listener is not None and readable == self._listener.fileno():
+                self._hear_ask()
             else:
                 self._reap(readable)
 
@@ -284,7 +354,8 @@ class Launcher:
                 for child in self._children:
                     if child.process is not None and child.process.pid == pid:
                         lines = data.split(b"\n")
-                        child.ready |= b"READY=1" in lines
+                        if not child.ready and b"READY=1" in lines:
+                            child.ready, child.pulse = True, Pulse(time.monotonic())
                         child.failed |= any(line.startswith(b"ERRNO=") for line in lines)
 
     def _reap(self, pidfd: int) -> None:
@@ -296,29 +367,142 @@ class Launcher:
         os.close(pidfd)
         child.pidfd = -1
 
+    # --- replacing one after another ---
+
+    def _listen_for_asks(self) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        path = self._plan.runtime.path / SOCKET
+        path.unlink(missing_ok=True)
+        self._listener.bind(os.fspath(path))
+        self._listener.listen()
+        self._listener.setblocking(False)
+        self._poll.register(self._listener, select.POLLIN)
+
+    def _hear_ask(self) -> None:
+        assert self._listener is not None
+        try:
+            asker = Asker(self._listener.accept()[0])
+        except OSError as error:
+            if error.errno in SHORT_OF_DESCRIPTORS:
+                self._poll.unregister(self._listener)  # until the next look: it would be readable all the time
+            return
+        if self._asked is None:
+            self._asked = asker
+        else:
+            asker.end("another restart is under way; wait for it")
+            asker.close()
+
+    def _restart(self, asker: Asker) -> None:
+        """Gateways, workers, broker: each is replaced, and serves, before the next is touched."""
+        try:
+            ask = asker.hear()
+            log.info("rolling restart begins", extra=fields(roles=" ".join(ask.roles), in_place=ask.in_place))
+            for role in ask.roles:
+                for child in [child for child in self._children if child.role == role]:
+                    self._replace(child, ask, asker)
+            log.info("rolling restart ended")
+            asker.end("")
+        except RestartError as error:
+            log.error("rolling restart broken off", extra=fields(reason=str(error)))
+            asker.end(str(error))
+
+    def _replace(self, child: Child, ask: Ask, asker: Asker) -> None:
+        """Raises RestartError."""
+        if self._stop_signal.received:
+            raise RestartError("the server is told to stop")
+        begin = time.monotonic()
+        successor = child
+        if self._beside(child, ask, asker):
+            successor = Child(child.name, child.role, child.arguments, child.inherits, child.environment, held=True)
+            self._children.append(successor)
+            try:
+                self._spawn(successor)
+                self._wait_for(successor)
+            except (OSError, RestartError) as error:
+                self._stop([successor], self._step)
+                self._forget(successor)
+                raise RestartError(f"{child.name} serves on as it was: {error}") from None
+        child.held = True
+        if not self._stop([child], self._step):
+            asker.say(f"{child.name}: it did not end in time, and was killed")
+        if successor is child:
+            child.held, child.breaker = False, Breaker()
+            try:
+                self._spawn(child)
+            except OSError as error:  # it is tried again, as ever
+                raise RestartError(f"{child.name} cannot be started: {error.strerror}") from None
+            self._wait_for(child)
+        else:
+            self._forget(child)
+            successor.held = False
+        assert successor.process is not None
+        seconds = time.monotonic() - begin
+        log.info("process replaced", extra=fields(process=child.name, by=successor.process.pid, seconds=seconds))
+        asker.say(f"{child.name}: replaced by {successor.process.pid} in {seconds:.1f} s")
+
+    def _beside(self, child: Child, ask: Ask, asker: Asker) -> bool:
+        """Whether its successor can be started while it serves."""
+        if child.role == "broker" or ask.in_place or child.process is None or child.pidfd < 0:
+            return False
+        needed = rss_bytes(child.process.pid)
+        if needed < available_bytes():
+            return True
+        asker.say(f"{child.name}: memory does not suffice for two of it ({needed >> 20} MiB); {IN_PLACE}")
+        return False
+
+    def _wait_for(self, child: Child) -> None:
+        """Until it is ready. Raises RestartError."""
+        while not child.ready:
+            self._step(float("inf"))
+            if self._stop_signal.received:
+                raise RestartError("the server is told to stop")
+            if child.exit_code is not None:
+                raise RestartError(f"the new process ended with exit code {child.exit_code} before it was ready")
+
+    def _forget(self, child: Child) -> None:
+        self._children.remove(child)
+        if child.beats >= 0:
+            os.close(child.beats)
+
     # --- stopping ---
 
     def _stop_all(self) -> None:
-        """Gateways first, so that nothing new comes; the broker once it holds nothing; then the workers."""
-        gateways = [child for child in self._children if child.name.startswith("gateway")]
-        broker = [child for child in self._children if child.name == "broker"]
-        workers = [child for child in self._children if child not in gateways and child not in broker]
-        for children in (gateways, broker, workers):
-            self._stop(children)
+        """Gateways first, so that nothing new comes; then the broker, which takes in nothing more and ends once it
+        holds nothing, for which it needs the workers: they are last."""
+        for role in ("gateway", "broker", "worker"):
+            self._stop([child for child in self._children if child.role == role], self._turn)
 
-    def _stop(self, children: Iterable[Child]) -> None:
+    def _stop(self, children: Sequence[Child], turn: Callable[[float], None]) -> bool:
+        """Whether all have ended as they were told to. ``turn``: what to do meanwhile."""
         alive = [child for child in children if child.pidfd >= 0]
+        limit_s = max((self._drain_max_s(child.role) for child in alive), default=0.0) + _STOP_MORE_S
+        self._signal(alive, signal.SIGTERM)
+        if self._ended(alive, limit_s, turn):
+            return True
         for child in alive:
-            signal.pidfd_send_signal(child.pidfd, signal.SIGTERM)
-        until = time.monotonic() + _STOP_MAX_S
-        while any(child.pidfd >= 0 for child in alive):
-            if time.monotonic() >= until:
-                for child in alive:
-                    if child.pidfd >= 0:
-                        log.error("process did not stop in time; it is killed", extra=fields(process=child.name))
-                        signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
-                until = float("inf")
-            self._turn(min(until, time.monotonic() + 1.0))
+            if child.pidfd >= 0:
+                log.error("process did not stop in time; it is killed", extra=fields(process=child.name))
+        self._signal(alive, signal.SIGKILL)
+        if not self._ended(alive, _KILL_MAX_S, turn):
+            names = " ".join(child.name for child in alive if child.pidfd >= 0)
+            log.error("process cannot be killed; it is left behind", extra=fields(process=names))
+        return False
+
+    def _signal(self, children: Sequence[Child], number: signal.Signals) -> None:
+        for child in children:
+            if child.pidfd >= 0:
+                signal.pidfd_send_signal(child.pidfd, number)
+
+    def _ended(self, children: Sequence[Child], limit_s: float, turn: Callable[[float], None]) -> bool:
+        """Whether all have ended within the limit."""
+        until = time.monotonic() + limit_s
+        while any(child.pidfd >= 0 for child in children) and time.monotonic() < until:
+            turn(until)
+        return not any(child.pidfd >= 0 for child in children)
+
+    def _drain_max_s(self, role: str) -> float:
+        limit_s: float = getattr(self._plan.options, role).drain_max_s
+        return limit_s
 
 
 def _give_up(name: str, exit_code: int) -> NoReturn:

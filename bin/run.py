@@ -14,7 +14,7 @@ from penstock.bin import logs
 from penstock.bin.options import end_with
 from penstock.wire.arena import ArenaError
 from penstock.wire.endpoints import EndpointError
-from penstock.wire.process import fields
+from penstock.wire.process import EXIT_DEFECT, fields, raise_descriptor_limit
 
 log = logging.getLogger("penstock")
 
@@ -34,6 +34,7 @@ def run(role: str, log_format: str, log_level: str, parent: int, make: Callable[
     logs.set_up(role, log_format, log_level)
     end_with(parent)
     threading.excepthook = _die
+    raise_descriptor_limit()
     process = make()
     try:
         process.start()
@@ -51,4 +52,4 @@ def run(role: str, log_format: str, log_level: str, parent: int, make: Callable[
 def _die(hook: threading.ExceptHookArgs) -> None:
     """A thread that ends by an exception would leave a process that only looks alive: end it, and be started anew."""
     log.critical("thread failed", exc_info=hook.exc_value, extra=fields(thread=hook.thread and hook.thread.name))
-    os._exit(70)
+    os._exit(EXIT_DEFECT)

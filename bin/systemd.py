@@ -74,7 +74,7 @@ def systemd(to: Path | None, install: bool, models: Path) -> None:
 
 def render(penstock: str, models: Path, version: int) -> dict[str, str]:
     """The files, by their path below /etc. ``penstock``: the command, as ExecStart= has it; ``version``: systemd's."""
-    steps = "RestartSteps=6\nRestartMaxDelaySec=30s\n" if version >= _STEPS_SINCE else ""
+    steps = "RestartSteps=6\nRestartMaxDelaySec=60s\n" if version >= _STEPS_SINCE else ""
     arguments = [f"PENSTOCK{kind}_ARGS=" for kind in ("", "_BROKER", "_GATEWAY", "_WORKER")]
     environment = [f"PENSTOCK_MODELS={models}", *arguments]
     values: Mapping[str, str] = {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from penstock.gateway.figures import View
 
 _AGAIN_S: Final = 1.0  # after a gateway was lost
+_END_S: Final = 5.0  # for the listening thread to end
 _HISTORY: Final = 300  # views
 _QUIT: Final = b"qQ"
 
@@ -94,7 +95,7 @@ class _Hearing:
     def close(self) -> None:
         self._closing.set()
         self._listener.close()
-        self._thread.join()
+        self._thread.join(_END_S)
         self.woken.close()
         self.wake.close()
 

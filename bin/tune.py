@@ -318,7 +318,7 @@ def _wait_ready(process: subprocess.Popen[str], errors: Path) -> str:
         ready = process.stdout.readline()
     finally:
         killer.cancel()
-        killer.join()
+        killer.join(_STOP_MAX_S)
     if not ready.startswith("penstock ready: "):
         said = errors.read_text(errors="replace").strip().splitlines()
         raise TuneError(f"the server does not start: {said[-1] if said else 'it says nothing'}")

@@ -54,7 +54,7 @@ def up(
     address = options.broker_address(runtime_dir)
     if address.runtime is None:
         raise click.UsageError("--runtime-dir is a directory; a TCP address goes with --bind")
-    options.load_options(config)  # what is wrong with it is said once, here
+    limits = options.load_options(config)  # what is wrong with it is said once, here
     logs.set_up("launcher", log_format, log_level)
     devices = options.find_devices(device)
     shares = _shares(workers * len(devices)) if pin else []
@@ -73,6 +73,7 @@ def up(
             config=config,
             record=record,
             record_max_bytes=record_max_bytes,
+            options=limits,
             runtime=address.runtime,
             log_format=log_format,
             log_level=log_level,

@@ -16,6 +16,7 @@ from penstock.wire.arena import ArenaError, Mapping
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import Garbage
 from penstock.wire.messages import MAX_PEERS
+from penstock.wire.process import SHORT_OF_DESCRIPTORS
 
 _UNNAMED_MAX: Final = 256  # connections that have not said who they are yet
 _OUTBOX_MAX: Final = 2 * MAX_PEERS  # arenas that wait for one reader
@@ -34,18 +35,23 @@ class ControlServer:
         self._peers: dict[int, bytes] = {}
         self._filenos: dict[bytes, int] = {}  # by peer
         self._arenas: dict[bytes, tuple[int, Mapping]] = {}  # by peer: the descriptor, and what is behind it
+        self._paused = False  # who waits is not accepted, for want of descriptors
 
     @property
     def listener(self) -> int:
         return self._listener.fileno()
 
     def accept(self) -> list[int]:
-        """Accept all who wait; returns their descriptors. Processes of other users are turned away."""
+        """Accept all who wait; returns their descriptors. Processes of other users are turned away. When descriptors
+        have run out, nobody is accepted until ``resume``: a listener that is left readable would keep the loop busy."""
         accepted: list[int] = []
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # nobody waits, or descriptors have run out: they may wait on
+            except OSError as error:
+                if error.errno in SHORT_OF_DESCRIPTORS and not self._paused:
+                    self._paused = True
+                    self._poll.unregister(self._listener)
                 return accepted
             connection.setblocking(False)
             crowded = len(self._connections) - len(self._peers) >= _UNNAMED_MAX
@@ -56,6 +62,12 @@ class ControlServer:
             self._poll.register(connection, select.POLLIN)
             accepted.append(connection.fileno())
 
+    def resume(self) -> None:
+        """There are descriptors again."""
+        if self._paused:
+            self._paused = False
+            self._poll.register(self._listener, select.POLLIN)
+
     def read(self, fileno: int) -> Came | Gone | Garbage | None:
         """What a connection that became readable says. After Gone or Garbage it is closed."""
         connection = self._connections[fileno]
@@ -65,6 +77,8 @@ class ControlServer:
             if introduced is None:
                 self._close(fileno)
                 return Gone(known, "its process ended", disconnected=True) if known else None
+            if introduced.cut:
+                raise BadMessage("an arena came for which this process has no descriptor left")
             return self._introduced(fileno, known, introduced.peer, introduced.arena)
         except BlockingIOError:
             return None
@@ -163,7 +177,8 @@ class ControlServer:
 
     def close(self) -> None:
         """Whoever is connected is told that the broker leaves."""
-        self._poll.unregister(self._listener)
+        if not self._paused:
+            self._poll.unregister(self._listener)
         self._listener.close()
         for fileno, connection in list(self._connections.items()):
             with contextlib.suppress(OSError):

@@ -23,6 +23,7 @@ class BrokerOptions:
     # Of these, workers that may die, or not end, while the request is alone on them: then it fails with `poisoned`.
     deaths_max: int = 3
 
+    drain_max_s: float = 35.0  # a broker that is to end waits so long for what it holds; then requests are given up
     silence_max_s: float = 5.0  # after which a peer is taken for dead, within two seconds
     ping_after_s: float = 0.3  # a worker that has work and says nothing for so long is asked whether it lives
     busy_silence_max_s: float = 0.8  # after which one that does not answer is taken for lost, and its work moves

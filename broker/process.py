@@ -31,6 +31,7 @@ from penstock.broker.events import (
 from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
 from penstock.broker.record import Recorder
 from penstock.wire.codec import pack, unpack
+from penstock.wire.doors import Doors
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import Drain, Garbage, Log, Tick
@@ -46,7 +47,7 @@ from penstock.wire.messages import (
     Submit,
     WorkerHello,
 )
-from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
+from penstock.wire.process import StopSignal, Watchdog, check_descriptor_limit, fields, measure, notify
 from penstock.wire.sockets import Socket
 
 log = logging.getLogger("penstock.broker")
@@ -55,6 +56,7 @@ _ROUND_MESSAGES: Final = 64  # read from one socket before the others have their
 _HIGH_WATER: Final = 100_000  # messages that may wait for one peer; windows and bounds keep it far below
 _MEASURE_S: Final = 0.5
 _LINGER_MS: Final = 1000  # for what was said last
+_PEER_DESCRIPTORS: Final = 4  # of a peer on this host: two connections, its arena, and the mapping of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,6 @@ class BrokerSettings:
 
     runtime: RuntimeDir
     bind: str = ""
-    drain_s: float = 10.0
     options: BrokerOptions = field(default_factory=BrokerOptions)
     record: Path | None = None
     record_max_bytes: int = RECORD_MAX_BYTES
@@ -80,10 +81,13 @@ class BrokerProcess:
         self._recorder: Recorder | None = None
 
     def start(self) -> None:
-        runtime, opened = self._settings.runtime, self._opened
+        runtime, opened, options = self._settings.runtime, self._opened, self._settings.options
+        check_descriptor_limit(_PEER_DESCRIPTORS * (options.callers_max + options.workers_max), "callers and workers")
         runtime.make()
-        for path in (runtime.callers, runtime.workers, runtime.control):
-            opened.callback(Guard(path).release)
+        guards = [Guard(path) for path in (runtime.callers, runtime.workers, runtime.control)]
+        for guard in guards:
+            opened.callback(guard.release)
+        self._doors = Doors(guards)
         opened.callback(runtime.sweep)
         runtime.sweep()
         # It is closed last: whoever sees its end has been told already that the broker leaves.
@@ -120,13 +124,15 @@ class BrokerProcess:
             self._turn(float("inf"))
         notify("STOPPING=1")
         self._obey(self._core.handle(Drain(), time.monotonic()))
-        until = time.monotonic() + self._settings.drain_s
+        until = time.monotonic() + self._settings.options.drain_max_s
         log.info(
             "broker draining",
-            extra=fields(requests=self._core.ledger.requests, limit_s=self._settings.drain_s),
+            extra=fields(requests=self._core.ledger.requests, limit_s=self._settings.options.drain_max_s),
         )
         while self._core.ledger.requests and time.monotonic() < until:
             self._turn(until)
+        if self._core.ledger.requests:
+            log.warning("drain limit is over; requests are given up", extra=fields(requests=self._core.ledger.requests))
         self._obey(self._core.handle(End(), time.monotonic()))
         log.info("broker stopped", extra=fields(requests_left=self._core.ledger.requests))
 
@@ -154,6 +160,7 @@ class BrokerProcess:
         if now >= self._measure_at:
             self._measure_at = now + _MEASURE_S
             measure(self._core.meters)
+            self._look_at_doors()
             if self._recorder is not None:
                 self._recorder.flush()
         wait_s = min(self._core.due(), until, self._watchdog.due) - now
@@ -189,9 +196,14 @@ class BrokerProcess:
         if readable == self._stop_signal.fileno():
             self._stop_signal.clear()
         elif readable == self._control.listener:
-            self._control.accept()
+            if self._control.accept():
+                self._look_at_doors()
         elif readable in self._control:
             self._read_connection(readable)
+
+    def _look_at_doors(self) -> None:
+        if self._doors.look():
+            self._control.resume()
 
     def _read_controls(self) -> None:
         """Whoever is about to introduce itself does it now."""
@@ -201,6 +213,8 @@ class BrokerProcess:
 
     def _read_connection(self, fileno: int) -> None:
         event = self._control.read(fileno)
+        if isinstance(event, Gone):
+            self._read()  # it may have said before that it leaves
         if event is not None:
             self._obey(self._core.handle(event, time.monotonic()))
 

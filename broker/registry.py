@@ -19,7 +19,9 @@ class Registry:
     """The models that workers have declared.
 
     A worker's models stay known when it goes, under its name: it may be restarting, and a server that forgot them would
-    answer 404 and call itself ready. They go when a worker of that name declares others, or very many have gone since.
+    answer 404 and call itself ready. They go when a worker of that name declares others, when very many have gone since,
+    or when it leaves, as it was told to, while another goes by its name and a number (see Names): its successor, which
+    was started beside it.
     """
 
     def __init__(self, models_max: int, weights: Mapping[str, float] = _NO_WEIGHTS) -> None:
@@ -39,6 +41,8 @@ class Registry:
         while len(self._away) > _AWAY_MAX:
             longest = next(iter(self._away))
             del self._away[longest], self._declared[longest]
+        if worker.leaving and any(_stem(worker.name, other) for other in self._declared.keys() - self._away.keys()):
+            del self._declared[worker.name]
         for key, state in worker.models.items():
             queue = self.queues.get(key)
             if queue is None and len(self.queues) < self._models_max:
@@ -54,7 +58,8 @@ class Registry:
 
     def withdraw(self, worker: WorkerPeer, now: float) -> None:
         """A worker has gone; its models stay known."""
-        self._away[worker.name] = None
+        if worker.name in self._declared:
+            self._away[worker.name] = None
         for queue in self.queues.values():
             self._enlist(queue, worker, False, now)
 
@@ -115,3 +120,10 @@ class Registry:
         if not self._versions[name]:
             del self._versions[name]
         return self.queues.pop(key)
+
+
+def _stem(one: str, other: str) -> bool:
+    """Whether two workers wished for the same name: one has it, and the other its number behind it."""
+    short, long = sorted((one, other), key=len)
+    number = long[len(short) + 1 :]
+    return long.startswith(f"{short}-") and number.isdecimal() and number[0] != "0"

@@ -19,7 +19,7 @@ from penstock.client.events import Complete
 from penstock.client.explain import explain
 from penstock.client.link import Link
 from penstock.client.short import Plan, Short
-from penstock.client.talk import Talk, give_back
+from penstock.client.talk import END_S, Talk, give_back
 from penstock.client.terms import check_terms, check_timeout
 from penstock.wire.arena import Arena, ArenaError
 from penstock.wire.endpoints import EndpointError, default_runtime_dir, parse_broker
@@ -294,7 +294,7 @@ class Client:
         call = _Call(talk, link, payload, copy)
         talk.submit(link, call, form, payload, limit_s - (time.monotonic() - start))
         if self._closed and talk.thread is not threading.current_thread():
-            talk.thread.join()  # closed meanwhile: the thread may have looked for the last time
+            talk.thread.join(END_S)  # closed meanwhile: the thread may have looked for the last time
             call.end(None, PenstockError(CANCELLED, "the client was closed"))
         return call
 

@@ -37,6 +37,7 @@ log = logging.getLogger("penstock.client")
 _STANDBY_S: Final = 0.1  # between two looks of a keeper that others lead; and how long nobody has asked before it leads
 _GRACE_S: Final = 0.3  # past a request's time, when its leader looks itself after what is due, and then every
 _TICK_S: Final = 0.1
+END_S: Final = 5.0  # for the keeper to end everything: it waits for nobody, but for a name server that does not answer
 _LATE_S: Final = 5.0  # past a request's time, after which something is wrong with this process itself
 
 Task = tuple[Callable[..., None] | None, tuple[Any, ...]]
@@ -147,7 +148,7 @@ class Talk:
         if self.thread.is_alive():
             self.enqueue(None)
             if self.thread is not threading.current_thread():
-                self.thread.join()
+                self.thread.join(END_S)
 
     # --- on any thread ---
 

@@ -27,6 +27,7 @@ from penstock.gateway.options import GatewayOptions
 from penstock.gateway.page import load_page
 from penstock.gateway.reports import Reports, form_for
 from penstock.gateway.routes import Route, RouteError, Routes
+from penstock.gateway.steady import Steady
 from penstock.gateway.terms import read_terms
 from penstock.gateway.timing import ServerTiming, explanation, total_line
 from penstock.gateway.tracing import Tracing
@@ -78,10 +79,12 @@ class Application:
         reports: Reports,
         flush: Callable[[], None],
         tracing: Tracing | None = None,
+        steady: Steady | None = None,
     ) -> None:
         self._inference: Callable[[Application, Exchange, Query], _Inference] = (
             _Inference if tracing is None else partial(_TracedInference, tracing)
         )
+        self._steady = steady or Steady()
         self._loop = loop
         self.caller = caller
         self.options = options
@@ -128,9 +131,9 @@ class Application:
             exchange.answer_error(error.status, error.sentence, allow)
         except Exception:
             log.exception("request handler failed", extra=fields(url=repr(head.url)))
-            self._crashed(exchange)
+            self.crashed(exchange)
 
-    def _crashed(self, exchange: Exchange) -> None:
+    def crashed(self, exchange: Exchange) -> None:
         """A defect of ours must end one request, not the connections of everybody else."""
         self._count(500)
         total = total_line(time.monotonic() - exchange.arrived)
@@ -197,11 +200,14 @@ class Application:
 
     def _ready(self, exchange: Exchange, target: Target) -> None:
         caller = self.caller
-        if caller.is_ready():
+        ready, unsteady = caller.is_ready(), self._steady.reason(time.monotonic())
+        if ready and not unsteady:
             self._count(200)
             exchange.answer(200)
             return
-        if not caller.membership.joined:
+        if ready:
+            reason = unsteady
+        elif not caller.membership.joined:
             reason = "no broker answers"
         else:
             waits = [state for state in self._states() if state.state != READY]
@@ -311,14 +317,14 @@ class Application:
                 head, tail = render(answer.body, answer.payload, query.style, query.id, begin, parameters)
                 if answer.held and tail is answer.payload:
                     self._count(200)
-                    exchange.send(200, head, tail, partial(self._release, answer.held))
+                    exchange.send(200, head, tail, partial(self.release, answer.held))
                     return
                 self._send(exchange, head, tail)
         except (BadMessage, PenstockError) as error:
             code = error.code if isinstance(error, PenstockError) else errors.INTERNAL
             self.fail(exchange, PenstockError(code, str(error)), query.id)
         if answer.held:  # what is sent of it has been copied
-            self._release(answer.held)
+            self.release(answer.held)
 
     def _send_compressed(self, exchange: Exchange, json: bytes, binary: bytes, encoding: str, begin: bytes) -> None:
         if len(json) + len(binary) < self.options.compress_bytes_min:
@@ -335,7 +341,7 @@ class Application:
 
         self._aside(exchange, len(json) + len(binary), partial(compress, json + binary, encoding), compressed)
 
-    def _release(self, held: int) -> None:
+    def release(self, held: int) -> None:
         self.caller.release(held, time.monotonic())
 
     def _send(self, exchange: Exchange, head: bytes, tail: Payload) -> None:
@@ -368,7 +374,7 @@ class Application:
             self.fail(exchange, error)
         except Exception:
             log.exception("request handler failed", extra=fields(url=repr(exchange.request.head.url)))
-            self._crashed(exchange)
+            self.crashed(exchange)
 
     def _count_failure(self, target: Target, code: str) -> None:
         """Count a request that went no further than this gateway. Only names that the server has become labels."""
@@ -467,7 +473,13 @@ class _Inference:
         seconds = time.monotonic() - exchange.arrived
         if application.seconds.observe_one(seconds):
             application.seconds.exemplify(seconds, application.name(query.id, self._number))
-        application.finish(exchange, query, answer, self._asked, seconds)
+        try:
+            application.finish(exchange, query, answer, self._asked, seconds)
+        except Exception:  # of one answer, which is no reason to end: the core would not be told the rest of its batch
+            log.exception("answer cannot be written", extra=fields(model=query.form.model))
+            if answer.held and not exchange.status:  # else it goes with what has been sent
+                application.release(answer.held)
+            application.crashed(exchange)
 
     def fail(self, error: PenstockError) -> None:
         self._application.fail(self._exchange, error, self._query.id, self._number)

@@ -22,6 +22,7 @@ from penstock.gateway.reader import BODY, FULL, HEAD, IDLE, Budget, Head, HttpEr
 from penstock.gateway.waits import BoundedWait, too_large
 from penstock.wire.errors import DRAINING, OVERLOADED, TOO_LARGE, PenstockError
 from penstock.wire.messages import Payload
+from penstock.wire.process import is_spare
 from penstock.wire.slots import Slot, Slots
 from penstock.wire.tensors import Buffer
 
@@ -263,6 +264,8 @@ class Connection(asyncio.BufferedProtocol):
         http.connections.add(self)
         if len(http.connections) > http.options.connections_max:
             self._refuse(HttpError(503, f"{len(http.connections) - 1} connections are open; try again shortly"))
+        elif is_spare(transport.get_extra_info("socket").fileno()):
+            self._refuse(HttpError(503, "this gateway has no descriptors left for more connections; try again shortly"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -572,6 +575,17 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
+    @property
+    def unanswered(self) -> int:
+        """Requests that have come."""
+        return len(self._exchanges)
+
+    def close_if_idle(self) -> None:
+        """End it unless a request is under way, or has begun to come."""
+        if not self._exchanges and self._phase == IDLE and not self._lingering and self._transport is not None:
+            self._last = True
+            self._close()
+
     def drain(self) -> None:
         """The gateway is about to end: answer what has come, and close when there is nothing to answer any more. What
         goes on ends now."""
@@ -600,7 +614,9 @@ class Http:
         application: Application,
         slots: Callable[[], Slots | None] = lambda: None,
     ) -> None:
-        """``slots``: where workers read tensors at present, if anywhere."""
+        """``slots``: where workers read tensors at present, if anywhere. ``look``, to be replaced: called with each
+        look for connections that are late."""
+        self.look: Callable[[], None] = lambda: None
         self.slots = slots
         self.loop = loop
         self.options = options
@@ -625,6 +641,7 @@ class Http:
         now = self.loop.time()
         for connection in [connection for connection in self.connections if connection.deadline <= now]:
             connection.expire()
+        self.look()
         self._watching = self.loop.call_later(every_s, self.watch, every_s)
 
     def drain(self) -> None:
@@ -633,6 +650,16 @@ class Http:
         for connection in list(self.connections):
             connection.drain()
         self._note_drained()
+
+    def close_idle(self) -> None:
+        """They have had the time to bring one."""
+        for connection in list(self.connections):
+            connection.close_if_idle()
+
+    @property
+    def unanswered(self) -> int:
+        """Requests on all connections."""
+        return sum(connection.unanswered for connection in self.connections)
 
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""

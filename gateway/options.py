@@ -26,6 +26,8 @@ class GatewayOptions:
     linger_s: float = 2.0  # after a refusal, what the client still sends is read and thrown away
 
     request_timeout_s: float = 30.0  # a request that names none: 504
+    drain_max_s: float = 35.0  # a gateway that is to end waits so long for its requests; then they are given up
+    drain_idle_s: float = 5.0  # and so long for connections without one, each of which may bring one more
     report_timeout_s: float = 1.0  # for the broker's part of /metrics
     compress_bytes_min: int = 512  # smaller answers are sent as they are
 

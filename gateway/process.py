@@ -15,15 +15,17 @@ from typing import Final
 import uvloop
 
 from penstock.client.link import Link
+from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import Reports
+from penstock.gateway.steady import Steady
 from penstock.gateway.tracing import Tracing
 from penstock.wire.arena import Arena, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
-from penstock.wire.process import Watchdog, fields, measure, notify
+from penstock.wire.process import EXIT_DEFECT, Watchdog, check_descriptor_limit, fields, measure, notify
 
 log = logging.getLogger("penstock.gateway")
 
@@ -31,6 +33,10 @@ _BACKLOG: Final = 2048
 # A gateway that starts leaves connections in the kernel's queue, and so to the gateways beside it, for as long as it
 # may take to hear from a broker that is there: who comes at once is not told that there is none.
 _PATIENCE_S: Final = 1.0
+_BESIDE: Final = 256  # descriptors beside those of HTTP: workers, the broker, the log
+# An exception that nobody expected has come out of the core: the event loop would go on with one that is in the middle
+# of something. Whoever started this process starts it again.
+_DEFECT: Final = "defect; what this process knows cannot be relied on any more, and it ends"
 _SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
 
 
@@ -42,7 +48,6 @@ class GatewaySettings:
     broker: BrokerAddress
     http: str = "127.0.0.1:8000"
     name: str = "gateway"
-    drain_s: float = 5.0
     options: GatewayOptions = field(default_factory=GatewayOptions)
     tracing: Tracing | None = None
 
@@ -96,6 +101,7 @@ class GatewayProcess:
         self._listener: socket.socket | None = None
 
     def start(self) -> None:
+        check_descriptor_limit(self._settings.options.connections_max + _BESIDE, "HTTP connections")
         self._arena = _make_arena(self._settings)
         self._listener = listen(self._settings.http)
         try:
@@ -123,22 +129,37 @@ class GatewayProcess:
         notify("READY=1")
         coupling.pump()
         await _first_of(_PATIENCE_S, coupling.introduced, stopped)
-        server = await loop.create_server(coupling.http.connection, sock=self._listener, backlog=_BACKLOG)
+        acceptor = Acceptor(self._listener, coupling.http.connection, _BACKLOG)
+        await acceptor.start()
+        coupling.http.look = acceptor.look
         coupling.http.watch()
         await stopped.wait()
         notify("STOPPING=1")
-        await self._drain(server, coupling.http)
+        await self._drain(acceptor, coupling.http)
         coupling.close()
 
-    async def _drain(self, server: asyncio.AbstractServer, http: Http) -> None:
-        """Accept nothing more; answer what is under way, and wait for idle connections until the limit."""
-        server.close()
+    async def _drain(self, acceptor: Acceptor, http: Http) -> None:
+        """Accept nothing more, and answer what is under way. Connections without a request may bring one more, until
+        they are closed."""
+        options = self._settings.options
+        until = time.monotonic() + options.drain_max_s
+        http.look = lambda: None
+        acceptor.close()
         http.drain()
-        log.info("gateway draining", extra=fields(connections=len(http.connections), limit_s=self._settings.drain_s))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(http.drained.wait(), self._settings.drain_s)
+        log.info("gateway draining", extra=fields(connections=len(http.connections), limit_s=options.drain_max_s))
+        if not await _within(min(options.drain_idle_s, options.drain_max_s), http.drained):
+            http.close_idle()
+            if not await _within(until - time.monotonic(), http.drained):
+                log.warning("drain limit is over; requests are given up", extra=fields(requests=http.unanswered))
         log.info("gateway stopped", extra=fields(connections_left=len(http.connections)))
         http.stop()
+
+
+async def _within(limit_s: float, event: asyncio.Event) -> bool:
+    """Whether it is set before the time is up."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), max(0.0, limit_s))
+    return event.is_set()
 
 
 async def _first_of(limit_s: float, *events: asyncio.Event) -> None:
@@ -158,8 +179,11 @@ class Coupling:
         self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
         self._link.measure = self._measure
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
+        self._steady = Steady()
+        self._models: object = None  # what readiness follows from, when it was last looked at
+        self._epoch = 0
         self._application = Application(
-            loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing
+            loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing, self._steady
         )
         self.http = Http(loop, settings.options, self._application, self._link.slots)
         self._flushing = False
@@ -170,10 +194,22 @@ class Coupling:
 
     def pump(self) -> None:
         """Handle what has come from the broker and the workers."""
+        try:
+            self._pump()
+        except Exception:
+            log.exception(_DEFECT)
+            os._exit(EXIT_DEFECT)
+
+    def _pump(self) -> None:
         self._link.pump()
-        self._watchdog.feed(time.monotonic())
-        if self._link.caller.models is not None:
-            self.introduced.set()
+        now, caller = time.monotonic(), self._link.caller
+        self._watchdog.feed(now)
+        models, epoch = caller.models, caller.membership.epoch
+        if models is not self._models or epoch != self._epoch:
+            self._models, self._epoch = models, epoch
+            self._steady.saw(caller.is_ready(), now)
+            if models is not None:
+                self.introduced.set()
         self._set_timer()
 
     def _flush_soon(self) -> None:
@@ -183,8 +219,12 @@ class Coupling:
 
     def _flush(self) -> None:
         self._flushing = False
-        self._link.flush()
-        self._set_timer()
+        try:
+            self._link.flush()
+            self._set_timer()
+        except Exception:
+            log.exception(_DEFECT)
+            os._exit(EXIT_DEFECT)
 
     def _set_timer(self) -> None:
         """Be called when the link is due. A timer that is early costs one turn; one for each change would cost more."""

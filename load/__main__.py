@@ -23,6 +23,7 @@ from penstock.load.job import HttpTarget, Job, Meter
 from penstock.load.library import LibraryLoad
 
 _SAY_S: Final = 0.25
+_END_S: Final = 10.0  # for the watching thread to end, which looks up at least every _SAY_S
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ class _Watch:
         self.meter = Meter(begin + round(job.warmup_s * 1e9), job.duration_s, job.deadline_s)
         self._used: list[float] = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watch")
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> _Watch:
         self._thread.start()
@@ -85,7 +86,7 @@ class _Watch:
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_END_S)
         if error[0] is None:
             first, last = self._used[0], self._used[-1]
             self.meter.tally.own_cpu_s.append(last - first)

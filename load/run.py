@@ -113,7 +113,7 @@ class _Generator:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "penstock.load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        self._reader = threading.Thread(target=self._read, name="generator")
+        self._reader = threading.Thread(target=self._read, name="generator", daemon=True)
         self._reader.start()
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, which the reader sees
@@ -146,5 +146,5 @@ class _Generator:
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait(_END_S)
-        self._reader.join()
+        self._reader.join(_END_S)
         self._process.stdout.close()

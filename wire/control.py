@@ -37,7 +37,10 @@ class BrokerLeft(ConnectionError):
 
 def connect(path: Path, peer: bytes, arena: int = NO_ARENA) -> socket.socket | None:
     """A connection that has said who it is, or None while no broker listens there. ``arena``: a descriptor."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    except OSError:
+        return None  # no descriptor is left at present
     try:
         connection.connect(os.fspath(path))
         introduce(connection, peer, arena)
@@ -59,11 +62,12 @@ def listen(path: Path) -> socket.socket:
 
 
 class Introduction(NamedTuple):
-    """``arena``: a descriptor, or NO_ARENA."""
+    """``arena``: a descriptor, or NO_ARENA; ``cut``: the kernel had none left in this process for it."""
 
     peer: bytes
     serial: int
     arena: int
+    cut: bool = False
 
 
 def introduce(connection: socket.socket, peer: bytes, arena: int = NO_ARENA, serial: int = 0) -> None:
@@ -83,7 +87,7 @@ def receive(connection: socket.socket) -> Introduction | None:
     """
     try:
         # socket.recv_fds would leave descriptors open across an exec: it ignores its flags in Python 3.11.
-        packet, ancillary, _, _ = connection.recvmsg(
+        packet, ancillary, flags, _ = connection.recvmsg(
             HELLO_BYTES + 1, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
         )
     except BlockingIOError:
@@ -94,7 +98,7 @@ def receive(connection: socket.socket) -> Introduction | None:
         return None
     arena = _DESCRIPTOR.unpack(ancillary[0][2])[0] if ancillary else NO_ARENA
     try:
-        return Introduction(*_unpack(packet), arena)
+        return Introduction(*_unpack(packet), arena, arena == NO_ARENA and bool(flags & socket.MSG_CTRUNC))
     except BadMessage:
         if arena != NO_ARENA:
             os.close(arena)
@@ -113,9 +117,14 @@ def receive_arenas(connection: socket.socket) -> Iterator[ArenaCame]:
             raise ConnectionError(f"the broker talks nonsense: {error}") from None
         if introduced is None:
             raise ConnectionError("the broker's process ended")
-        peer, serial, arena = introduced
-        if peer == _NOBODY and arena == NO_ARENA:
-            raise BrokerLeft("the broker has shut down")
+        peer, serial, arena, cut = introduced
+        if cut:
+            yield ArenaCame(peer, serial, None, "this process has no descriptor left for it")
+            continue
+        if arena == NO_ARENA:
+            if peer == _NOBODY:
+                raise BrokerLeft("the broker has shut down")
+            raise ConnectionError("the broker talks nonsense: it passes an arena on without its descriptor")
         try:
             yield ArenaCame(peer, serial, Mapping(arena))
         except ArenaError as error:

@@ -7,6 +7,7 @@ its owner holds for life, because ZeroMQ binds a second time without a word (zmq
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import ipaddress
@@ -94,11 +95,20 @@ class Guard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock_path = path.with_suffix(".lock")
+        self._shut_path = path.with_suffix(".shut")
         try:
             self._fd = self._lock()
         except OSError as error:
             raise EndpointError(f"cannot lock {self._lock_path}: {error.strerror}") from None
         path.unlink(missing_ok=True)
+        self._shut_path.unlink(missing_ok=True)
+
+    def shut(self, shut: bool) -> None:
+        """Take the socket away from those who would connect, who find nobody then, or put it back. Who is connected
+        does not notice."""
+        here, there = (self.path, self._shut_path) if shut else (self._shut_path, self.path)
+        with contextlib.suppress(FileNotFoundError):
+            here.rename(there)
 
     def _lock(self) -> int:
         while True:
@@ -120,8 +130,8 @@ class Guard:
     def release(self) -> None:
         """Remove the socket and the lock. Does nothing the second time."""
         if self._fd >= 0:
-            self.path.unlink(missing_ok=True)
-            self._lock_path.unlink(missing_ok=True)
+            for path in (self.path, self._shut_path, self._lock_path):
+                path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
 

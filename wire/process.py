@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import resource
 import signal
 import socket
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from penstock.wire.metrics import Meters
 
+log = logging.getLogger("penstock")
+
+EXIT_DEFECT: Final = 70  # an exception that nobody expected: what is left cannot be relied on (sysexits.h: EX_SOFTWARE)
+SPARE_DESCRIPTORS: Final = 64  # the highest numbers, which are for what a process opens itself and not for who comes
+SHORT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # of accept(2)
+Descriptors: TypeAlias = Literal["none", "short", "enough"]
+WATCHDOG_FD: Final = "PENSTOCK_WATCHDOG_FD"  # an eventfd to feed instead of NOTIFY_SOCKET: it wakes nobody
 _FEEDINGS: Final = 3  # of a watchdog in the time after which it bites
+_EARLY_S: Final = 2.0  # it is fed so long before it is due, by who is awake: an idle process wakes for its beat alone
 
 
 class StopSignal:
@@ -50,19 +60,24 @@ class StopSignal:
         self._writer.close()
 
 
-def notify(state: str) -> None:
+def notify(state: str, channel: socket.socket | None = None) -> None:
     """Tell whoever started this process how it fares (sd_notify(3)); does nothing when nobody asked to know."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        try:
-            channel.connect(address)
-            channel.send(state.encode())
-        except OSError:
-            return  # it has gone, and with it the interest
+    # What it cannot be told, because it has gone or there is no descriptor, is no reason to end.
+    with contextlib.suppress(OSError):
+        if channel is not None:
+            channel.sendto(state.encode(), address)
+            return
+        with _channel() as opened:
+            opened.sendto(state.encode(), address)
+
+
+def _channel() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
 
 
 def end_before_others(score: int) -> None:
@@ -74,21 +89,69 @@ def end_before_others(score: int) -> None:
 
 
 class Watchdog:
-    """Tells systemd that the loop which does the work turns (sd_watchdog_enabled(3)); does nothing when nobody asked
-    for it. ``due``: when to ``feed`` it next, in the same clock."""
+    """Tells systemd (sd_watchdog_enabled(3)) or the launcher that the loop which does the work turns; does nothing when
+    nobody asked for it. ``due``: when to ``feed`` it next, in the same clock."""
 
     def __init__(self) -> None:
         self.due = float("inf")
         self._every_s = float("inf")
+        self._channel: socket.socket | None = None
+        self._counter = -1
         limit, whose = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
         if limit.isdecimal() and int(limit) and whose in ("", str(os.getpid())):
             self._every_s = int(limit) * 1e-6 / _FEEDINGS
             self.due = 0.0
+            if os.environ.get(WATCHDOG_FD, "").isdecimal():
+                self._counter = int(os.environ[WATCHDOG_FD])
+            else:
+                self._channel = _channel()  # kept: who has no descriptor left is not stuck
 
     def feed(self, now: float) -> None:
-        if now >= self.due:
-            self.due = now + self._every_s
-            notify("WATCHDOG=1")
+        if now < self.due - min(_EARLY_S, self._every_s / 2):
+            return
+        self.due = now + self._every_s
+        if self._counter >= 0:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._counter, 1)
+        else:
+            notify("WATCHDOG=1", self._channel)
+
+    def __del__(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it may: the lower limit is for programs that call select(2)."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a kernel whose own limit is lower by now
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def check_descriptor_limit(needed: int, what: str) -> None:
+    """Say when fewer files may be open than a configuration allows peers to take."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != limit < needed + SPARE_DESCRIPTORS:
+        log.warning(
+            "fewer files may be open than the configuration may need; raise the limit (ulimit -n, LimitNOFILE=)",
+            extra=fields(limit=limit, needed=needed + SPARE_DESCRIPTORS, most=what),
+        )
+
+
+def is_spare(descriptor: int) -> bool:
+    """Whether it is one of the last that this process may open: the kernel gives the lowest number that is free."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return resource.RLIM_INFINITY != limit <= descriptor + SPARE_DESCRIPTORS
+
+
+def descriptors() -> Descriptors:
+    """How a file that would be opened now would fare."""
+    try:
+        descriptor = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return "none"
+    os.close(descriptor)
+    return "short" if is_spare(descriptor) else "enough"
 
 
 def fields(**values: object) -> dict[str, object]:
@@ -100,6 +163,5 @@ def measure(meters: Meters) -> None:
     """Bring the series about this process up to date."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     meters.value("penstock_process_cpu_seconds").value = used.ru_utime + used.ru_stime
-    with open("/proc/self/statm", "rb") as file:
-        pages = int(file.read().split()[1])
-    meters.value("penstock_process_resident_bytes").value = pages * resource.getpagesize()
+    with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:  # else it stays what it was
+        meters.value("penstock_process_resident_bytes").value = int(file.read().split()[1]) * resource.getpagesize()

@@ -21,6 +21,8 @@ class WorkerOptions:
     max_compute_s: float = MAX_COMPUTE_S
     # Whether a worker for a GPU keeps to the cores and the memory next to it, unless it is given cores.
     numa: bool = True
+    # A worker that is to end waits so long for what it has been given; then it is given elsewhere, or up.
+    drain_max_s: float = 35.0
     # Where models are prepared, once for all workers of this user; "": penstock/models in the user's cache.
     store: str = ""
     # Models with less weights are not prepared: each worker loads its own.

@@ -44,6 +44,7 @@ _DISK_FACTOR: Final = 3
 _DISK_MORE_BYTES: Final = 64 << 20
 _SECONDS_MAX: Final = 1800.0
 _TELL_S: Final = 3.0  # between two words on how far it is
+_END_S: Final = 10.0  # for the other process to end, once it has said its last or was killed
 _POLL_MS: Final = 200
 _LINE_MAX_BYTES: Final = 1 << 16
 _PR_SET_PDEATHSIG: Final = 1
@@ -119,7 +120,8 @@ def prepare(
         raise NotPrepared(str(reason), bool(last.get("lasting")))
     finally:
         child.kill()
-        child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for a broken disk, say
+            child.wait(_END_S)
         if child.stdout is not None:
             child.stdout.close()
         os.close(errors)
@@ -139,7 +141,8 @@ def _follow(child: subprocess.Popen[bytes], folder: Path, tell: Tell) -> dict[st
         if poll.poll(_POLL_MS):
             more = os.read(fd, _LINE_MAX_BYTES)
             if not more:
-                child.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(_END_S)
                 return said
             *lines, rest = (rest + more).split(b"\n")
             for line in lines:
@@ -169,8 +172,10 @@ def _written_mb(folder: Path) -> int:
     return total // 1_000_000
 
 
-def _say_end(code: int, errors: bytes) -> str:
-    """Of a process that said nothing."""
+def _say_end(code: int | None, errors: bytes) -> str:
+    """Of a process that said nothing. ``code``: None of one that has not ended either."""
+    if code is None:
+        return f"preparing it said nothing, and did not end within {_END_S:g} s"
     text = " ".join(errors.decode("utf-8", "replace").split())[-300:]
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"preparing it ended with {how}" + (f": {text}" if text else "")

@@ -23,6 +23,7 @@ import zmq
 from penstock.wire import control
 from penstock.wire.arena import make_arena
 from penstock.wire.codec import pack, unpack
+from penstock.wire.doors import Doors
 from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
@@ -67,7 +68,6 @@ class WorkerSettings:
     gpu: str = ""
     gpu_unusable: str = ""
     bind: str = ""
-    drain_s: float = 10.0
     options: WorkerOptions = field(default_factory=WorkerOptions)
 
 
@@ -174,6 +174,7 @@ class WorkerProcess:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._slots: Slots | None = None
+        self._doors = Doors([])
         if settings.broker.runtime is not None:
             name = f"penstock-{settings.name or settings.device}"
             arena = make_arena(settings.options.arena_bytes, name, "[worker] arena_bytes")
@@ -183,6 +184,9 @@ class WorkerProcess:
             settings.broker.runtime.make()
             self._guard = Guard(settings.broker.runtime.results(number))
             opened.callback(self._guard.release)
+            self._doors = Doors([self._guard])
+        # It is closed last: by its end the broker knows that this process has ended, and what was said last has left.
+        opened.callback(self._lose_control)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
         self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER)
@@ -201,7 +205,6 @@ class WorkerProcess:
         opened.callback(self._instances.stop)
         self._stop_signal = StopSignal()
         opened.callback(self._stop_signal.restore)
-        opened.callback(self._lose_control)
         local = settings.broker.runtime is not None
         identity = Identity(number, settings.name, settings.device, os.getpid(), endpoints, instances, local)
         states = [ModelState(file.name, file.version, LOADING, "", None) for file in files]
@@ -253,11 +256,13 @@ class WorkerProcess:
 
     def _drain(self) -> None:
         """Finish what has been assigned and wait for its acknowledgment, within the limit."""
-        until = time.monotonic() + self._settings.drain_s
+        until = time.monotonic() + self._settings.options.drain_max_s
         self._obey(self._core.handle(Drain(), time.monotonic()))
         while not self._core.holds_nothing and self._core.membership.joined and time.monotonic() < until:
             self._turn(until)
         self._broker.send((pack(Bye(self._core.membership.epoch)),))
+        if not self._core.holds_nothing and self._core.membership.joined:
+            log.warning("drain limit is over; what is left is given elsewhere")
         log.info("worker stopped", extra=fields(drained=self._core.holds_nothing))
 
     def _tell_lost(self) -> None:
@@ -358,6 +363,7 @@ class WorkerProcess:
             self._hear(Unsubscribed(caller))
         elif self._core.may_subscribe(caller):
             self._results.raw.set(zmq.SUBSCRIBE, caller)
+            self._doors.look()
             self._hear(Subscribed(caller))
 
     def _obey(self, commands: list[Command]) -> None:
@@ -393,6 +399,7 @@ class WorkerProcess:
             if self._gpu is not None:
                 measure_gpu(meters, self._gpu.uuid, self._gpu.latest)
             measure(meters)
+            self._doors.look()
             message.samples = meters.samples()
         assert not isinstance(message, Carrier)
         self._broker.send((pack(message),))

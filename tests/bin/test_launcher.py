@@ -9,12 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from penstock.bin.devices import CPU, Device
-from penstock.bin.launcher import next_backoff, plan_workers
-from penstock.worker.process import LOST_S
+from penstock.bin.launcher import plan_workers
 from tests.system.models import dense, slow, write
 from tests.system.servers import Process, Server, wait_for
 
@@ -57,34 +54,6 @@ def alive(pids: list[int]) -> list[int]:
 
 
 # --- starting again ---
-
-
-def test_a_process_is_started_again_at_once_and_then_after_ever_longer_pauses() -> None:
-    backoffs = [0.0]
-    for _ in range(10):
-        backoffs.append(next_backoff(backoffs[-1], ran_s=1.0))
-    assert backoffs[1:5] == [0.2, 0.4, 0.8, 1.6]
-    assert backoffs[-2:] == [10.0, 10.0]
-
-
-def test_a_process_that_ran_for_long_begins_with_the_shortest_pause_again() -> None:
-    assert next_backoff(10.0, ran_s=29.9) == 10.0
-    assert next_backoff(10.0, ran_s=30.0) == 0.2
-
-
-def test_a_worker_that_has_lost_its_gpu_is_started_again_ever_more_slowly() -> None:
-    """Telling so is no steady life."""
-    assert next_backoff(5.0, LOST_S + 5.0) == 10.0
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0, 100), max_size=20))
-def test_pauses_stay_within_their_limits(runs: list[float]) -> None:
-    before = 0.0
-    for ran_s in runs:
-        after = next_backoff(before, ran_s)
-        assert 0.2 <= after <= max(0.2, min(10.0, before * 2))
-        before = after
 
 
 def test_a_process_that_dies_again_and_again_is_started_again_more_and_more_slowly(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_help_names_every_command(option: str) -> None:
         "tune",
         "simulate",
         "models",
+        "restart",
         "top",
         "systemd",
     }

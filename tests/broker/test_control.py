@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import select
 import socket
 import tempfile
@@ -279,3 +280,37 @@ def test_ended_connections_leave_no_descriptor(server: ControlServer, path: Path
     assert isinstance(server.read(fileno), Gone)
     gc.collect()
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_while_there_are_no_descriptors_nobody_is_accepted_and_nobody_polled_for(
+    server: ControlServer, path: Path, poll: select.poll
+) -> None:
+    peer = control.connect(path, PEER)
+    assert peer is not None
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        assert [server.accept(), server.accept()] == [[], []]
+        assert poll.poll(0) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    server.resume()
+    assert poll.poll(0) == [(server.listener, select.POLLIN)]
+    assert len(server.accept()) == 1
+    peer.close()
+
+
+def test_it_can_be_closed_while_nobody_is_accepted(path: Path, poll: select.poll) -> None:
+    server = ControlServer(path, poll)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with control.connect(path, PEER) or pytest.fail("nobody listens"):
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        try:
+            assert server.accept() == []
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        server.close()

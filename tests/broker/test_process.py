@@ -195,7 +195,7 @@ def test_what_is_asked_is_recorded_whether_or_not_it_is_accepted(serve: Callable
         caller.say(ask(2, 100))
         worker.hear(Assign)
 
-    serve(talk, record=tmp_path / "trace", drain_s=0.0)
+    serve(talk, record=tmp_path / "trace", options=BrokerOptions(drain_max_s=0.0))
     head, *groups = (tmp_path / "trace").read_text().splitlines()
     assert head.startswith('{"penstock_trace":1,')
     assert [line.partition(",")[2] for line in groups] == [
@@ -213,7 +213,7 @@ def test_a_trace_that_cannot_be_written_keeps_nobody_from_being_served(serve: Ca
         caller.say(ask(2, 100))
         worker.hear(Assign)
 
-    serve(talk, record=Path("/dev/full"), drain_s=0.0)
+    serve(talk, record=Path("/dev/full"), options=BrokerOptions(drain_max_s=0.0))
 
 
 def test_who_ends_its_control_connection_is_gone_at_once(serve: Callable[..., None], runtime: RuntimeDir) -> None:
@@ -230,7 +230,7 @@ def test_who_ends_its_control_connection_is_gone_at_once(serve: Callable[..., No
         held.close()
         assert second.hear(Assign).groups[0].attempt == 2
 
-    serve(talk, options=BrokerOptions(silence_max_s=1000.0), drain_s=0.0)
+    serve(talk, options=BrokerOptions(silence_max_s=1000.0, drain_max_s=0.0))
 
 
 def test_what_lies_in_an_arena_is_brought_to_who_cannot_read_it(
@@ -262,7 +262,7 @@ def test_what_lies_in_an_arena_is_brought_to_who_cannot_read_it(
             assert (brought.blob[start : start + 3000] if small else brought.frames[start]) == payloads[number - 1]
         held.close()
 
-    serve(talk, drain_s=0.0)
+    serve(talk, options=BrokerOptions(drain_max_s=0.0))
     arena.close()
 
 
@@ -347,7 +347,7 @@ def test_draining_ends_when_its_time_is_up(serve: Callable[..., None]) -> None:
         assert caller.hear(Refusals).refusals[0].code == "draining"
         caller.hear(Bye)
 
-    serve(talk, ends=False, drain_s=0.05)
+    serve(talk, ends=False, options=BrokerOptions(drain_max_s=0.05))
 
 
 def test_a_second_broker_in_the_same_directory_does_not_start(serve: Callable[..., None], runtime: RuntimeDir) -> None:

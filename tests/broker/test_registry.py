@@ -137,6 +137,39 @@ def test_a_worker_that_is_leaving_serves_nothing_and_takes_nothing_back() -> Non
     assert hall.known() == [("m", "1", UNAVAILABLE)]
 
 
+@pytest.mark.parametrize(("old", "new"), [("cpu-0", "cpu-0-1"), ("cpu-0-1", "cpu-0")])
+def test_what_only_the_old_worker_had_goes_when_it_leaves_its_successor(old: str, new: str) -> None:
+    """Two that wish for one name are a worker and its successor, which was started beside it."""
+    hall = Hall()
+    before = hall.join(model("m", "1"), model("n"), name=old)
+    hall.join(model("m", "2"), name=new)
+    before.leaving = True
+    assert hall.declare(before) == [("m", "1"), ("n", "1")]
+    hall.leave(before)
+    assert hall.known() == [("m", "2", READY)]
+
+
+@pytest.mark.parametrize("other", ["cpu-1", "cpu-0-", "cpu-0-x", "cpu", "other"])
+def test_what_only_a_worker_had_stays_known_when_it_leaves_others(other: str) -> None:
+    hall = Hall()
+    worker = hall.join(model("m", "1"), name="cpu-0")
+    hall.join(model("m", "2"), name=other)
+    worker.leaving = True
+    assert hall.declare(worker) == []
+    hall.leave(worker)
+    assert hall.known() == [("m", "1", UNAVAILABLE), ("m", "2", READY)]
+
+
+def test_a_successor_that_has_gone_itself_is_none() -> None:
+    hall = Hall()
+    worker, other = hall.join(model("m", "1"), name="cpu-0"), hall.join(model("m", "1"), name="cpu-0-1")
+    hall.leave(other)
+    worker.leaving = True
+    assert hall.declare(worker) == []
+    hall.leave(worker)
+    assert hall.known() == [("m", "1", UNAVAILABLE)]
+
+
 def test_a_model_fares_as_well_as_where_it_fares_best() -> None:
     hall = Hall()
     hall.join(model(state=UNAVAILABLE, reason="bad file", batch=0), name="a")

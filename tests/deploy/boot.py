@@ -28,6 +28,7 @@ from penstock.bin.systemd import command, render
 ROOT = Path(__file__).parents[2]
 PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 UNITS = ("penstock.target", "penstock-gateway@1", "penstock-gateway@2", "penstock-worker@cpu")
+ROLLED = ("penstock-gateway@1", "penstock-gateway@2", "penstock-worker@cpu")
 SERVICES = ("penstock-broker", "penstock-gateway@1", "penstock-gateway@2", "penstock-worker@cpu")
 MANAGER = Path("/lib/systemd/systemd")
 PATIENCE_S = 30.0
@@ -146,6 +147,15 @@ def boot(url: str) -> dict[str, Any]:
         "active": {each: shown(each, "ActiveState") for each in SERVICES},
         "answer": infer(url),
     }
+    # One after another, as docs/deploy.md says, while somebody asks all the time: nobody notices.
+    before = {each: shown(each, "MainPID") for each in ROLLED}
+    with Asking(url) as asking:
+        for each in ROLLED:
+            control("restart", each)
+            asked = len(asking.answers)
+            wait_for(lambda enough=asked + 5: len(asking.answers) > enough, "answers after a restart")
+    told["while restarted"] = sorted(set(asking.answers), key=str)
+    told["restarted"] = [each for each in ROLLED if shown(each, "MainPID") not in ("0", before[each])]
     # Killed: systemd starts it again, and the server serves again.
     before = shown("penstock-worker@cpu", "MainPID")
     os.kill(int(before), signal.SIGKILL)
@@ -166,6 +176,31 @@ def boot(url: str) -> dict[str, Any]:
     told["results"] = {each: shown(each, "Result") for each in SERVICES}
     told["left"] = sorted(path.name for path in Path("/run/penstock").iterdir() if path.suffix == ".sock")
     return told
+
+
+class Asking:
+    """A thread that asks again and again. ``answers``: digits, and what went wrong."""
+
+    def __init__(self, url: str) -> None:
+        self.answers: list[int | str] = []
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.answers.append(infer(self._url))
+            except OSError as error:
+                self.answers.append(str(error))
+
+    def __enter__(self) -> Asking:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(PATIENCE_S)
 
 
 def is_ready(url: str) -> bool:

@@ -212,4 +212,6 @@ def test_systemd_starts_watches_and_stops_them(tmp_path: Path) -> None:
     }
     assert set(told.pop("active").values()) == {"active"}
     assert set(told.pop("results").values()) == {"success"}
+    assert told.pop("restarted") == list(boot.ROLLED)
+    assert told.pop("while restarted") == [7]
     assert told == {"answer": 7, "after a kill": 7, "after a hang": 7, "with one gateway": 7, "left": []}

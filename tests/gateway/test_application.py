@@ -430,6 +430,25 @@ def test_request_goes_to_the_broker_and_its_result_to_the_client(joined: Desk) -
     assert joined.caller.calls == {}
 
 
+def test_answer_that_cannot_be_written_ends_its_request_alone(
+    joined: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is wrong with one answer is no reason to end the process, as a defect of the core is."""
+
+    def broken(*_: object) -> object:
+        raise ZeroDivisionError("a defect")
+
+    first, second = joined.infer(), joined.infer()
+    joined.sent()
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "penstock.gateway"):
+        patch.setattr("penstock.gateway.application.render", broken)
+        joined.double(1, X)
+    joined.double(2, X)
+    assert (said(first).status, said(first).error) == (500, "an internal error; it is in the gateway's log")
+    assert said(second).status == 200
+    assert [record.message for record in caplog.records] == ["answer cannot be written"]
+
+
 # --- what is asked of the scheduler ---
 
 

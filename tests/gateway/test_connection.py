@@ -922,6 +922,26 @@ def test_half_a_request_behind_the_last_is_ignored(echo: Echo, serve: Serve, par
     assert serving.http.drained.is_set()
 
 
+def test_idle_connection_is_closed_when_it_has_had_its_time_and_others_are_not(echo: Echo, serve: Serve) -> None:
+    echo.hold = True
+    serving = serve(echo)
+    idle, waiting, half = serving.connect(), serving.connect(), serving.connect()
+    waiting.send(ask("/waits"))
+    half.send(ask("/half")[:10])
+    serving.loop.until(lambda: echo.exchanges)
+    serving.loop.settle()
+    serving.http.drain()
+    serving.http.close_idle()
+    assert idle.rest() == b""
+    assert serving.http.unanswered == 1
+    half.send(ask("/half")[10:])
+    serving.loop.until(lambda: len(echo.exchanges) == 2)
+    for exchange, peer in zip(echo.exchanges, (waiting, half), strict=True):
+        echo.tell(exchange)
+        assert peer.response().headers["connection"] == "close"
+    serving.loop.run(serving.http.drained.wait())
+
+
 def test_gateway_without_connections_is_drained_at_once(echo: Echo, serve: Serve) -> None:
     serving = serve(echo)
     serving.http.drain()

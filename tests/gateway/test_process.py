@@ -172,6 +172,32 @@ def test_gateway_without_a_broker_says_so_and_ends_when_told(gateway: Gateway) -
     assert gateway.process.wait(30) == 0
 
 
+BROKEN = """
+import sys
+from pathlib import Path
+from penstock.bin.run import run
+from penstock.client.link import Link
+from penstock.gateway.process import GatewayProcess, GatewaySettings
+from penstock.wire.endpoints import parse_broker
+
+def tick(link):
+    raise ZeroDivisionError("a defect")
+
+Link.tick = tick
+settings = GatewaySettings(broker=parse_broker(Path(sys.argv[1])), http="127.0.0.1:0")
+run("gateway", "text", "info", 0, lambda: GatewayProcess(settings))
+"""
+
+
+def test_defect_in_the_core_ends_the_process(tmp_path: Path) -> None:
+    """The loop would go on with what is half done, and nobody would start it again."""
+    command = [sys.executable, "-c", BROKEN, str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 70
+    assert "defect; what this process knows cannot be relied on" in ended.stderr
+    assert "ZeroDivisionError: a defect" in ended.stderr
+
+
 # --- shared memory ---
 
 

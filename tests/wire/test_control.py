@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,7 @@ def ends(listener: socket.socket, path: Path) -> Iterator[tuple[socket.socket, s
 
 def test_a_connection_says_first_who_it_is(ends: tuple[socket.socket, socket.socket]) -> None:
     _, broker = ends
-    assert receive(broker) == (PEER, 0, NO_ARENA)
+    assert receive(broker) == (PEER, 0, NO_ARENA, False)
 
 
 def test_a_descriptor_travels_beside_it(listener: socket.socket, path: Path) -> None:
@@ -79,7 +80,7 @@ def test_the_broker_passes_on_those_of_others(ends: tuple[socket.socket, socket.
     with pytest.raises(BlockingIOError):
         receive(peer)
     introduce(broker, b"another.", serial=2**64 - 1)
-    assert receive(peer) == (b"another.", 2**64 - 1, NO_ARENA)
+    assert receive(peer) == (b"another.", 2**64 - 1, NO_ARENA, False)
     broker.close()
     assert receive(peer) is None
 
@@ -169,3 +170,29 @@ def test_the_descriptor_beside_a_bad_hello_is_closed() -> None:
     with open("/dev/null", "rb") as file, pytest.raises(BadMessage):
         hear(b"x", [file.fileno()])
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_an_arena_for_which_there_is_no_descriptor_is_said_to_be_missing(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    """The kernel drops it; whoever it was for goes on without."""
+    peer, broker = ends
+    with open("/etc/hostname", "rb") as file:
+        introduce(broker, b"another.", file.fileno(), 7)
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        try:
+            came = next(control.receive_arenas(peer))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (came.peer, came.serial, came.arena) == (b"another.", 7, None)
+    assert "no descriptor left" in came.reason
+
+
+def test_a_broker_that_passes_on_an_arena_without_one_talks_nonsense(ends: tuple[socket.socket, socket.socket]) -> None:
+    peer, broker = ends
+    introduce(broker, b"another.", serial=7)
+    with pytest.raises(ConnectionError, match="without its descriptor"):
+        next(control.receive_arenas(peer))

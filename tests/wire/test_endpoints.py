@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -311,3 +312,32 @@ def test_loopback_is_allowed(host: str) -> None:
 def test_what_others_may_reach_is_refused(host: str) -> None:
     with pytest.raises(EndpointError, match=r"^--bind: .* can be reached from other machines"):
         check_loopback(host, "--bind")
+
+
+def test_a_socket_that_is_shut_is_not_found_and_whoever_is_connected_does_not_notice(runtime: RuntimeDir) -> None:
+    guard = Guard(runtime.callers)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as before:
+        listener.bind(str(runtime.callers))
+        listener.listen()
+        before.connect(str(runtime.callers))
+        guard.shut(True)
+        guard.shut(True)
+        with socket.socket(socket.AF_UNIX) as late, pytest.raises(FileNotFoundError):
+            late.connect(str(runtime.callers))
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.send(b"heard")
+        assert before.recv(10) == b"heard"
+        guard.shut(False)
+        guard.shut(False)
+        with socket.socket(socket.AF_UNIX) as late:
+            late.connect(str(runtime.callers))
+        guard.shut(True)
+    guard.release()
+    assert files(runtime) == set()
+
+
+def test_what_a_killed_process_has_left_shut_is_removed(runtime: RuntimeDir) -> None:
+    runtime.callers.with_suffix(".shut").touch()
+    Guard(runtime.callers).release()
+    assert files(runtime) == set()

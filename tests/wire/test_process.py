@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import resource
 import select
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from penstock.wire.metrics import Meters
-from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
+from penstock.wire.process import (
+    SPARE_DESCRIPTORS,
+    WATCHDOG_FD,
+    StopSignal,
+    Watchdog,
+    check_descriptor_limit,
+    descriptors,
+    fields,
+    measure,
+    notify,
+)
 
 
 @pytest.fixture
@@ -118,7 +133,7 @@ def test_a_watchdog_is_fed_three_times_before_it_bites(
             assert supervisor.recv(100) == b"WATCHDOG=1"
             fed.append(now)
             assert watchdog.due == now + 10
-    assert fed == [0, 10, 20, 30]
+    assert fed == [0, 8, 16, 24, 32], "by whoever is awake a little before it is due"
 
 
 @pytest.mark.parametrize(
@@ -137,3 +152,80 @@ def test_a_watchdog_that_nobody_asked_for_is_not_fed(
     watchdog.feed(1e9)
     assert watchdog.due == float("inf")
     assert not select.select([supervisor], [], [], 0)[0]
+
+
+# --- descriptors ---
+
+
+@contextlib.contextmanager
+def limited(limit: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def lowest_free() -> int:
+    descriptor = os.open("/", os.O_PATH)
+    os.close(descriptor)
+    return descriptor
+
+
+def test_the_last_descriptors_are_short() -> None:
+    free = lowest_free()
+    for limit, expected in (
+        (free, "none"),
+        (free + SPARE_DESCRIPTORS, "short"),
+        (free + SPARE_DESCRIPTORS + 1, "enough"),
+    ):
+        with limited(limit):
+            found = descriptors()
+        assert found == expected
+
+
+def test_who_has_no_descriptor_left_is_measured_and_feeds_its_watchdog_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, supervisor: socket.socket, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    watchdog, meters = Watchdog(), Meters()
+    measure(meters)
+    with limited(lowest_free()):
+        measure(meters)
+        notify("READY=1")
+        watchdog.feed(0.0)
+    assert supervisor.recv(100) == b"WATCHDOG=1"
+    assert {sample.family for sample in meters.samples()} >= {"penstock_process_resident_bytes"}
+
+
+def test_a_process_may_open_as_many_files_as_it_is_ever_allowed() -> None:
+    script = (
+        "import resource as r\nfrom penstock.wire.process import raise_descriptor_limit\n"
+        "r.setrlimit(r.RLIMIT_NOFILE, (100, 500)); raise_descriptor_limit(); print(*r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert shown.stdout.split() == ["500", "500"]
+
+
+def test_a_limit_below_what_the_configuration_may_need_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with caplog.at_level(logging.WARNING, "penstock"):
+        check_descriptor_limit(limit - SPARE_DESCRIPTORS, "what fits")
+        assert caplog.records == []
+        check_descriptor_limit(limit - SPARE_DESCRIPTORS + 1, "HTTP connections")
+    [record] = caplog.records
+    assert record.__dict__["fields"] == {"limit": limit, "needed": limit + 1, "most": "HTTP connections"}
+
+
+def test_a_watchdog_may_be_fed_without_waking_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = os.eventfd(0, os.EFD_NONBLOCK)
+    monkeypatch.setenv("WATCHDOG_USEC", "9000000")
+    monkeypatch.setenv(WATCHDOG_FD, str(counter))
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    watchdog = Watchdog()
+    for now in (0.0, 1.0, 1.6, 3.2):
+        watchdog.feed(now)
+    assert os.eventfd_read(counter) == 3
+    os.close(counter)

@@ -696,3 +696,15 @@ def test_what_killed_processes_left_is_removed(store: Store, dense: Path) -> Non
 
 def test_nothing_there_is_nothing_to_remove(store: Store) -> None:
     assert prune(store) == []
+
+
+def test_a_process_that_says_its_last_and_stays_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays = tmp_path / "stays"
+    stays.write_text("#!/bin/sh\nexec sleep 1000 >&-\n")
+    stays.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(stays))
+    monkeypatch.setattr("penstock.worker.prepare._END_S", 0.05)
+    with pytest.raises(NotPrepared, match=r"^preparing it said nothing, and did not end within 0.05 s$"):
+        prepare(tmp_path / "model.onnx", "key", 1, tmp_path, (), lambda event, about: None)
