@@ -38,6 +38,7 @@ class ModelQueue:
         self.workers: dict[WorkerPeer, None] = {}  # those that have it READY
         self.pools: list[Pool] = []  # of these
         self.unserved_since = 0.0  # when the last of them left
+        self.unseen = spec is None  # requests have been taken in, if any, without a look at what it takes
         self.requests = 0
         self.rows = 0
         self.nbytes = 0

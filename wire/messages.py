@@ -439,14 +439,16 @@ class Carrier(Message):
 @dataclass(slots=True)
 class CallerHello(Message):
     """A caller's first words to an epoch. ``name``: what it would like to be called in metrics ("": no metrics).
-    ``local``: it can reach Unix sockets on the broker's host."""
+    ``local``: it can reach Unix sockets on the broker's host. ``sent``: the largest id that it has sent to any broker:
+    a request up to it may have been on a worker before."""
 
     TAG = 1
-    CHECKS = (_name, integer(0, 1 << 32), flag)
+    CHECKS = (_name, integer(0, 1 << 32), flag, _u64)
 
     name: str
     pid: int
     local: bool
+    sent: int = 0
 
 
 @dataclass(slots=True)
