@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from operator import ge, gt
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
+from penstock.wire.datatypes import DATATYPES, MAX_DIMS, MAX_ELEMENTS
 from penstock.wire.errors import CODES, BadMessage
 from penstock.wire.fields import (
     U64_MAX,
@@ -33,7 +34,6 @@ from penstock.wire.fields import (
 )
 from penstock.wire.metrics import Sample, check_samples
 from penstock.wire.models import MAX_TENSORS, READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
-from penstock.wire.tensors import DATATYPES, MAX_DIMS, MAX_ELEMENTS
 
 VERSION: Final = 1
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from penstock.wire.datatypes import DATATYPES, ITEM_SIZES, MAX_DIMS, MAX_ELEMENTS, element_count
 from penstock.wire.errors import BAD_INPUT, PenstockError
-from penstock.wire.tensors import DATATYPES, ITEM_SIZES, MAX_DIMS, MAX_ELEMENTS, element_count
 
 LOADING: Final = "LOADING"
 READY: Final = "READY"

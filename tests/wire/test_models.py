@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from penstock.wire.datatypes import MAX_DIMS, MAX_ELEMENTS
 from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.models import Layout, ModelSpec, Size, Tensor, TensorSpec, check, check_declaration, newest
-from penstock.wire.tensors import MAX_DIMS, MAX_ELEMENTS
 
 PAIR = ModelSpec(
     "pair",
