@@ -14,8 +14,8 @@ from penstock.bin import options
 from penstock.bin.bundled import BUNDLED_MODELS
 from penstock.client.client import DEFAULT_ARENA_BYTES
 from penstock.wire.arena import available_bytes, planned_bytes
+from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.models import ModelSpec, TensorSpec
-from penstock.wire.tensors import ITEM_SIZES, element_count
 
 if TYPE_CHECKING:
     from penstock.worker.model import Model

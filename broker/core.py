@@ -82,7 +82,7 @@ class Core:
         self.callers: dict[bytes, CallerPeer] = {}
         self.workers: dict[bytes, WorkerPeer] = {}
         self._names = Names(_BROKER)
-        self.registry = Registry(options.models_max, options.tenant_weights)
+        self.registry = Registry(options.models_max, options.tenant_weights, now + options.unserved_grace_s)
         self.meters = Meters()
         self._assigner = Assigner()
         self.ledger = Ledger(options, self.registry, self._assigner, self.meters, self.workers)
@@ -122,7 +122,6 @@ class Core:
             case Drain():
                 self.ledger.draining = True
             case End():
-                self.ledger.end_all(self.callers.values())
                 self._send_refusals()
                 self._commands += [ToCaller(number, Bye(self.epoch)) for number in self.callers]
                 self._commands += [ToWorker(number, Bye(self.epoch)) for number in self.workers]
@@ -169,10 +168,10 @@ class Core:
             self._log("error", "caller turned away: too many are connected", limit=self.options.callers_max)
             return
         name = self._names.take(hello.name) if hello.name else ""
-        caller = self.callers[peer] = CallerPeer(peer, name, hello.local, self._arenas.get(peer, 0), now)
-        # Its requests of before may still run: ids go on growing from there, so that answers cannot be mixed up.
-        running = [max(worker.held[peer]) for worker in self.workers.values() if peer in worker.held]
-        caller.last_id = max(running, default=-1)
+        # What workers still hold of it, it may send again.
+        held = [max(worker.held[peer]) for worker in self.workers.values() if peer in worker.held]
+        sent = max([hello.sent or -1, *held])
+        caller = self.callers[peer] = CallerPeer(peer, name, hello.local, self._arenas.get(peer, 0), now, sent)
         self._commands.append(ToCaller(peer, Welcome(self.epoch, name, caller.arena_bytes > 0, self._serial)))
         self._log("info" if name else "debug", "caller joined", name=name, caller=peer.hex(), pid=hello.pid)
         for worker in self.workers.values():
@@ -323,6 +322,7 @@ class Core:
 
     def _declare(self, worker: WorkerPeer, now: float) -> None:
         gone = self.registry.declare(worker, now)
+        self.ledger.look_through(worker.models)
         self._assigner.enlist(worker, self.registry.queues)
         for queue in gone:
             self.ledger.model_gone(queue)
@@ -348,7 +348,7 @@ class Core:
             self._look_at_busy(now)
         if self._open:
             given = self._assigner.assign(now)
-            self.ledger.hand_out(given)
+            self.ledger.hand_out(given, now)
             if given and self._look_at == float("inf"):
                 self._look_at = now + self.options.ping_after_s
             self.ledger.refuse_late(now)

@@ -23,7 +23,6 @@ from penstock.wire.codec import ids_in
 from penstock.wire.errors import (
     BAD_INPUT,
     DEADLINE,
-    DRAINING,
     LOST,
     OVERLOADED,
     POISONED,
@@ -46,6 +45,7 @@ from penstock.wire.messages import (
     Submit,
 )
 from penstock.wire.metrics import Meters
+from penstock.wire.models import ModelSpec
 
 _ROW_US: Final = 1000  # what a row is taken for as long as nobody has said what it takes
 
@@ -80,12 +80,15 @@ class Ledger:
     # --- in ---
 
     def submit(self, caller: CallerPeer, message: Submit, now: float) -> None:
-        """Take in what a caller says: acknowledgments first, since they make room."""
+        """Take in what a caller says: acknowledgments first, since they make room. Requests that come while this broker
+        drains are for the next: their caller sends them to that once this one has said good-bye."""
         if message.acks:
             self.acknowledge(caller, message.acks)
         for lot in lots_of(caller.requests, message.cancels):
             self._count_failure(lot.model.key, "cancelled", len(lot.ids))
             self._drop(lot)
+        if self.draining:
+            return
         last_id = caller.last_id
         for group, start in zip(message.groups, message.starts, strict=True):
             if min(group.ids) > last_id and caller.requests.keys().isdisjoint(group.ids):
@@ -99,7 +102,7 @@ class Ledger:
         form, ids, timeouts_us = group.form, group.ids, group.timeouts_us
         key = ("", "")  # labels are ours, not the caller's
         try:
-            model = self._registry.find(form.model, form.version)
+            model = self._registry.find(form.model, form.version, now)
             key = model.key
             self._check(model, form, caller, now)
             if group.places:
@@ -110,12 +113,14 @@ class Ledger:
         if not form.version:
             form = form._replace(version=key[1])  # a worker is told which one it was
         places, held = group.places, 0 if group.places else form.nbytes
-        room = self._room(model, caller, form, held)
+        # What the broker before this one had taken in is not turned away for what has come since.
+        again = self._registry.is_young(now) and min(ids) <= caller.sent_before
+        room = self._room(model, caller, form, held, again)
         if room < len(ids):
             room = max(0, room)
             self._refuse_new(caller, key, ids[room:], self._full(model, caller, form, held))
             ids, timeouts_us = ids[:room], timeouts_us[:room]
-        if model.row_us and ids:
+        if model.row_us and ids and not again:
             room, late = self._in_time(model, form, caller, timeouts_us, now)
             if late is not None:
                 self._refuse_new(caller, key, ids[room:], late)
@@ -151,9 +156,9 @@ class Ledger:
     def _check(self, model: ModelQueue, form: Form, caller: CallerPeer, now: float) -> None:
         """Whether requests of this form can be accepted at all. Raises PenstockError."""
         name, spec = form.model, model.spec
-        if self.draining:
-            raise PenstockError(DRAINING, "the server is shutting down; try again on another, or shortly", 1.0)
         if spec is None:
+            if self._registry.is_young(now):
+                return  # once a worker has told it, see ``look_through``
             state = self._registry.state(model.key)
             raise PenstockError(UNAVAILABLE, f"model '{name}' is not ready ({state.state}): {state.reason}", 1.0)
         if not model.workers:
@@ -165,9 +170,7 @@ class Ledger:
                 f"no worker that serves model '{name}' publishes over TCP; start workers with --bind tcp://HOST:0",
             )
         if form.rows > spec.max_batch_size:
-            raise PenstockError(
-                BAD_INPUT, f"inference request batch-size must be <= {spec.max_batch_size} for '{name}'"
-            )
+            raise PenstockError(BAD_INPUT, _too_many_rows(spec))
 
     @staticmethod
     def _in_time(
@@ -191,18 +194,21 @@ class Ledger:
             forecast.wait_us * 1e-6,
         )
 
-    def _room(self, model: ModelQueue, caller: CallerPeer, form: Form, size: int) -> int:
-        """How many more requests there is room for, if each makes the broker hold so many bytes."""
+    def _room(self, model: ModelQueue, caller: CallerPeer, form: Form, size: int, again: bool = False) -> int:
+        """How many more requests there is room for, if each makes the broker hold so many bytes. ``again``: what counts
+        is what it holds in all, as they need not all have waited before."""
         options = self._options
         room = min(
-            options.queue_requests_max - model.requests,
-            (options.queue_rows_max - model.rows) // form.rows,
             options.held_requests_max - self.requests,
             (options.held_rows_max - self.rows) // form.rows,
             options.caller_requests_max - len(caller.requests),
         )
-        if form.nbytes:
-            room = min(room, (options.queue_bytes_max - model.nbytes) // form.nbytes)
+        if not again:
+            room = min(
+                room, options.queue_requests_max - model.requests, (options.queue_rows_max - model.rows) // form.rows
+            )
+            if form.nbytes:
+                room = min(room, (options.queue_bytes_max - model.nbytes) // form.nbytes)
         return min(room, (options.held_bytes_max - self.bytes) // size) if size else room
 
     def _full(self, model: ModelQueue, caller: CallerPeer, form: Form, size: int) -> PenstockError:
@@ -237,18 +243,30 @@ class Ledger:
 
     # --- on ---
 
-    def hand_out(self, given: Given) -> None:
+    def hand_out(self, given: Given, now: float) -> None:
         """Mark requests as assigned."""
         for worker, lots in given.items():
             for lot in lots:
                 lot.move("assign")
                 lot.attempt += 1
                 lot.worker = worker
+                if lot.came_before:
+                    self._supersede(worker, lot, now)
                 worker.hold(lot)
         for lot in self._fresh:
             if lot.state == QUEUED:
                 self._watch(lot)
         self._fresh.clear()
+
+    def _supersede(self, worker: WorkerPeer, lot: Lot, now: float) -> None:
+        """What a worker still runs of an earlier life of a caller is what it is given again, and runs no twice."""
+        for before in worker.take_from(lot, now):
+            before.model.end(before, 0.0)
+            if worker.pool is not None:
+                worker.pool.end(before.model, before.model_turn, 0.0)
+            before.move("done")
+            self._forget(before)
+            self._assigner.room_came(worker)
 
     def refuse_late(self, now: float) -> None:
         """End what the assigner has found to be too late."""
@@ -358,14 +376,15 @@ class Ledger:
         ids = ids_in(ranges, requests)
         elsewhere = len(ids) < sum(ranges[1::2]) - sum(ranges[::2]) + len(ranges) // 2
         for lot in lots_of(requests, ids):
-            elsewhere = elsewhere or lot.attempt > 1
+            before = lot.attempt > 1 or lot.came_before
+            elsewhere = elsewhere or before
             for number in lot.ids:
                 del requests[number]
             worker = lot.worker
             if lot.move("acknowledge") != ENDED:
                 # DONE is still to come, and frees the result; unless the answer came from a worker that was thought
                 # lost.
-                if worker is not None and lot.attempt > 1:
+                if worker is not None and before:
                     worker.cancel(lot)
                     self.news[worker] = None
             elif worker is None:
@@ -390,6 +409,16 @@ class Ledger:
                 self._count_failure(lot.model.key, "cancelled", len(lot.ids))
             self._drop(lot)
         self.refusals.pop(caller, None)
+
+    def look_through(self, keys: Iterable[ModelKey]) -> None:
+        """A worker has declared models: what came before any had said what they take may not fit."""
+        for key in keys:
+            model = self._registry.queues.get(key)
+            if model is not None and model.spec is not None and model.unseen:
+                model.unseen = False
+                for lot in model.lots():
+                    if lot.form.rows > model.spec.max_batch_size:
+                        self._refuse(lot, BAD_INPUT, _too_many_rows(model.spec))
 
     def model_gone(self, model: ModelQueue) -> None:
         """No worker declares it any more: what waits for it ends."""
@@ -425,16 +454,10 @@ class Ledger:
             if waits and now - model.unserved_since > self._options.unserved_grace_s:
                 for lot in model.lots():
                     self._refuse(lot, UNAVAILABLE, f"no worker serves model '{model.key[0]}' at present")
+        self._registry.forget_unheard(now)
         if len(self._deadlines) > 1000 + 2 * self.requests:
             self._deadlines = [entry for entry in self._deadlines if entry[2].state == QUEUED]
             heapq.heapify(self._deadlines)
-
-    def end_all(self, callers: Iterable[CallerPeer]) -> None:
-        """The broker is about to end: whoever still waits for a worker is told so."""
-        for caller in callers:
-            for lot in dict.fromkeys(caller.requests.values()):
-                if lot.state == QUEUED:
-                    self._refuse(lot, DRAINING, "the server shut down before the request ran; try again shortly")
 
     def running(self, callers: Iterable[CallerPeer]) -> Counter[ModelKey]:
         """Requests that workers have not finished, by model."""
@@ -477,7 +500,8 @@ class Ledger:
         assert lot.state == DONE or not lot.kept_bytes, f"{lot} keeps a result"
         owner = callers.get(lot.caller.id)
         if lot.state == ABANDONED:
-            assert owner is None or owner.requests.keys().isdisjoint(lot.ids), f"{lot} is still its caller's"
+            theirs = owner is not None and owner is lot.caller and not owner.requests.keys().isdisjoint(lot.ids)
+            assert not theirs, f"{lot} is still its caller's"
         else:
             assert owner is lot.caller, f"the caller of {lot} has gone"
             assert all(owner.requests.get(number) is lot for number in lot.ids), f"{lot} cannot be found"
@@ -580,6 +604,10 @@ def _poisoned(lot: Lot) -> str:
         f"{len(lot.deaths)} workers, one after another, were lost while they ran this request and nothing else: "
         f"{deaths}; model '{lot.model.key[0]}' cannot run this input, so it is not tried again"
     )
+
+
+def _too_many_rows(spec: ModelSpec) -> str:
+    return f"inference request batch-size must be <= {spec.max_batch_size} for '{spec.name}'"
 
 
 def _removed(model: ModelQueue) -> str:

@@ -130,6 +130,12 @@ class Lot:
         return self.form.rows * len(self.ids)
 
     @property
+    def came_before(self) -> bool:
+        """Whether a worker may have had some of them before their caller said hello."""
+        sent = self.caller.sent_before
+        return sent >= 0 and min(self.ids) <= sent
+
+    @property
     def held_bytes(self) -> int:
         """What the broker itself holds of each request's tensors."""
         return 0 if self.placed else self.form.nbytes

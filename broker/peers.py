@@ -10,6 +10,7 @@ from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, Lot
 from penstock.broker.pools import Pool
 from penstock.broker.queues import ModelKey
 from penstock.wire.codec import ranges
+from penstock.wire.lots import lots_of
 from penstock.wire.messages import MAX_REQUESTS, Cost, Freed
 from penstock.wire.metrics import Sample
 from penstock.wire.models import READY, ModelState
@@ -18,12 +19,15 @@ from penstock.wire.models import READY, ModelState
 class CallerPeer:
     """A gateway or a client."""
 
-    def __init__(self, number: bytes, name: str, local: bool, arena_bytes: int, now: float) -> None:
+    def __init__(
+        self, number: bytes, name: str, local: bool, arena_bytes: int, now: float, sent_before: int = -1
+    ) -> None:
         self.id = number
         self.name = name
         self.local = local  # it reaches Unix sockets of this host
         self.arena_bytes = arena_bytes  # 0: it has none
         self.heard = now
+        self.sent_before = sent_before  # requests up to this id may have been on a worker before it said hello
         self.requests: dict[int, Lot] = {}  # those that have not ended for it
         self.last_id = -1  # of its requests: ids only grow
         self.gone = False  # as far as the broker knows
@@ -168,6 +172,16 @@ class WorkerPeer:
             self._rows[key] = after
         else:
             self._rows.pop(key, None)
+
+    def take_from(self, lot: Lot, now: float) -> list[Lot]:
+        """Forget what it still runs of an earlier life of a caller, and is given again. Returns what that is."""
+        held = self.held.get(lot.caller.id, {})
+        before = lots_of(held, lot.ids)
+        for each in before:
+            self.subtract(each, now)
+            for number in each.ids:
+                del held[number]
+        return before
 
     def hold(self, lot: Lot) -> None:
         held = self.held.get(lot.caller.id)

@@ -41,6 +41,7 @@ class ModelQueue:
         self.pools: list[Pool] = []  # of these
         self.unserved_since = 0.0  # when the last of them left
         self.suspects: dict[Lot, None] = {}
+        self.unseen = spec is None  # requests have been taken in, if any, without a look at what it takes
         self.requests = 0
         self.rows = 0
         self.nbytes = 0

@@ -10,19 +10,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from penstock.wire.codec import pack_layout, unpack_outcome
+from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.messages import Form, Outcome, Payload
 from penstock.wire.models import Layout, ModelSpec, Tensor, check, check_declaration
-from penstock.wire.tensors import (
-    DTYPES,
-    ITEM_SIZES,
-    Array,
-    Buffer,
-    datatype_of,
-    decode,
-    element_count,
-    encode,
-)
+from penstock.wire.tensors import DTYPES, Array, Buffer, datatype_of, decode, encode
 
 _FORMS_MAX: Final = 1024
 _PLAIN_MAX_BYTES: Final = 4096  # of outputs that share the memory that they are copied into

@@ -1,9 +1,12 @@
 """A caller's decisions: events in, commands out; no socket, clock or thread. The gateway and the client library share
 it.
 
-Every call ends exactly once: with the first result or refusal that comes, when its time is up (whatever has happened
-to the broker), or when the broker that had it is gone. What comes later for the same id is dropped, and acknowledged
-all the same, so that the worker need not keep it.
+Every call ends exactly once: with the first result or refusal that comes, or when its time is up. What comes later for
+the same id is dropped, and acknowledged all the same, so that the worker need not keep it.
+
+A broker that goes takes nothing with it. What it had is sent again to the next, under the same ids and with the time
+that is left; a worker that had it knows it by these. What it had said of models and workers is remembered until the
+next has had time to hear of them all.
 """
 
 from __future__ import annotations
@@ -12,14 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from penstock.client.calls import ENDED, SENT, WAITING, Call
+from penstock.client.calls import AGAIN, ENDED, SENT, WAITING, Call
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report, Sink
 from penstock.wire.arrivals import Arrivals
 from penstock.wire.codec import ranges, unpack_failure
 from penstock.wire.errors import (
     DEADLINE,
     INTERNAL,
-    LOST,
     NOT_FOUND,
     OVERLOADED,
     UNAVAILABLE,
@@ -55,6 +57,7 @@ from penstock.wire.messages import (
 )
 from penstock.wire.metrics import Meters
 from penstock.wire.models import READY, ModelSpec, ModelState, newest
+from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
 from penstock.wire.slots import PLACED_MIN_BYTES, Placed
 
 _SWEEP_S: Final = 0.1  # how often calls are looked through for those whose time is up
@@ -62,6 +65,7 @@ _SWEEP_S: Final = 0.1  # how often calls are looked through for those whose time
 _LATE_S: Final = 0.2
 _ACKNOWLEDGE_S: Final = 0.003  # acknowledgments wait so long for requests to travel with
 _ACKNOWLEDGE_LONE_S: Final = 0.1  # that of a small result of a request that was alone
+_REMEMBER_S: Final = 10.0  # after a broker's welcome: what the one before it had said still counts
 _NEVER: Final = float("inf")
 
 
@@ -99,10 +103,14 @@ class Caller:
         self._acknowledge_at = float("inf")
         self._sweep_at = 0.0
         self._last_id = 0
+        self._sent_id = 0  # of the last that any broker has been sent
         self._last_serial = 0
         self._workers: dict[bytes, WorkerAddress] = {}  # those that the broker has named
         self._names: dict[bytes, str] = {}  # of those, and of those that it named before
         self._left: dict[bytes, WorkerAddress] = {}  # those that it names no more, and that are still heard
+        self._told: Sequence[ModelState] = ()  # by this broker, or by the one before while it has said nothing
+        self._remembered: set[bytes] = set()  # workers of the broker before this one that were heard
+        self._remember_until = _NEVER  # what it said counts
         self._endpoints: set[str] = set()  # of those that are heard
         self._arenas: dict[bytes, Arena] = {}  # by worker
         self._arrivals: Arrivals[Arena] = Arrivals()
@@ -122,7 +130,9 @@ class Caller:
         self._waiting.append(call)
         return call.id
 
-    def begin(self, form: Form, timeout_s: float, sink: Sink, now: float) -> tuple[int, tuple[int, ...]] | None:
+    def begin(
+        self, form: Form, payload: Payload, timeout_s: float, sink: Sink, now: float
+    ) -> tuple[int, tuple[int, ...]] | None:
         """As ``submit``, for a shell that sends the request itself, at once and alone. Its id, and the acknowledgments
         that are to go with it, as ranges. None when there is more to say, too much is under way, or no broker is there:
         then ``submit`` and ``flush`` do it."""
@@ -135,8 +145,8 @@ class Caller:
             or len(acks) > MAX_REQUESTS
         ):
             return None
-        self._last_id = number = self._last_id + 1
-        calls[number] = Call(number, form, None, timeout_s, now + timeout_s, sink, SENT)
+        self._last_id = self._sent_id = number = self._last_id + 1
+        calls[number] = Call(number, form, payload, timeout_s, now + timeout_s, sink, SENT)
         if not acks:
             return number, ()
         self._acks, self._acknowledge_at = [], _NEVER
@@ -146,7 +156,7 @@ class Caller:
         """A result of few bytes has come for a request: end it, if it waits for that. Its acknowledgment may travel
         with the next request, which comes soon where requests come one after another."""
         call = self.calls.get(number)
-        if call is None or call.state != SENT:
+        if call is None or call.state == WAITING:
             return None
         del self.calls[number]
         call.state = ENDED
@@ -242,10 +252,11 @@ class Caller:
     def due(self) -> float:
         """When the next Tick is needed even if nothing happens before."""
         sweep = self._sweep_at if self.calls or self._left else float("inf")
-        return min(self.membership.due(), self._acknowledge_at, sweep)
+        return min(self.membership.due(), self._acknowledge_at, sweep, self._remember_until)
 
     def wants_flush(self, now: float) -> bool:
-        return bool(self._waiting or self._cancels) or now >= self._acknowledge_at
+        wants = bool(self._waiting or self._cancels) or now >= self._acknowledge_at
+        return wants and self.membership.joined
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What follows from an event. Raises nothing that a peer could cause."""
@@ -280,11 +291,12 @@ class Caller:
         assert not self._commands, "commands were left behind"
         for number, call in calls.items():
             assert number == call.id <= self._last_id, call
-            assert call.state in (WAITING, SENT), call
-            assert joined or call.state == WAITING, f"{call}, and no broker has it"
-            assert call.state == WAITING or call.payload is None, f"{call} keeps its payload"
-        waiting = [call.id for call in self._waiting if call.state == WAITING]
-        assert waiting == [call.id for call in calls.values() if call.state == WAITING]
+            assert call.state in (WAITING, SENT, AGAIN), call
+            assert joined or call.state != SENT, f"{call}, and no broker has it"
+            assert (call.state == WAITING) == (number > self._sent_id), f"{call}, and {self._sent_id} was sent"
+            assert len(call.payload) == call.form.nbytes, f"{call} could not be sent again"
+        waiting = [call.id for call in self._waiting if call.state in (WAITING, AGAIN)]
+        assert waiting == [call.id for call in calls.values() if call.state != SENT] == sorted(waiting)
         assert calls.keys().isdisjoint(self._cancels), "a request that is cancelled is still waited for"
         assert joined or not (self._acks or self._cancels), "nobody is there to be told"
         assert calls.keys().isdisjoint(self._held), "a result is read, and still waited for"
@@ -314,7 +326,7 @@ class Caller:
                 continue
             for at, number in enumerate(ids):
                 call = calls.get(number)
-                if call is None or call.state != SENT:
+                if call is None or call.state == WAITING:
                     continue
                 if status == PARTIAL:
                     call.move("partial")
@@ -338,7 +350,7 @@ class Caller:
             return  # its worker has gone, or comes anew: then it is heard, and publishes again, once its arena is here
         for number, place in zip(group.ids, group.places, strict=True):
             call = self.calls.get(number)
-            if call is None or call.state != SENT:
+            if call is None or call.state == WAITING:
                 if number not in self._held:
                     acks.append(number)
                 continue
@@ -370,6 +382,8 @@ class Caller:
             case Welcome(epoch=epoch):
                 if membership.epoch not in (0, epoch):
                     self._lost("the broker restarted")
+                if not membership.joined and (self._told or self._remembered):
+                    self._remember_until = now + _REMEMBER_S
                 membership.welcomed(epoch, now)
                 self._arrivals.forget_all(message.serial)
                 self.name, self.shares = message.name, message.shares
@@ -389,7 +403,8 @@ class Caller:
                 for number, code, sentence, after_ms in refusals:
                     self._fail_sent(number, PenstockError(code, sentence, after_ms / 1000))
             case Models(models=models):
-                self._set_models(models)
+                self._fresh, self._told = True, models
+                self._set_models()
             case Workers(workers=workers):
                 self._set_workers(workers)
             case Metrics():
@@ -401,12 +416,26 @@ class Caller:
             case _:
                 raise AssertionError(f"a broker does not send {message!r}")
 
-    def _set_models(self, models: Sequence[ModelState]) -> None:
+    def _set_models(self) -> None:
+        """Those that the broker has told, and for some time those that only the one before it had: requests for these
+        wait there for a worker to come back."""
         known: dict[str, dict[str, ModelState]] = {}
-        for state in models:
+        for state in self._told:
             known.setdefault(state.name, {})[state.version] = state
-        self.models, self._fresh = known, True
+        if self._remember_until < _NEVER:
+            for versions in (self.models or {}).values():
+                for state in versions.values():
+                    gone = state._replace(state=UNAVAILABLE_STATE, reason="the broker restarted; no worker has it yet")
+                    known.setdefault(state.name, {}).setdefault(state.version, gone)
+        self.models = known
         self._found = {}
+
+    def _remember_no_more(self) -> None:
+        self._remember_until = _NEVER
+        self._remembered.clear()
+        if self._fresh:
+            self._set_models()
+        self._hear_workers()
 
     def _set_workers(self, workers: Sequence[WorkerAddress]) -> None:
         """Whoever shares its arena is heard once that has come: so its results can always be read."""
@@ -431,12 +460,14 @@ class Caller:
             self._hear_workers()
 
     def _hear_workers(self) -> None:
-        """Also those that the broker names no more, or not yet, as long as a result is read in their memory: by this
-        connection they know that its reader lives."""
+        """Also those that the broker names no more, or not yet: as long as a result is read in their memory, since by
+        this connection they know that its reader lives; and as long as they may be about to join a new broker, since
+        they run what the last one gave them."""
         read = set(self._held.values())
-        left = read - self._workers.keys()
+        kept = read | self._remembered
+        left = kept - self._workers.keys()
         self._left = {worker: address for worker, address in self._left.items() if worker in left}
-        for worker in self._arenas.keys() - self._sharing.keys() - read:
+        for worker in self._arenas.keys() - self._sharing.keys() - kept:
             del self._arenas[worker]
         heard = [
             address
@@ -449,19 +480,27 @@ class Caller:
         self._endpoints = endpoints
 
     def _lost(self, reason: str, level: str = "warning") -> None:
-        """The broker that had the requests knows them no more. Those that were not sent yet wait for the next."""
+        """The broker that had the requests knows them no more: they wait for the next, before those that were not sent
+        yet. Acknowledgments need not: what workers keep they publish again once the next broker knows this caller."""
         if self.membership.joined:
             self._log(level, "broker gone; looking for it", reason=reason)
         self.membership.lost()
         self._fresh = False
-        for number in [call.id for call in self.calls.values() if call.state == SENT]:
-            self._fail(number, PenstockError(LOST, f"{reason} while it held the request; send it again", 0.5))
+        for call in self.calls.values():
+            if call.state == SENT:
+                call.move("lose")
+        self._waiting = list(self.calls.values())
+        heard = self._workers.items()
+        self._remembered |= {worker for worker, address in heard if address.endpoint in self._endpoints}
+        self._remember_until = _NEVER  # it begins when the next broker is there
         self._sharing = {}
         self._acks.clear()
         self._cancels.clear()
         self._acknowledge_at = float("inf")
 
     def _tick(self, now: float) -> None:
+        if now >= self._remember_until:
+            self._remember_no_more()
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP_S
             if self._left:
@@ -470,11 +509,11 @@ class Caller:
             for call in [call for call in self.calls.values() if call.deadline < latest]:
                 self._expire(call)
             if not self.membership.joined:
-                self._waiting = [call for call in self._waiting if call.state == WAITING]
+                self._waiting = [call for call in self._waiting if call.state != ENDED]
         match self.membership.say(now):
             case "hello":
                 identity = self.identity
-                self._say(CallerHello(0, identity.name, identity.pid, identity.local))
+                self._say(CallerHello(0, identity.name, identity.pid, identity.local, self._sent_id))
             case "beat":
                 self._say(Beat(self.membership.epoch))
             case "lost":
@@ -483,7 +522,10 @@ class Caller:
     def _expire(self, call: Call) -> None:
         # Less what the client library took to build the request, which need not be told.
         limit = f"{round(call.timeout_s, 2 if call.timeout_s > 0.1 else 3):g} s"
-        if call.state == WAITING and not self.membership.joined:
+        if call.state == AGAIN:
+            sentence = f"the broker at {self.identity.address} went, and no other answered within the request's {limit}"
+            error = PenstockError(UNAVAILABLE, sentence, 1.0)
+        elif call.state == WAITING and not self.membership.joined:
             sentence = (
                 f"no Penstock broker answered at {self.identity.address} within {limit}; "
                 "is 'penstock up' running there, and as the same user?"
@@ -498,7 +540,7 @@ class Caller:
     def _fail_sent(self, number: int, error: PenstockError) -> None:
         """A peer says that a request has failed: it cannot speak of one that it has never seen."""
         call = self.calls.get(number)
-        if call is not None and call.state == SENT:
+        if call is not None and call.state != WAITING:
             self._fail(number, error)
 
     def _fail(self, number: int, error: PenstockError) -> None:
@@ -512,8 +554,8 @@ class Caller:
     def _as_message(self, calls: list[Call], acks: list[int], cancels: list[int], now: float) -> Submit:
         by_form: dict[int, list[Call]] = {}
         for call in calls:
-            if call.state != WAITING:
-                continue  # cancelled, or out of time, before it went
+            if call.state == ENDED:
+                continue  # cancelled, answered by a worker, or out of time, before it went
             call.move("send")
             group = by_form.get(id(call.form))
             if group is None:
@@ -531,9 +573,9 @@ class Caller:
                     continue
             groups.append(_group(same, now))
             into = inline if form.nbytes <= INLINE_MAX_BYTES else frames
-            for call in same:
-                into.append(call.payload)
-                call.payload = None
+            into += [call.payload.view if isinstance(call.payload, Placed) else call.payload for call in same]
+        if calls and calls[-1].id > self._sent_id:
+            self._sent_id = calls[-1].id
         epoch = self.membership.epoch
         # A set: what a worker publishes again must not stand twice in what becomes ranges.
         return Submit(epoch, groups, ranges(sorted(set(acks))), cancels, blob=b"".join(inline), frames=frames)
@@ -543,17 +585,9 @@ class Caller:
         stay: list[Call] = []
         travel: list[Call] = []
         for call in calls:
-            if not isinstance(call.payload, Placed):
-                travel.append(call)
-            elif self.shares:
-                stay.append(call)
-            else:
-                call.payload = call.payload.view
-                travel.append(call)
+            (stay if self.shares and isinstance(call.payload, Placed) else travel).append(call)
         if stay:
             groups.append(_group(stay, now, tuple([call.payload.place for call in stay])))
-            for call in stay:
-                call.payload = None
         return travel
 
     def _say(self, message: Message) -> None:

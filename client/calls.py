@@ -9,12 +9,14 @@ from penstock.wire.messages import Form, Payload
 
 WAITING: Final = "WAITING"  # goes with the next message to the broker
 SENT: Final = "SENT"
+AGAIN: Final = "AGAIN"  # was sent to a broker that has gone, and goes with the next message, to the next
 ENDED: Final = "ENDED"  # with a result, an error, or because nobody wants it any more
 
 TABLE: Final[dict[str, dict[str, str]]] = {
-    "send": {WAITING: SENT},
-    "partial": {SENT: SENT},  # more of its result will follow
-    "end": {WAITING: ENDED, SENT: ENDED},
+    "send": {WAITING: SENT, AGAIN: SENT},
+    "partial": {SENT: SENT, AGAIN: AGAIN},  # more of its result will follow
+    "lose": {SENT: AGAIN},
+    "end": {WAITING: ENDED, SENT: ENDED, AGAIN: ENDED},  # a worker may have had what is to be sent again
 }
 
 
@@ -23,7 +25,8 @@ class IllegalTransition(Exception):
 
 
 class Call:
-    """A request that its caller waits for. ``deadline``: seconds of this process's monotonic clock."""
+    """A request that its caller waits for, with all that it takes to send it again. ``deadline``: seconds of this
+    process's monotonic clock."""
 
     __slots__ = ("deadline", "form", "id", "payload", "sink", "state", "timeout_s")
 

@@ -23,7 +23,7 @@ from penstock.wire.zmtp import Zmtp
 
 OUT_MAX_BYTES: Final = 64 << 20  # may wait for a peer that does not read; then it is ``full``
 _RETRY_S: Final = 0.02  # before the first attempt to connect again; doubled up to
-_RETRY_MAX_S: Final = 0.5
+_RETRY_MAX_S: Final = 0.1
 _PATH_MAX_BYTES: Final = 107  # sun_path of a Unix socket, without its final zero
 _PIECES_MAX: Final = 1024  # of one sendmsg(2): IOV_MAX
 _NEVER: Final = float("inf")

@@ -46,7 +46,7 @@ log = logging.getLogger("penstock.client")
 
 _READABLE: Final[int] = select.EPOLLIN
 EVENTS_MAX: Final = 64  # of one look; there may be more at the next
-_CONTROL_AGAIN_S: Final = 0.05  # between two looks for a broker's control socket
+_CONTROL_AGAIN_S: Final = 0.02  # between two looks for a broker's control socket
 _LINGER_S: Final = 0.2  # for what was said last
 _FULL_AGAIN_S: Final = 0.1  # between two looks at what is due while the broker takes nothing
 

@@ -147,7 +147,7 @@ class Short:
         caller = self._caller
         if plan.placed and not caller.shares:
             return None
-        begun = caller.begin(plan.form, timeout_s, sink, now)
+        begun = caller.begin(plan.form, payload, timeout_s, sink, now)
         if begun is None:
             return None
         number, acks = begun

@@ -13,8 +13,9 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
+from penstock.wire.datatypes import element_count
 from penstock.wire.errors import BAD_INPUT, PenstockError
-from penstock.wire.tensors import DTYPES, Buffer, decode, element_count, pack_strings
+from penstock.wire.tensors import DTYPES, Buffer, decode, pack_strings
 
 BINARY_ONLY: Final = frozenset({"FP16", "BF16"})
 _FLOATS: Final = frozenset({"FP32", "FP64"})

@@ -11,17 +11,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import PenstockError
 from penstock.wire.models import TensorSpec
-from penstock.wire.tensors import (
-    DTYPES,
-    ITEM_SIZES,
-    Array,
-    datatype_of,
-    element_count,
-    encode,
-    from_bf16,
-)
+from penstock.wire.tensors import DTYPES, Array, datatype_of, encode, from_bf16
 
 _SHAPE: Final = re.compile(r"\[?(\d+(?:[x,]\d+)*)?\]?")
 _MAX_BYTES: Final = 1 << 30  # of one input

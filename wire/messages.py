@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from operator import ge, gt
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
+from penstock.wire.datatypes import DATATYPES, MAX_DIMS, MAX_ELEMENTS
 from penstock.wire.errors import CODES, BadMessage
 from penstock.wire.fields import (
     U64_MAX,
@@ -33,7 +34,6 @@ from penstock.wire.fields import (
 )
 from penstock.wire.metrics import Sample, check_samples
 from penstock.wire.models import MAX_TENSORS, READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
-from penstock.wire.tensors import DATATYPES, MAX_DIMS, MAX_ELEMENTS
 
 VERSION: Final = 1
 
@@ -473,14 +473,16 @@ class Carrier(Message):
 @dataclass(slots=True)
 class CallerHello(Message):
     """A caller's first words to an epoch. ``name``: what it would like to be called in metrics ("": no metrics).
-    ``local``: it can reach Unix sockets on the broker's host."""
+    ``local``: it can reach Unix sockets on the broker's host. ``sent``: the largest id that it has sent to any broker:
+    a request up to it may have been on a worker before."""
 
     TAG = 1
-    CHECKS = (_name, integer(0, 1 << 32), flag)
+    CHECKS = (_name, integer(0, 1 << 32), flag, _u64)
 
     name: str
     pid: int
     local: bool
+    sent: int = 0
 
 
 @dataclass(slots=True)

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from penstock.wire.datatypes import DATATYPES, ITEM_SIZES, MAX_DIMS, MAX_ELEMENTS, element_count
 from penstock.wire.errors import BAD_INPUT, PenstockError
-from penstock.wire.tensors import DATATYPES, ITEM_SIZES, MAX_DIMS, MAX_ELEMENTS, element_count
 
 LOADING: Final = "LOADING"
 READY: Final = "READY"

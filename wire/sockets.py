@@ -51,8 +51,7 @@ class Socket:
         raw.set(zmq.SNDHWM, high_water)
         raw.set(zmq.RCVHWM, high_water)
         raw.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        raw.set(zmq.RECONNECT_IVL, 20)  # milliseconds
-        raw.set(zmq.RECONNECT_IVL_MAX, 100)  # less than a new broker's rejoin_grace
+        raw.set(zmq.RECONNECT_IVL, 20)  # milliseconds, at most twice as many: less than a new broker's rejoin_grace
         raw.set(zmq.IPV6, 1)
         if kind == zmq.DEALER:
             raw.set(zmq.IMMEDIATE, 1)  # nothing waits for a broker that is not there, to be heard by the next one

@@ -6,7 +6,6 @@ and the encoding of BYTES: each element is its length (uint32) followed by that 
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeAlias
@@ -14,6 +13,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import BAD_INPUT, PenstockError
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -36,18 +36,9 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "FP64": np.dtype("<f8"),
     "BYTES": np.dtype(object),
 }
-DATATYPES: Final = frozenset(DTYPES)
-ITEM_SIZES: Final = {name: 0 if name == "BYTES" else dtype.itemsize for name, dtype in DTYPES.items()}
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 
-MAX_DIMS: Final = 32
-MAX_ELEMENTS: Final = 1 << 62
 _LENGTH: Final = struct.Struct("<I")
-
-
-def element_count(shape: Sequence[int]) -> int:
-    """How many elements a shape has; the caller has checked that no dimension is negative."""
-    return math.prod(shape)
 
 
 def datatype_of(array: Array) -> str:

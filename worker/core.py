@@ -54,7 +54,7 @@ from penstock.worker.batcher import Batch, Batcher, ModelKey, Rules
 from penstock.worker.costs import Curve, batch_sizes
 from penstock.worker.events import Command, DeviceLost, Event, GiveUp, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import Executed, Publication, failure_answers
-from penstock.worker.lots import ENDED, RUNNING, WAITING, Lot
+from penstock.worker.lots import RUNNING, WAITING, Lot
 from penstock.worker.model import Model
 from penstock.worker.options import MAX_COMPUTE_S
 from penstock.worker.plan import Plan
@@ -137,6 +137,7 @@ class Core:
         self._max_compute_s = max_compute_s
         self._limits_s: dict[ModelKey, float] = {}  # what models say themselves
         self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
+        self._again: dict[bytes, dict[int, int]] = {}  # by caller: what runs and was assigned anew, as which attempt
         self._kept: dict[bytes, dict[int, Kept]] = {}  # by caller
         self._callers: set[bytes] = set()  # those that the broker knows, and whose arena is here if they share one
         self._expected: dict[bytes, int] = {}  # those and others that the broker knows, and as which introduction
@@ -277,15 +278,13 @@ class Core:
                 raise AssertionError(f"a broker does not send {message!r}")
 
     def _welcomed(self, message: Welcome, now: float) -> None:
-        """A broker that does not know what this worker holds: start from nothing. Batches that run end unheard. Results
-        that are there already are published again when their caller is known to the broker too, and freed once it has
-        acknowledged them."""
-        for index in self._lots.values():
-            for lot in dict.fromkeys(index.values()):
-                if lot.state == WAITING:
-                    self._batcher.remove(lot, True)
-                lot.move("drop")
-        self._lots.clear()
+        """A broker that does not know what this worker holds. What waits it will give to somebody anew. What runs goes
+        on: its results, and those that are there already, are published when their caller is known to the broker too,
+        are the answer if it gives the same here, and are freed once the caller has acknowledged them."""
+        for caller, index in list(self._lots.items()):
+            self._cancel(caller, list(index))
+        self._done.clear()  # it knows of nothing that could be
+        self._again.clear()
         known = list(self._expected)
         for each in (self._callers, self._expected, self._readers, self._arenas):
             each.clear()
@@ -369,7 +368,8 @@ class Core:
         for at, (group, start) in enumerate(zip(message.groups, message.starts, strict=True)):
             form, caller, attempt = group.form, group.caller, group.attempt
             payload: Payload
-            if self._is_here(group):
+            left = self._new_of(group)
+            if not left:
                 continue
             try:
                 plan = self._plan(form)
@@ -380,18 +380,13 @@ class Core:
                 else:
                     payload, start = tuple(message.frames[start : start + len(group.ids)]), 0
             except PenstockError as error:
-                self._refuse((form.model, form.version), caller, attempt, group.ids, error, group.waited_us)
+                self._refuse((form.model, form.version), caller, attempt, pick(group.ids, left), error, group.waited_us)
                 continue
             ids, timeouts_us = group.ids, group.timeouts_us
-            kept = self._kept.get(caller)
-            if kept is not None and not kept.keys().isdisjoint(ids):
-                left = self._skip_answered(group)
-                if len(left) < len(ids):
-                    if not left:
-                        continue
-                    whole = payload if type(payload) is tuple else memoryview(payload)[start:]
-                    payload, start = pick_payload(whole, form.nbytes, left), 0
-                    ids, timeouts_us = pick(ids, left), pick(timeouts_us, left)
+            if len(left) < len(ids):
+                whole = payload if type(payload) is tuple else memoryview(payload)[start:]
+                payload, start = pick_payload(whole, form.nbytes, left), 0
+                ids, timeouts_us = pick(ids, left), pick(timeouts_us, left)
             index = self._lots.get(caller)
             if index is None:
                 index = self._lots[caller] = {}
@@ -403,25 +398,25 @@ class Core:
             index.update(dict.fromkeys(ids, lot))
             self._batcher.add(lot)
 
-    def _is_here(self, group: Tasks) -> bool:
-        """Whether any of a group's requests waits or runs here already, or stands in it twice: no broker of ours says
-        that, and one request must not have two answers."""
-        ids, index = group.ids, self._lots.get(group.caller)
-        if len(set(ids)) == len(ids) and (index is None or index.keys().isdisjoint(ids)):
-            return False
-        self._log("error", "requests were assigned twice; the second time is ignored", caller=group.caller.hex())
-        return True
-
-    def _skip_answered(self, group: Tasks) -> list[int]:
-        """Which requests of a group have no result here. Others have: the broker took this worker for lost. What the
-        caller may be reading already stays, and is the answer."""
-        kept = self._kept.get(group.caller, {})
+    def _new_of(self, group: Tasks) -> Sequence[int]:
+        """Where in a group the requests stand that are not here yet. Others are: the broker took this worker for lost,
+        or is a new one. What runs will be answered; what the caller may be reading already stays, and is the answer."""
+        ids, kept, runs = group.ids, self._kept.get(group.caller, {}), self._lots.get(group.caller, {})
+        if len(ids) > 1 and len(set(ids)) < len(ids):
+            self._log("error", "a request was assigned twice in one message; it is ignored", caller=group.caller.hex())
+            return ()
+        if kept.keys().isdisjoint(ids) and runs.keys().isdisjoint(ids):
+            return range(len(ids))
         answered = [number for number in group.ids if number in kept]
         if answered:
             for each in dict.fromkeys([kept[number] for number in answered]):
                 self._commands.append(Publish(group.caller, each.head, each.frames))
             self._done.append(Finished(group.caller, group.attempt, 0, tuple(answered)))
-        return [at for at, number in enumerate(group.ids) if number not in kept]
+        attempt = group.attempt
+        again = {number: attempt for number in group.ids if number in runs and runs[number].attempt != attempt}
+        if again:
+            self._again.setdefault(group.caller, {}).update(again)
+        return [at for at, number in enumerate(group.ids) if number not in kept and number not in runs]
 
     def _views(self, group: Tasks) -> Sequence[Payload]:
         """Payloads where they lie in their caller's arena. Raises PenstockError when they do not."""
@@ -509,10 +504,6 @@ class Core:
             self._curves[event.batch.model].learn(event.batch.rows, event.compute_s, now)
             self._ran.add(event.batch.model)
         self._batcher.ended(event.batch, event.compute_s, now)
-        if event.batch.lots[0].state == ENDED:
-            for publication in event.publications.values():
-                publication.give_back()
-            return  # dropped: what the new broker may have sent under the same ids is not this
         row_us = event.compute_s * 1e6 / event.batch.rows
         for caller, publication in event.publications.items():
             index = self._lots[caller]
@@ -521,7 +512,19 @@ class Core:
                     lot.move("finish")
                     self._forget(lot)
                     self._done.append(Finished(caller, lot.attempt, group.nbytes, lot.ids, int(row_us * lot.rows)))
+                if caller in self._again:
+                    self._finish_again(caller, group.ids, group.nbytes, int(row_us))
             self._publish(caller, publication, event.info)
+
+    def _finish_again(self, caller: bytes, ids: Sequence[int], nbytes: int, us: int) -> None:
+        """What has run is what was assigned anew meanwhile: the broker knows it by that attempt."""
+        again = self._again[caller]
+        for number in ids:
+            attempt = again.pop(number, 0)
+            if attempt:
+                self._done.append(Finished(caller, attempt, nbytes, (number,), us))
+        if not again:
+            del self._again[caller]
 
     def _publish(self, caller: bytes, publication: Publication, info: BatchInfo) -> None:
         if caller not in self._expected and caller not in self._subscriptions:

@@ -13,14 +13,13 @@ if TYPE_CHECKING:
 
 WAITING: Final = "WAITING"  # in the batcher
 RUNNING: Final = "RUNNING"  # in a batch
-ENDED: Final = "ENDED"  # answered, cancelled or dropped
+ENDED: Final = "ENDED"  # answered or cancelled
 
 TABLE: Final[dict[str, dict[str, str]]] = {
     "start": {WAITING: RUNNING},
     "cancel": {WAITING: ENDED, RUNNING: RUNNING},  # what runs cannot be stopped
     "expire": {WAITING: ENDED},  # taken out when its batch was to begin
     "finish": {RUNNING: ENDED},
-    "drop": {WAITING: ENDED, RUNNING: ENDED},  # a new broker knows nothing of it
 }
 
 

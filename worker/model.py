@@ -16,10 +16,11 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from penstock.wire.allocator import ALIGN_BYTES
+from penstock.wire.datatypes import ITEM_SIZES, MAX_DIMS, element_count
 from penstock.wire.messages import MAX_NAME
 from penstock.wire.models import MAX_TENSORS, ModelSpec, TensorSpec
 from penstock.wire.process import fields
-from penstock.wire.tensors import ITEM_SIZES, MAX_DIMS, Array, element_count
+from penstock.wire.tensors import Array
 from penstock.worker.config import CPU, ModelConfig
 from penstock.worker.costs import batch_sizes
 from penstock.worker.cuda import CudaError, Gpu, find_gpu

@@ -20,8 +20,9 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import onnxruntime
 
+from penstock.wire.datatypes import ITEM_SIZES
 from penstock.wire.models import ModelSpec, TensorSpec
-from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array
+from penstock.wire.tensors import DTYPES, Array
 from penstock.worker.staging import BYTES_MAX, ONNX_TYPES, Staging, gather_into, padded, repeat_last, row_shape
 
 _ALIGN: Final = 256  # bytes, as CUDA aligns what it allocates

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from penstock.wire.codec import pack_outcome, unpack_layout
+from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
 from penstock.wire.messages import Form, Outcome
 from penstock.wire.models import Size, Tensor, check
-from penstock.wire.tensors import ITEM_SIZES, element_count
 from penstock.worker.model import Model
 
 _BODIES_MAX: Final = 256  # shapes of outputs whose packed description a plan remembers

@@ -13,8 +13,9 @@ from typing import Final
 
 import numpy as np
 
+from penstock.wire.datatypes import element_count
 from penstock.wire.process import fields
-from penstock.wire.tensors import DTYPES, Array, element_count, from_bf16, to_bf16
+from penstock.wire.tensors import DTYPES, Array, from_bf16, to_bf16
 from penstock.worker.config import CPU
 from penstock.worker.costs import batch_sizes
 from penstock.worker.memory import give_back, heap_bytes

@@ -24,8 +24,9 @@ from typing import Any, Final
 import numpy as np
 
 from penstock.wire.allocator import ALIGN_BYTES
+from penstock.wire.datatypes import ITEM_SIZES
 from penstock.wire.models import ModelSpec, TensorSpec
-from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array
+from penstock.wire.tensors import DTYPES, Array
 
 BYTES_MAX: Final = 1 << 30  # of one staging; larger batches are gathered anew each time
 ONNX_TYPES: Final[dict[str, Any]] = {**DTYPES, "BF16": 16}  # TensorProto.DataType

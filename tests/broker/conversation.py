@@ -61,7 +61,7 @@ def through_the_wire(message: Message, kinds: Mapping[int, type[Message]]) -> Me
 
 
 class Conversation:
-    """``options``: of BrokerOptions. The rejoin grace is over, unless ``grace`` says that it has just begun."""
+    """``options``: of BrokerOptions. The broker is old enough to judge, unless ``grace``: it has just begun."""
 
     def __init__(self, grace: bool = False, **options: Any) -> None:
         self.now = 1000.0
@@ -74,7 +74,7 @@ class Conversation:
         self.shared: list[tuple[bytes, bytes]] = []  # whose arena was passed on to whom
         self.serials: dict[tuple[bytes, bytes], int] = {}  # as which introduction, the last time
         if not grace:
-            self.tick(self.core.options.rejoin_grace_s)
+            self.tick(self.core.options.unserved_grace_s)
 
     def handle(self, event: Event) -> None:
         pinged: list[bytes] = []

@@ -97,7 +97,7 @@ def test_a_peer_that_says_hello_again_starts_over() -> None:
     caller.submit(3)
     talk.tick()
     caller.heard()
-    caller.say(CallerHello(0, "gateway", 1, True))
+    caller.say(CallerHello(0, "gateway", 1, True, 3))
     talk.tick()
     assert caller.take(Welcome) == [Welcome(EPOCH, "gateway", False, 1)]
     assert talk.held == (3, 0)  # the worker still has them
@@ -110,22 +110,42 @@ def test_a_peer_that_says_hello_again_starts_over() -> None:
 
 
 @pytest.mark.parametrize("leaves_first", [False, True])
-def test_a_caller_that_starts_over_cannot_use_again_the_ids_that_a_worker_still_holds(leaves_first: bool) -> None:
+@pytest.mark.parametrize("says_so", [False, True])
+def test_a_caller_that_starts_over_may_send_again_what_a_worker_still_runs(leaves_first: bool, says_so: bool) -> None:
+    """What runs is then what was sent again: the worker has it once, and says once that it is done."""
     talk = Conversation()
     caller = talk.caller()
     worker = talk.worker(hears=[caller])
     caller.submit(3)
     talk.tick()
+    assert worker.got() == [1, 2, 3]
     if leaves_first:
         caller.bye()
-    caller.say(CallerHello(0, "", 1, True))
+    caller.say(CallerHello(0, "", 1, True, 3 if says_so else 0))
     worker.hear(caller)
-    caller.last_id = 2
-    caller.submit()
+    caller.last_id = 1
+    caller.submit(3)
     talk.tick()
-    assert caller.refused() == {3: "bad_input"}
+    assert (caller.refused(), worker.got(), talk.held) == ({}, [2, 3, 4], (4, 0))
     worker.done(caller, 1, 2, 3)
-    assert talk.held == (0, 0)
+    assert talk.held == (3, 0)
+    caller.ack(2, 3)
+    assert talk.held == (1, 0)
+
+
+def test_what_another_worker_answers_of_what_was_sent_again_is_freed_there_and_not_run() -> None:
+    """The one that had it from the broker before, which this one cannot know."""
+    talk = Conversation()
+    caller = talk.caller()
+    caller.say(CallerHello(0, "", 1, True, 2))
+    worker, other = talk.worker(hears=[caller]), talk.worker(name="other")
+    caller.submit(3)
+    talk.tick()
+    assert worker.got() == [1, 2, 3]
+    caller.ack(1, 3)
+    talk.tick()
+    assert worker.news() == ([1, 3], [1])
+    assert other.news() == ([1, 3], [])
 
 
 def test_a_worker_that_says_hello_again_has_lost_what_it_held() -> None:
@@ -212,6 +232,44 @@ def test_a_new_broker_waits_for_the_peers_of_the_old_one_before_it_assigns() -> 
     talk.tick(0.05)
     assert worker.got() == [1]
     assert len(caller.take(Models)) == 1
+
+
+def test_a_new_broker_has_requests_wait_for_models_that_it_does_not_know_yet() -> None:
+    talk = Conversation(grace=True)
+    caller = talk.caller()
+    caller.submit(2, "m", rows=2)
+    caller.submit(1, "m", rows=5)
+    caller.submit(1, "n")
+    talk.live(1.0)
+    assert [message.models for message in caller.take(Models)] == [()]
+    loading = talk.worker(model("m", state=LOADING, batch=0), hears=[caller], name="loading")
+    talk.live(1.0)
+    assert caller.refused() == {}
+    worker = talk.worker(model("m"), hears=[caller])
+    talk.tick()
+    assert (worker.got(), loading.got(), caller.refused()) == ([1, 2], [], {3: "bad_input"})
+    talk.live(11.0)
+    assert caller.refused() == {4: "unavailable"}
+    caller.submit(1, "n")
+    talk.tick()
+    assert caller.refused() == {5: "not_found"}
+    assert [state.name for state in talk.core.registry.states()] == ["m"]
+
+
+def test_what_the_last_broker_had_taken_in_is_not_turned_away_by_the_next() -> None:
+    talk = Conversation(grace=True, queue_requests_max=2, held_requests_max=5)
+    caller = talk.caller()
+    caller.say(CallerHello(0, "", 1, True, 4))
+    caller.submit(4)
+    caller.submit(1)
+    talk.tick()
+    assert caller.refused() == {5: "overloaded"}
+    assert talk.held == (4, 0)
+    late = talk.caller()
+    late.say(CallerHello(0, "", 1, True, 4))
+    late.submit(4)
+    talk.tick()
+    assert late.refused() == dict.fromkeys((2, 3, 4), "overloaded"), "what it holds in all is bounded"
 
 
 # --- silence and absence ---
@@ -382,15 +440,13 @@ def test_a_draining_broker_accepts_nothing_and_finishes_what_it_has() -> None:
     talk.handle(Drain())
     caller.submit()
     talk.tick()
-    [refusal] = caller.refusals()
-    assert (refusal.id, refusal.code, refusal.retry_after_ms) == (11, "draining", 1000)
-    assert refusal.message == "the server is shutting down; try again on another, or shortly"
+    assert (caller.refusals(), talk.held) == ([], (10, 0)), "its caller keeps it for the next broker"
     worker.done(caller, *range(1, 9))
     talk.tick()
     assert worker.got() == [9, 10]
 
 
-def test_a_broker_that_ends_says_so_to_everybody_and_refuses_what_still_waits() -> None:
+def test_a_broker_that_ends_says_so_to_everybody_and_callers_keep_what_they_have_for_the_next() -> None:
     talk = Conversation()
     caller = talk.caller()
     worker = talk.worker(hears=[caller])
@@ -399,9 +455,6 @@ def test_a_broker_that_ends_says_so_to_everybody_and_refuses_what_still_waits() 
     talk.forget()
     talk.handle(End())
     assert worker.heard() == ["Bye"]
-    refusals = caller.refusals()
-    assert [(each.id, each.code) for each in refusals] == [(9, "draining"), (10, "draining")]
-    assert refusals[0].message == "the server shut down before the request ran; try again shortly"
     assert caller.heard() == ["Bye"]
 
 

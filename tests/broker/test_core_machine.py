@@ -7,7 +7,7 @@ core is validated after every event (see Conversation); here stands what peers m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -54,7 +54,9 @@ class CallerLife:
     """What a caller knows of its requests, since it last said hello."""
 
     talk: CallerTalk
-    sizes: dict[int, int] = field(default_factory=dict)  # all that it asked for
+    before: int = 0  # the last id of its life before
+    groups: list[Requests] = field(default_factory=list)  # all that it asked for,
+    sizes: dict[int, int] = field(default_factory=dict)  # and how large each is
     answered: set[int] = field(default_factory=set)  # have a result, which may be acknowledged or not
     acknowledged: set[int] = field(default_factory=set)
     cancelled: set[int] = field(default_factory=set)
@@ -80,6 +82,14 @@ class WorkerLife:
 
 def some(things: Sequence[T], picks: list[int]) -> list[T]:
     return [things[pick % len(things)] for pick in picks] if things else []
+
+
+def part_of(group: Requests, ids: Container[int]) -> Requests | None:
+    """Those of a group that are sent again."""
+    at = [at for at, number in enumerate(group.ids) if number in ids]
+    places = tuple(group.places[each] for each in at) if group.places else ()
+    timeouts_us = tuple(group.timeouts_us[each] for each in at)
+    return Requests(group.form, tuple(group.ids[each] for each in at), timeouts_us, places) if at else None
 
 
 def place_of(number: int) -> int:
@@ -178,7 +188,7 @@ class CoreMachine(RuleBasedStateMachine):
                 key = (group.caller, number)
                 assert message.alone or key not in self.suspects, f"{key} may have killed a worker, and is not alone"
                 holders = [each for each in self.workers.values() if key in each.holds]
-                assert holders == [], f"{key} was given to two workers"
+                assert holders == [] or number <= caller.before, f"{key} was given to two workers"
                 assert number not in caller.closed, f"{key} had ended, and was assigned"
                 if group.places:
                     assert group.places[at] == place_of(number)
@@ -257,6 +267,7 @@ class CoreMachine(RuleBasedStateMachine):
         frames = [each for each in payloads if len(each) == LARGE]
         pairs = [number for each in sorted(set(acks)) for number in (each, each)]
         message = Submit(EPOCH, groups, pairs, cancels, blob=blob, frames=frames)
+        caller.groups += groups
         caller.talk.say(message)
         caller.acknowledged |= set(acks)
         caller.cancelled |= set(cancels) - caller.acknowledged
@@ -335,6 +346,14 @@ class CoreMachine(RuleBasedStateMachine):
             else:
                 self.end_worker(worker.talk, what)
 
+    @precondition(has_caller)
+    @rule(pick=st.integers(0, 9), tick=st.booleans())
+    def caller_sends_again(self, pick: int, tick: bool) -> None:
+        """What workers may have begun, to a broker that has forgotten it."""
+        self.end_caller(self.caller(pick).talk, "caller hello")
+        if tick:
+            self.tick(0.001)
+
     def join(self, who: str, instances: int = 1) -> None:
         if "caller" in who and len(self.callers) < CALLERS:
             caller = self.talk.caller(local=who == "caller", arena_bytes=1 << 40)
@@ -358,7 +377,7 @@ class CoreMachine(RuleBasedStateMachine):
         worker.hears = worker.hears | {caller.id} if attached else worker.hears - {caller.id}
 
     def end_caller(self, caller: CallerTalk, how: str) -> None:
-        del self.callers[caller.id]
+        before = self.callers.pop(caller.id)
         if how != "caller hello":
             for worker in self.workers.values():
                 worker.keeps = {key for key in worker.keeps if key[0] != caller.id}
@@ -367,8 +386,14 @@ class CoreMachine(RuleBasedStateMachine):
         elif how == "caller gone":
             caller.vanish()
         else:
-            caller.say(CallerHello(0, "", 1, True))
-            self.callers[caller.id] = CallerLife(caller)
+            caller.say(CallerHello(0, "", 1, True, caller.last_id))
+            life = self.callers[caller.id] = CallerLife(caller, caller.last_id)
+            life.sizes = {number: before.sizes[number] for number in before.open}
+            self.submit(life, [part for group in before.groups if (part := part_of(group, life.sizes))], [], [])
+            hearing = [worker for worker in self.workers.values() if caller.id in worker.hears]
+            self.hear()
+            for worker in hearing:
+                self.attach(worker, caller, True)
         self.hear()
 
     def end_worker(self, worker: WorkerTalk, how: str) -> None:

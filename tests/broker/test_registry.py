@@ -16,8 +16,8 @@ from tests.broker.parts import make_worker
 class Hall:
     """A registry and the workers in it; it is validated after every step."""
 
-    def __init__(self, models_max: int = 100) -> None:
-        self.registry = Registry(models_max)
+    def __init__(self, models_max: int = 100, young_until: float = 0.0) -> None:
+        self.registry = Registry(models_max, young_until=young_until)
         self.workers: list[WorkerPeer] = []
 
     def join(self, *models: ModelState, name: str = "w") -> WorkerPeer:
@@ -42,9 +42,9 @@ class Hall:
         return [(state.name, state.version, state.state) for state in self.registry.states()]
 
 
-def refusal(registry: Registry, name: str, version: str = "") -> tuple[str, str]:
+def refusal(registry: Registry, name: str, version: str = "", now: float = 0.0) -> tuple[str, str]:
     with pytest.raises(PenstockError) as caught:
-        registry.find(name, version)
+        registry.find(name, version, now)
     return caught.value.code, caught.value.message
 
 
@@ -52,18 +52,18 @@ def test_what_a_worker_declares_can_be_found() -> None:
     hall = Hall()
     worker = hall.join(model("m", "1"), model("m", "2"), model("n", "7", LOADING, batch=0))
     assert hall.known() == [("m", "1", READY), ("m", "2", READY), ("n", "7", LOADING)]
-    queue = hall.registry.find("m", "2")
+    queue = hall.registry.find("m", "2", 0.0)
     assert (queue.key, list(queue.workers), queue.spec) == (("m", "2"), [worker], model("m", "2").spec)
 
 
 def test_no_version_means_the_newest_that_is_served_else_the_newest() -> None:
     hall = Hall()
     worker = hall.join(model("m", "1"), model("m", "2"), model("m", "10", LOADING, batch=0))
-    assert hall.registry.find("m", "").key == ("m", "2")
+    assert hall.registry.find("m", "", 0.0).key == ("m", "2")
     hall.declare(worker, model("m", "1"), model("m", "2"), model("m", "10"))
-    assert hall.registry.find("m", "").key == ("m", "10")
+    assert hall.registry.find("m", "", 0.0).key == ("m", "10")
     hall.leave(worker)
-    assert hall.registry.find("m", "").key == ("m", "10")
+    assert hall.registry.find("m", "", 0.0).key == ("m", "10")
 
 
 def test_what_is_not_there_is_refused_in_the_words_that_clients_know() -> None:
@@ -92,7 +92,7 @@ def test_models_stay_known_when_their_worker_goes() -> None:
     hall.leave(worker, now=5.0)
     assert hall.known() == [("m", "1", UNAVAILABLE)]
     assert hall.registry.states()[0].reason == "no worker serves it at present"
-    queue = hall.registry.find("m", "")
+    queue = hall.registry.find("m", "", 0.0)
     assert (list(queue.workers), queue.unserved_since, queue.spec) == ([], 5.0, model("m").spec)
 
 
@@ -132,7 +132,7 @@ def test_a_worker_that_is_leaving_serves_nothing_and_takes_nothing_back() -> Non
     worker = hall.join(model("m"))
     worker.leaving = True
     assert hall.declare(worker, now=3.0) == []
-    assert hall.registry.find("m", "").unserved_since == 3.0
+    assert hall.registry.find("m", "", 0.0).unserved_since == 3.0
     # What it told still stands: it is READY there, and nobody else has it.
     assert hall.known() == [("m", "1", UNAVAILABLE)]
 
@@ -185,14 +185,44 @@ def test_the_newest_spec_is_kept_when_a_model_is_loaded_again() -> None:
     worker = hall.join(model(batch=4))
     hall.declare(worker, model(batch=8))
     hall.declare(worker, model(state=LOADING, batch=0))
-    assert hall.registry.find("m", "").spec == model(batch=8).spec
+    assert hall.registry.find("m", "", 0.0).spec == model(batch=8).spec
 
 
 def test_workers_of_a_model_keep_their_turns_when_they_declare_again() -> None:
     hall = Hall()
     workers = [hall.join(model(), name=name) for name in "abc"]
     hall.declare(workers[0], model(), model("n"))
-    assert list(hall.registry.find("m", "").workers) == workers
+    assert list(hall.registry.find("m", "", 0.0).workers) == workers
+
+
+def test_a_young_broker_waits_for_models_that_nobody_has_declared() -> None:
+    """They are shown to nobody, and one that comes is the one that was waited for."""
+    hall = Hall(young_until=10.0)
+    queue, other = hall.registry.find("m", "1", 1.0), hall.registry.find("n", "1", 1.0)
+    assert hall.registry.find("m", "1", 2.0) is queue
+    assert (queue.spec, queue.unserved_since, hall.known()) == (None, 1.0, [])
+    worker = hall.join(model("m", "1"))
+    assert (list(queue.workers), queue.spec) == ([worker], model("m", "1").spec)
+    assert hall.known() == [("m", "1", READY)]
+    hall.registry.forget_unheard(9.9)
+    assert hall.registry.find("n", "1", 9.9) is other
+    hall.registry.forget_unheard(10.0)
+    hall.registry.validate(hall.workers)
+    assert refusal(hall.registry, "n", "1", 10.0)[0] == "not_found"
+
+
+def test_a_young_broker_does_not_guess_at_versions() -> None:
+    hall = Hall(young_until=10.0)
+    assert refusal(hall.registry, "m", "")[0] == "unavailable"
+    hall.registry.find("m", "9", 0.0)
+    hall.join(model("m", "1"))
+    assert hall.registry.find("m", "", 0.0).key == ("m", "1")
+
+
+def test_models_that_nobody_has_declared_count_among_those_that_may_be_known() -> None:
+    hall = Hall(models_max=1, young_until=10.0)
+    hall.registry.find("m", "1", 0.0)
+    assert refusal(hall.registry, "m", "2")[0] == "unavailable"
 
 
 def test_models_beyond_the_limit_are_not_known() -> None:

@@ -23,6 +23,7 @@ from penstock.wire.messages import (
     TO_CALLER,
     Answers,
     Batch,
+    Beat,
     Failure,
     Form,
     Message,
@@ -152,6 +153,14 @@ class Conversation:
         """The ids that the next messages acknowledge."""
         known = dict.fromkeys(range(self.caller._last_id + 100))
         return [number for message in self.flush() for number in sorted(ids_in(message.acks, known))]
+
+    def live(self, seconds: int) -> list[Command]:
+        """As ``pass_time``, with a broker that beats."""
+        commands = list[Command]()
+        for _ in range(seconds):
+            self.broker(Beat(self.caller.membership.epoch))
+            commands += self.pass_time(1.0)
+        return commands
 
     def pass_time(self, seconds: float) -> list[Command]:
         """Let time pass as a shell does: a Tick whenever one is due. What followed."""

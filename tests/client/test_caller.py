@@ -14,7 +14,6 @@ from penstock.wire.errors import (
     BAD_INPUT,
     DEADLINE,
     INTERNAL,
-    LOST,
     NOT_FOUND,
     OVERLOADED,
     UNAVAILABLE,
@@ -376,25 +375,82 @@ def test_caller_beats_once_a_second_and_takes_a_silent_broker_for_gone(joined: C
     assert said == [Say(Beat(9))] * 4
     joined.broker(Beat(9))
     joined.pass_time(4.9)
-    assert end.calls == 0
+    assert joined.flush() != []
     joined.pass_time(1.5)
-    assert end.error.message == "the broker fell silent while it held the request; send it again"
     assert not joined.caller.membership.joined
+    assert end.calls == 0
 
 
-def test_lost_broker_fails_only_what_it_had(joined: Conversation, form: MakeForm) -> None:
-    [sent] = joined.send(form())
-    number, waiting = joined.submit(form())
+def test_what_a_lost_broker_had_goes_to_the_next_before_what_is_new(joined: Conversation, form: MakeForm) -> None:
+    one, other = form("one"), form("other")
+    ends = [joined.submit(each, b"payload%d" % at, timeout_s=10.0)[1] for at, each in enumerate((one, other, one))]
+    joined.flush()
+    ends += joined.send(one)
+    _, new = joined.submit(one, b"payload4", timeout_s=10.0)
+    joined.caller.cancel(1)
+    joined.answer(4)
     [logged] = joined.lose()
     assert isinstance(logged, Log)
-    assert (sent.error.code, sent.error.retryable, sent.error.retry_after_s) == (LOST, True, 0.5)
-    assert sent.error.message == "the broker's process ended while it held the request; send it again"
-    assert waiting.calls == 0
+    joined.pass_time(2.0)
+    joined.caller.cancel(2)
+    assert joined.flush() == []
     joined.join(epoch=10)
     [message] = joined.flush()
-    assert (message.epoch, message.groups[0].ids) == (10, (number,))
-    joined.answer(number)
-    assert waiting.calls == 1
+    assert (message.epoch, message.cancels, message.blob) == (10, [], b"payload2payload4")
+    assert [(group.form, group.ids) for group in message.groups] == [(one, (3, 5))]
+    assert message.groups[0].timeouts_us == (8_000_000, 8_000_000)
+    joined.answer(3, 5)
+    assert [end.calls for end in (*ends, new)] == [0, 0, 1, 1, 1]
+
+
+def test_more_than_a_message_holds_is_sent_again_in_the_order_of_its_ids(joined: Conversation, form: MakeForm) -> None:
+    forms = [form("one"), form("other")]
+    for at in range(MAX_REQUESTS + 2):
+        joined.submit(forms[at % 2])
+    joined.flush()
+    joined.lose()
+    joined.join(epoch=10)
+    sent = [[number for group in message.groups for number in group.ids] for message in joined.flush()]
+    assert [sorted(ids) for ids in sent] == [list(range(1, MAX_REQUESTS + 1)), [MAX_REQUESTS + 1, MAX_REQUESTS + 2]]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_worker_may_answer_what_no_broker_has(joined: Conversation, form: MakeForm, failed: bool) -> None:
+    """It had it from the last one. What was never sent it cannot have had."""
+    [sent] = joined.send(form())
+    _, waiting = joined.submit(form())
+    joined.lose()
+    joined.answer(1, 2, status=PARTIAL)
+    assert sent.calls == 0
+    if failed:
+        joined.answer_failed(1, 2, code=BAD_INPUT, sentence="no")
+    else:
+        joined.answer(1, 2)
+    assert (sent.calls, waiting.calls) == (1, 0)
+    joined.join(epoch=10)
+    [message] = joined.flush()
+    assert [group.ids for group in message.groups] == [(2,)]
+
+
+def test_a_broker_hears_which_ids_workers_may_know(joined: Conversation, form: MakeForm) -> None:
+    joined.send(form(), 3)
+    joined.submit(form())
+    joined.broker(HelloWanted(9))
+    assert joined.hear(Tick()) == [Say(CallerHello(0, "", 77, True, 3))]
+
+
+def test_what_was_sent_ends_at_its_deadline_although_no_other_broker_comes(
+    joined: Conversation, form: MakeForm
+) -> None:
+    [end] = joined.send(form(), timeout_s=2.0)
+    joined.lose()
+    joined.pass_time(2.0)
+    assert end.calls == 0
+    joined.pass_time(0.4)
+    assert (end.error.code, end.error.retryable) == (UNAVAILABLE, True)
+    assert end.error.message == "the broker at /run/penstock went, and no other answered within the request's 2 s"
+    joined.join(epoch=10)
+    assert joined.flush()[0].groups == []
 
 
 def test_loss_is_said_once(joined: Conversation) -> None:
@@ -422,16 +478,22 @@ def test_caller_sleeps_while_there_is_no_broker_though_results_come(joined: Conv
 
 
 def test_hello_is_said_again_to_a_broker_that_does_not_know_the_caller(joined: Conversation, form: MakeForm) -> None:
-    [end] = joined.send(form())
-    joined.broker(HelloWanted(10))
-    assert end.error.message == "the broker restarted while it held the request; send it again"
-    assert joined.hear(Tick()) == [Say(CallerHello(0, "", 77, True))]
+    joined.send(form())
+    [logged] = joined.broker(HelloWanted(10))
+    assert isinstance(logged, Log)
+    assert logged.fields == {"reason": "the broker restarted"}
+    assert joined.hear(Tick()) == [Say(CallerHello(0, "", 77, True, 1))]
 
 
-def test_broker_that_forgot_the_caller_has_not_restarted(joined: Conversation, form: MakeForm) -> None:
+def test_broker_that_forgot_the_caller_is_sent_again_what_it_had(joined: Conversation, form: MakeForm) -> None:
     [end] = joined.send(form())
-    joined.broker(HelloWanted(9))
-    assert end.error.message == "the broker took this process for gone while it held the request; send it again"
+    [logged] = joined.broker(HelloWanted(9))
+    assert isinstance(logged, Log)
+    assert logged.fields == {"reason": "the broker took this process for gone"}
+    joined.join(epoch=9)
+    assert joined.flush()[0].groups[0].ids == (1,)
+    joined.answer(1)
+    assert end.calls == 1
 
 
 def test_several_hellos_wanted_bring_one(joined: Conversation) -> None:
@@ -452,10 +514,10 @@ def test_second_welcome_of_an_epoch_changes_nothing(joined: Conversation, form: 
 
 
 def test_welcome_of_another_epoch_means_that_the_broker_restarted(joined: Conversation, form: MakeForm) -> None:
-    [end] = joined.send(form())
+    joined.send(form())
     joined.join(epoch=10)
-    assert end.error.code == LOST
-    assert joined.flush()[0].epoch == 10
+    [message] = joined.flush()
+    assert (message.epoch, message.groups[0].ids) == (10, (1,))
 
 
 def test_words_of_another_epoch_are_ignored(joined: Conversation, form: MakeForm, state: MakeState) -> None:
@@ -481,11 +543,13 @@ def test_workers_have_names_until_their_last_answers_have_come(joined: Conversat
     assert (name(one), name(other)) == (one.hex(), "gpu1"), "nor are they kept for ever"
 
 
-def test_bye_of_the_broker_fails_what_it_had(joined: Conversation, form: MakeForm) -> None:
+def test_what_a_broker_had_that_says_bye_waits_for_the_next(joined: Conversation, form: MakeForm) -> None:
     [end] = joined.send(form())
     joined.broker(Bye(9))
-    assert end.error.message == "the broker shut down while it held the request; send it again"
     assert not joined.caller.membership.joined
+    joined.join(epoch=10)
+    assert joined.flush()[0].groups[0].ids == (1,)
+    assert end.calls == 0
 
 
 def test_a_broker_does_not_send_what_callers_say(joined: Conversation) -> None:
@@ -511,7 +575,8 @@ def test_workers_are_heard_while_the_broker_lists_them(joined: Conversation) -> 
     assert joined.broker(Workers(9, [other])) == [Hear("ipc:///one", False)]
     joined.lose()
     joined.join(epoch=10)
-    assert joined.broker(Workers(10, [one])) == [Hear("ipc:///one", True), Hear("ipc:///two", False)]
+    assert joined.broker(Workers(10, [one])) == [Hear("ipc:///one", True)], "the other may be about to join"
+    assert [command for command in joined.live(11) if isinstance(command, Hear)] == [Hear("ipc:///two", False)]
 
 
 @pytest.mark.parametrize(
@@ -569,13 +634,33 @@ def test_what_find_found_in_old_models_is_not_kept_for_the_new(joined: Conversat
     def search_slowly(name: str, version: str) -> Any:
         """As another thread that is overtaken by news."""
         spec = search(name, version)
-        caller._set_models([state(version="2")])
+        caller._told = [state(version="2")]
+        caller._set_models()
         return spec
 
     caller._search = search_slowly  # type: ignore[method-assign]
     assert caller.find("digits").version == "1"
     caller._search = search  # type: ignore[method-assign]
     assert caller.find("digits").version == "2"
+
+
+def test_models_of_the_last_broker_can_be_asked_until_their_workers_have_had_time_to_join(
+    joined: Conversation, state: MakeState
+) -> None:
+    joined.serve(state("one"), state("two"))
+    joined.lose()
+    assert joined.caller.find("two").name == "two"
+    joined.join(epoch=10)
+    joined.serve(state("one"))
+    assert joined.caller.find("two").name == "two"
+    assert not joined.caller.is_ready()
+    joined.live(9)
+    joined.serve(state("one"), state("three"))
+    assert joined.caller.models is not None
+    assert joined.caller.models.keys() == {"one", "two", "three"}
+    joined.live(2)
+    assert joined.caller.models.keys() == {"one", "three"}
+    assert joined.caller.is_ready()
 
 
 def test_ready_when_a_broker_serves_every_model(conversation: Conversation, state: MakeState) -> None:

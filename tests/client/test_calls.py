@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from penstock.client.calls import ENDED, SENT, TABLE, WAITING, Call, IllegalTransition
+from penstock.client.calls import AGAIN, ENDED, SENT, TABLE, WAITING, Call, IllegalTransition
 from penstock.wire.messages import Form
 
 if TYPE_CHECKING:
     from tests.client.conftest import Conversation
 
-STATES = (WAITING, SENT, ENDED)
+STATES = (WAITING, SENT, AGAIN, ENDED)
 LEGAL = {
     (WAITING, "send"): SENT,
     (WAITING, "end"): ENDED,
     (SENT, "partial"): SENT,
+    (SENT, "lose"): AGAIN,
     (SENT, "end"): ENDED,
+    (AGAIN, "send"): SENT,
+    (AGAIN, "partial"): AGAIN,
+    (AGAIN, "end"): ENDED,
 }
 
 

@@ -13,12 +13,11 @@ import pytest
 import zmq
 
 from penstock.client.arrays import Forms, decode_outcome
-from penstock.client.calls import WAITING
+from penstock.client.calls import AGAIN, WAITING
 from penstock.client.connection import Connection
 from penstock.client.link import Link
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import BrokerAddress, parse_broker
-from penstock.wire.errors import LOST
 from penstock.wire.events import FromBroker
 from penstock.wire.messages import (
     FROM_CALLER,
@@ -224,7 +223,7 @@ def test_address_that_is_none_is_logged_and_left_out(
     assert said == ["nonsense"]
 
 
-def test_requests_that_cannot_be_sent_fail_at_once(form: Callable[..., Form], end: Callable[[], End]) -> None:
+def test_requests_that_cannot_be_sent_wait_for_a_broker(form: Callable[..., Form], end: Callable[[], End]) -> None:
     """As when the connection breaks and the broker lives on: nobody has them, and nobody would ever answer."""
     link = Link(BrokerAddress(None, "127.0.0.1", 1), "", lambda metrics: None)
     try:
@@ -232,26 +231,26 @@ def test_requests_that_cannot_be_sent_fail_at_once(form: Callable[..., Form], en
         unsent = end()
         link.caller.submit(form(), b"12345678", 60.0, unsent, 0.0)
         link.flush()
-        assert (unsent.error.code, unsent.error.retryable) == (LOST, True)
-        assert unsent.error.message == "the connection to the broker broke while it held the request; send it again"
         assert not link.caller.membership.joined
+        assert [call.state for call in link.caller.calls.values()] == [AGAIN]
+        assert unsent.calls == 0
     finally:
         link.close()
 
 
-def test_connection_that_breaks_ends_what_is_under_way_and_is_made_again(
+def test_connection_that_breaks_is_made_again_and_what_is_under_way_sent_again(
     peer: Peer, serving: Any, form: Callable[..., Form], end: Callable[[], End]
 ) -> None:
     """Without a control connection nothing else tells of it."""
     peer.welcome()
-    lost = end()
-    peer.link.caller.submit(form(), b"12345678", 60.0, lost, time.monotonic())
+    peer.link.caller.submit(form(), b"12345678", 60.0, end(), time.monotonic())
     peer.link.flush()
-    peer.restart()
-    serving.drive(peer.link, lambda: lost.calls)
-    assert (lost.error.code, lost.error.retryable) == (LOST, True)
-    assert lost.error.message == "the connection to the broker broke while it held the request; send it again"
-    peer.welcome()
+    for _ in range(2):
+        peer.restart()
+        peer.welcome()
+        submit = peer.hear(Submit)
+        assert isinstance(submit, Submit)
+        assert [group.ids for group in submit.groups] == [(1,)]
     peer.close_link()
     assert peer.hear(Bye) == Bye(5)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from penstock.client.arrays import decode_outcome
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Command, FromWorker, Hear
 from penstock.wire.codec import pack, pack_outcome, unpack
-from penstock.wire.errors import INTERNAL, LOST, BadMessage
+from penstock.wire.errors import INTERNAL, BadMessage
 from penstock.wire.events import ArenaCame, BrokerFound, BrokerLost, FromBroker, Log
 from penstock.wire.messages import (
     COMPLETE,
@@ -30,7 +30,7 @@ from penstock.wire.messages import (
 )
 from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.models import Tensor
-from penstock.wire.slots import Placed
+from penstock.wire.slots import PLACED_MIN_BYTES, Placed
 
 if TYPE_CHECKING:
     from tests.client.conftest import Conversation
@@ -229,12 +229,14 @@ def test_what_is_read_outlives_a_broker(sharing: Conversation, form: Callable[..
     first, second = sharing.send(form(), 2)
     publish(sharing, 1)
     sharing.hear(BrokerLost("its process ended"))
-    assert second.error.code == LOST
-    assert first.payload == b"   1"
+    assert (first.payload, second.calls) == (b"   1", 0)
     sharing.hear(BrokerFound())
     sharing.join(10)
-    assert name_workers(sharing, WORKER, sharing=[WORKER]) == []  # heard all the time: its arena is still here
+    assert name_workers(sharing) == []  # it may be about to join,
+    assert name_workers(sharing, WORKER, sharing=[WORKER]) == []  # and is heard all the time: its arena is still here
     publish(sharing, 1, 2)
+    assert second.payload == b"   2"
+    sharing.caller.release(2, sharing.now)
     assert sharing.acknowledged() == [2]
     sharing.caller.release(1, sharing.now)
     assert sharing.acknowledged() == [1]
@@ -316,9 +318,34 @@ def test_a_worker_is_heard_as_long_as_something_is_read_in_its_memory(
     sharing.join(10)
     assert name_workers(sharing) == []
     assert name_workers(sharing, OTHER) == [("ipc://another.", True)]
+    assert hears(sharing.live(20)) == []
     sharing.caller.release(end.answers[0].held, sharing.now)
     assert hears(sharing.pass_time(0.2)) == [("ipc://a worker", False)]
     assert sharing.acknowledged() == []  # said before, when it was let go of
+
+
+def test_a_worker_of_the_last_broker_is_heard_for_as_long_as_it_may_be_about_to_join(sharing: Conversation) -> None:
+    """It may be about to publish what it ran meanwhile."""
+    sharing.hear(BrokerLost("its process ended"))
+    sharing.pass_time(60.0)
+    sharing.join(10)
+    assert name_workers(sharing) == []
+    assert hears(sharing.live(9)) == []
+    assert hears(sharing.live(2)) == [("ipc://a worker", False)]
+
+
+def test_a_large_request_is_sent_again_as_the_next_broker_can_have_it(
+    sharing: Conversation, form: Callable[..., Form]
+) -> None:
+    placed: Any = Placed(128, memoryview(bytes([7]) * PLACED_MIN_BYTES))
+    sharing.submit(form(nbytes=PLACED_MIN_BYTES), placed)
+    for epoch, shares in (10, True), (11, False), (12, True):
+        sharing.hear(BrokerLost("its process ended"))
+        sharing.broker(Welcome(epoch, "caller", shares))
+        [message] = sharing.flush()
+        [group] = message.groups
+        assert (group.ids, group.places) == ((1,), (128,) if shares else ())
+        assert message.blob == (b"" if shares else bytes(placed.view))
 
 
 def test_a_worker_that_is_named_again_while_it_is_read_is_heard_on(

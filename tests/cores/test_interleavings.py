@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -225,7 +226,97 @@ def test_a_broker_that_restarts_between_done_and_acknowledgment(world: World, he
     while caller.reading:
         caller.let_go(0)
     world.settle()
-    assert [request.ends for request in caller.requests] == [["result" if heard else "lost"], ["result"]]
+    assert [request.ends for request in caller.requests] == [["result"], ["result"]]
+    assert used(caller, worker) == [0, 0]
+
+
+def step(world: World) -> bool:
+    """One thing that one of the processes does, or time for them. False: there is nothing more to do."""
+    for process in world.processes:
+        if process.deliver(0):
+            return True
+    if any(worker.compute() for worker in world.of(WorkerLife)):
+        return True
+    world.pass_time(0.01)
+    return any(not request.ends for request in caller_of(world).requests)
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("others_die", [False, True])
+def test_a_broker_that_dies_at_any_moment_takes_nothing_with_it(model: Model, read: bool, others_die: bool) -> None:
+    """``read``: what it had said last is read all the same. ``others_die``: one of two workers dies with it, so that
+    what it had must run elsewhere."""
+    for moment in count():
+        world = World(model)
+        world.start_broker()
+        workers = [world.start_worker(), world.start_worker()]
+        caller = world.start_caller()
+        world.pass_time(0.3)
+        world.settle()
+        for number in range(12):
+            caller.ask(model, float(number), SMALL if number % 3 else LARGE, 60.0)
+        ended_before = not all(step(world) for _ in range(moment))
+        world.kill_broker(read)
+        if others_die:
+            world.kill(workers.pop())
+        for _ in range(moment % 7):
+            step(world)
+        world.start_broker()
+        for _ in range(10):
+            world.settle()
+            while caller.reading:
+                caller.let_go(0)
+            world.pass_time(0.2)
+        assert [request.ends for request in caller.requests] == [["result"]] * 12, f"killed after {moment} steps"
+        assert set(used(caller, *workers)) == {0}
+        assert world.broker is not None
+        assert world.broker.core.ledger.requests == 0
+        world.close()
+        if ended_before:
+            break
+    assert moment > 20
+
+
+def test_what_runs_when_the_broker_dies_is_not_run_again_by_the_same_worker(world: World) -> None:
+    caller, worker = caller_of(world), worker_of(world)
+    for number in range(3):
+        caller.ask(world.model, float(number), LARGE, 60.0)
+    deliver_to(world.broker)
+    deliver_to(worker)
+    assert [run.batch.rows for run in worker.batches] == [1]  # and two requests wait
+    world.kill_broker(read=True)
+    world.start_broker()
+    for _ in range(3):
+        world.pass_time(0.15)
+        deliver_to_all(world)
+    assert world.broker is not None
+    assert world.broker.core.ledger.requests == 3, "they were sent again, and the worker has them"
+    world.settle()
+    assert [request.ends for request in caller.requests] == [["result"]] * 3
+    assert worker.core.meters.value("penstock_batches", "double", "1", "idle").value == 2
+
+
+def test_a_caller_that_was_stopped_is_served_by_the_broker_that_had_forgotten_it(world: World) -> None:
+    """The ids that it sends again are those that a worker runs."""
+    caller, worker = caller_of(world), worker_of(world)
+    for number in range(6):
+        caller.ask(world.model, float(number), LARGE, 60.0)
+    deliver_to(world.broker)
+    deliver_to(worker)
+    caller.stopped = True
+    for _ in range(SILENCE_S):
+        world.pass_time(1.0)
+        deliver_to_all(world)
+    assert world.broker is not None
+    assert caller.id not in world.broker.core.callers
+    caller.stopped = False
+    deliver_to_all(world)
+    world.pass_time(0.2)
+    live(world, 3)
+    assert [request.ends for request in caller.requests] == [["result"]] * 6
+    while caller.reading:
+        caller.let_go(0)
+    world.settle()
     assert used(caller, worker) == [0, 0]
 
 

@@ -216,6 +216,7 @@ class Request:
     ends: list[str] = field(default_factory=list)
     held: Complete | None = None
     number: int = 0
+    reason: str = ""
 
     def complete(self, answer: Complete) -> None:
         self.check(answer)
@@ -225,6 +226,7 @@ class Request:
         self._end("result")
 
     def fail(self, error: PenstockError) -> None:
+        self.reason = error.message
         self._end(error.code)
 
     def _end(self, how: str) -> None:
@@ -317,6 +319,8 @@ class CallerLife(Peer):
             request.check(request.held)
         for request in self.requests:
             assert len(request.ends) <= 1, f"a request ended as {request.ends}"
+            assert set(request.ends) <= {"result", "cancelled", "deadline", "unavailable", "lost"}, request.reason
+            assert "lost" not in request.ends or "workers were lost" in request.reason, request.reason
 
     def end(self) -> None:
         super().end()

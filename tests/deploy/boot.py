@@ -148,14 +148,13 @@ def boot(url: str) -> dict[str, Any]:
         "answer": infer(url),
     }
     # One after another, as docs/deploy.md says, while somebody asks all the time: nobody notices.
-    before = {each: shown(each, "MainPID") for each in ROLLED}
+    pids = {each: shown(each, "MainPID") for each in ROLLED}
     with Asking(url) as asking:
         for each in ROLLED:
             control("restart", each)
-            asked = len(asking.answers)
-            wait_for(lambda enough=asked + 5: len(asking.answers) > enough, "answers after a restart")
+            wait_for(asking.more(5), "answers after a restart")
     told["while restarted"] = sorted(set(asking.answers), key=str)
-    told["restarted"] = [each for each in ROLLED if shown(each, "MainPID") not in ("0", before[each])]
+    told["restarted"] = [each for each in ROLLED if shown(each, "MainPID") not in ("0", pids[each])]
     # Killed: systemd starts it again, and the server serves again.
     before = shown("penstock-worker@cpu", "MainPID")
     os.kill(int(before), signal.SIGKILL)
@@ -193,6 +192,11 @@ class Asking:
                 self.answers.append(infer(self._url))
             except OSError as error:
                 self.answers.append(str(error))
+
+    def more(self, count: int) -> Callable[[], bool]:
+        """Whether so many answers have come since."""
+        before = len(self.answers)
+        return lambda: len(self.answers) > before + count
 
     def __enter__(self) -> Asking:
         self._thread.start()

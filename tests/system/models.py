@@ -105,6 +105,19 @@ def endless() -> onnx.ModelProto:
     )
 
 
+def slow_wide(side: int, layers: int = 200) -> onnx.ModelProto:
+    """y [N, side] = x [N, side], which is turned round again and again, an even number of times."""
+    nodes = [helper.make_node("Identity", ["x"], ["h0"])]
+    nodes += [helper.make_node("MatMul", [f"h{each}", "turn"], [f"h{each + 1}"]) for each in range(layers)]
+    nodes.append(helper.make_node("Identity", [f"h{layers}"], ["y"]))
+    return make_model(
+        nodes,
+        [("x", TensorProto.FLOAT, ["N", side])],
+        [("y", TensorProto.FLOAT, ["N", side])],
+        [numpy_helper.from_array(np.eye(side, dtype=np.float32)[::-1].copy(), "turn")],
+    )
+
+
 def make_model(
     nodes: Sequence[onnx.NodeProto],
     inputs: Sequence[tuple[str, int, Sequence[str | int]]],

@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from penstock.wire.datatypes import DATATYPES, MAX_ELEMENTS
 from penstock.wire.errors import CODES
 from penstock.wire.fields import U64_MAX
 from penstock.wire.messages import (
@@ -64,7 +65,6 @@ from penstock.wire.messages import (
 )
 from penstock.wire.metrics import FAMILIES, HISTOGRAM, MAX_NUMBER, Exemplar, Sample
 from penstock.wire.models import READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
-from penstock.wire.tensors import DATATYPES, MAX_ELEMENTS
 
 KINDS: dict[int, type[Message]] = {**FROM_CALLER, **FROM_WORKER, **TO_CALLER, **TO_WORKER, **ON_PUBLICATION}
 

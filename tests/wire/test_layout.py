@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -83,6 +84,14 @@ def test_the_client_library_needs_two_libraries(package: str) -> None:
 @pytest.mark.parametrize("package", ["wire", "client", "gateway"])
 def test_only_broker_and_worker_need_zeromq(package: str) -> None:
     assert [each for each in imports(package) if each[1] == "penstock.wire.sockets"] == []
+
+
+def test_a_broker_starts_without_numpy() -> None:
+    """Importing it would take a third of the time until a new broker is there."""
+    code = (
+        "import sys, penstock.bin.broker, penstock.bin.run, penstock.broker.process; sys.exit('numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_plain_installation_asks_for_these_two() -> None:

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from penstock.wire.datatypes import MAX_DIMS, MAX_ELEMENTS
 from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.models import Layout, ModelSpec, Size, Tensor, TensorSpec, check, check_declaration, newest
-from penstock.wire.tensors import MAX_DIMS, MAX_ELEMENTS
 
 PAIR = ModelSpec(
     "pair",

@@ -11,23 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.wire.datatypes import ITEM_SIZES
 from penstock.wire.errors import BAD_INPUT, PenstockError
-from penstock.wire.tensors import (
-    DTYPES,
-    ITEM_SIZES,
-    datatype_of,
-    decode,
-    encode,
-    from_bf16,
-    pack_strings,
-    to_bf16,
-    unpack_strings,
-)
+from penstock.wire.tensors import DTYPES, datatype_of, decode, encode, from_bf16, pack_strings, to_bf16, unpack_strings
 
 LIGHT = settings(max_examples=60, deadline=None)
 
 shapes = st.lists(st.integers(0, 3), max_size=4)
 FIXED = sorted(set(DTYPES) - {"BYTES"})
+
+
+def test_both_tables_of_datatypes_agree() -> None:
+    assert DTYPES.keys() == ITEM_SIZES.keys()
+    assert {name: DTYPES[name].itemsize for name in FIXED} | {"BYTES": 0} == ITEM_SIZES
 
 
 def bits(value: float) -> int:

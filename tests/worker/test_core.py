@@ -177,7 +177,7 @@ def test_messages_of_another_epoch_are_not_heard(talk: Talk, row: Request) -> No
 # --- a new epoch ---
 
 
-def test_new_epoch_drops_what_waits_and_who_is_known(talk: Talk, row: Request) -> None:
+def test_new_epoch_drops_what_waits_and_who_is_known_and_what_runs_goes_on(talk: Talk, row: Request) -> None:
     talk.assign(A, [1], row)
     talk.finish()
     talk.assign(A, [2], row)
@@ -185,13 +185,14 @@ def test_new_epoch_drops_what_waits_and_who_is_known(talk: Talk, row: Request) -
     kept = talk.core.kept_bytes
     assert kept > 0
     talk.join(8)
-    assert talk.core._lots == {}
+    assert [list(index) for index in talk.core._lots.values()] == [[2]]
     assert talk.core.kept_bytes == kept
     commands = talk.expect(A)
     assert talk.said(commands, Attached) == [talk.attached(A)]
     assert ids(talk, commands) == [1]  # it, or its acknowledgment, may have been lost with the old broker
-    talk.tell(Assign(8, [], [Freed(A, (1, 1))]))
-    assert talk.core.kept_bytes == 0
+    assert ids(talk, talk.finish()) == [2]
+    talk.tell(Assign(8, [], [Freed(A, (1, 2))]))
+    assert talk.core.holds_nothing
 
 
 def test_a_caller_that_neither_the_new_broker_nor_a_subscription_knows_is_gone(talk: Talk, row: Request) -> None:
@@ -203,47 +204,58 @@ def test_a_caller_that_neither_the_new_broker_nor_a_subscription_knows_is_gone(t
     assert talk.core.kept_bytes == 0
 
 
-def test_result_of_an_old_epoch_is_dropped(talk: Talk, row: Request) -> None:
-    talk.assign(A, [1], row)
+def test_what_runs_is_not_run_twice_when_a_new_broker_gives_it_again(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1, 2], row)
     talk.join(8)
     talk.expect(A)
-    assert talk.finish() == []
-    assert talk.core.holds_nothing
-    talk.assign(A, [2], row)
-    assert ids(talk, talk.finish()) == [2]
-
-
-def test_result_of_an_old_epoch_is_not_taken_for_that_of_the_same_request_in_the_new_one(
-    talk: Talk, row: Request
-) -> None:
-    """A broker that lost sight of this worker sends it the requests anew, while the old batch still runs."""
-    talk.assign(A, [1, 2], row)
-    talk.tell(HelloWanted(7))
-    talk.join(7)
-    talk.expect(A)
-    talk.assign(A, [1, 2], row, attempt=2)
-    assert [command for command in talk.finish() if isinstance(command, (Say, Publish))] == []
-    for number in 1, 2:
-        commands = talk.finish()
-        assert ids(talk, commands) == [number]
-        assert [(each.attempt, each.ids) for each in talk.done(commands)] == [(2, (number,))]
+    talk.assign(A, [2, 3], row)
+    commands = talk.finish()
+    assert ids(talk, commands) == [1, 2]
+    assert [(each.attempt, each.ids) for each in talk.done(commands)] == [(1, (1, 2))]
+    assert ids(talk, talk.finish()) == [3]
     assert talk.batches == []
 
 
-def test_result_of_an_old_epoch_does_not_end_a_request_that_runs_in_the_new_one(
-    start_talk: StartTalk, double: Model, lookup: Model, row: Request, index: Callable[[int], Request]
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_what_runs_is_done_as_the_attempt_that_the_broker_knows(
+    talk: Talk, row: Request, before: int, after: int
 ) -> None:
-    talk = start_talk(double, lookup, instances=2)
-    talk.join()
+    """A broker that lost sight of this worker counts on; a new one begins anew."""
+    talk.assign(A, [1], row, attempt=before)
+    talk.tell(HelloWanted(7))
+    talk.join(7)
     talk.expect(A)
-    talk.assign(A, [1], row)
+    talk.assign(A, [1], row, attempt=after)
+    commands = talk.finish()
+    assert ids(talk, commands) == [1]
+    assert Finished(A, after, 8, (1,)) in [each._replace(compute_us=0) for each in talk.done(commands)]
+    assert talk.batches == []
+
+
+def test_what_was_answered_before_a_new_broker_came_is_not_run_again(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1, 2], row)
+    talk.hear(BrokerLost("its process ended"))
+    assert ids(talk, talk.finish()) == [1, 2]
     talk.join(8)
     talk.expect(A)
-    talk.assign(A, [1], index(3))
-    [old, new] = talk.batches
-    assert (old.batch.model[0], new.batch.model[0]) == ("double", "lookup")
-    assert talk.done(talk.finish()) == []
-    assert ids(talk, talk.finish()) == [1]
+    commands = talk.assign(A, [2, 3], row)
+    assert ids(talk, commands) == [1, 2]  # one message
+    assert talk.done(commands) == [Finished(A, 1, 0, (2,))]
+    assert ids(talk, talk.finish()) == [3]
+    assert talk.batches == []
+
+
+def test_what_runs_for_a_caller_that_went_and_came_back_is_not_run_again(talk: Talk, row: Request) -> None:
+    talk.assign(A, [1], row)
+    talk.assign(A, [2], row)
+    assert talk.done(talk.expect(gone=[A])) == [Finished(A, 1, 0, (2,))]
+    talk.expect(A)
+    talk.assign(A, [1, 2], row)
+    for number in 1, 2:
+        commands = talk.finish()
+        assert ids(talk, commands) == [number]
+        assert [each.ids for each in talk.done(commands)] == [(number,)]
+    assert talk.batches == []
 
 
 def test_done_is_not_said_to_nobody(talk: Talk, row: Request) -> None:
@@ -1052,9 +1064,10 @@ def test_what_is_counted_can_be_sent(talk: Talk, row: Request) -> None:
 
 def test_welcome_may_come_twice(talk: Talk, row: Request) -> None:
     talk.assign(A, [1], row)
+    talk.assign(A, [2], row)
     talk.tell(Welcome(7, "worker-1"))
-    assert talk.core.holds_nothing
-    assert talk.finish() == []
+    assert ids(talk, talk.finish()) == [1]
+    assert talk.batches == []
     assert talk.wait() == []
 
 

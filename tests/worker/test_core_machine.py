@@ -82,6 +82,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.published: set[Key] = set()
         self.freeable: set[Key] = set()  # DONE, not freed
         self.lost: dict[Key, Sent] = {}  # were held when an epoch ended
+        self.running: dict[Key, Sent] = {}  # of these, what has run on since, and may not be assigned any more
         self.last = 0
         self.joins = 0
 
@@ -104,10 +105,10 @@ class CoreMachine(RuleBasedStateMachine):
                 if not self.joined:
                     published[key] = NOBODYS
                     continue
-                if key not in self.assigned:
+                if key not in self.assigned and key not in self.running:
                     assert key in self.published  # beside what was answered before
                     continue
-                sent = published[key] = self.assigned[key]
+                sent = published[key] = self.assigned.get(key) or self.running[key]
                 if isinstance(answer, Failure):
                     assert answer.code == sent.code or (sent.urgent and answer.code == DEADLINE), answer
                 else:
@@ -116,8 +117,12 @@ class CoreMachine(RuleBasedStateMachine):
         for caller, attempt, nbytes, ids, _ in self.talk.done(commands):
             for number in ids:
                 key = (caller, number)
-                assert self.assigned.pop(key).attempt == attempt
                 self.freeable.add(key)
+                before = self.running.pop(key, None)
+                if before is not None and self.assigned.get(key, NOBODYS).attempt != attempt:
+                    assert before.attempt == attempt  # of which this broker does not know
+                    continue
+                assert self.assigned.pop(key).attempt == attempt
                 if caller in self.known:
                     assert key in published or key in self.kept or (key in self.cancelled and not nbytes)
         self.kept |= published
@@ -128,6 +133,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     def forget_epoch(self) -> None:
         self.lost |= self.assigned
+        runs = {(lot.caller, number) for run in self.talk.batches for lot in run.batch.lots for number in lot.ids}
+        self.running = {key: self.running.get(key) or self.assigned[key] for key in runs}
         self.lost |= {key: sent for key, sent in self.kept.items() if sent is not NOBODYS}
         for held in self.known, self.assigned, self.cancelled, self.freeable:
             held.clear()
@@ -208,13 +215,15 @@ class CoreMachine(RuleBasedStateMachine):
         self.follow(self.talk.tell(Assign(self.talk.epoch, [], self.freed(free), self.cancels(cancel))))
 
     @precondition(lambda self: self.lost)
-    @rule(width=st.integers(1, 2))
-    def assign_again(self, width: int) -> None:
+    @rule(width=st.integers(1, 2), anew=st.booleans())
+    def assign_again(self, width: int, anew: bool) -> None:
         """What was held when an epoch ended comes again under the same ids, with other values to tell them apart."""
         blob, tasks = b"", []
         for (caller, number), before in self.lost.items():
             if caller in self.known:
-                sent = Sent(before.attempt + 1, before.value + 0.5, "", False)
+                attempt = 1 if anew else before.attempt + 1
+                runs = (caller, number) in self.running
+                sent = before._replace(attempt=attempt) if runs else Sent(attempt, before.value + 0.5, "", False)
                 blob += self.send((caller, number), sent, 1, width)
                 tasks.append(Tasks(self.form("double", 1, width), caller, sent.attempt, 0, (number,), (60_000_000,)))
         self.lost.clear()
@@ -282,7 +291,8 @@ class CoreMachine(RuleBasedStateMachine):
         core = self.talk.core
         assert {(caller, number) for caller, held in core._kept.items() for number in held} == set(self.kept)
         if self.joined:
-            assert {(caller, number) for caller, index in core._lots.items() for number in index} == set(self.assigned)
+            held = {(caller, number) for caller, index in core._lots.items() for number in index}
+            assert held == self.assigned.keys() | self.running.keys()
         for (caller, number), sent in self.kept.items():
             if sent is not NOBODYS:
                 kept = core._kept[caller][number]

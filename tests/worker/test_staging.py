@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from penstock.wire.arena import Arena
+from penstock.wire.datatypes import ITEM_SIZES
 from penstock.wire.errors import MODEL_FAILED
 from penstock.wire.messages import Failure
 from penstock.wire.slots import Slots
-from penstock.wire.tensors import DTYPES, ITEM_SIZES, Array, to_bf16
+from penstock.wire.tensors import DTYPES, Array, to_bf16
 from penstock.worker.cuda import Gpu
 from penstock.worker.execute import execute
 from penstock.worker.model import RUN_ERRORS, Model
