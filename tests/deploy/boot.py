@@ -146,14 +146,14 @@ def boot(url: str) -> dict[str, Any]:
         "answer": infer(url),
     }
     # One after another, as docs/deploy.md says, while somebody asks all the time: nobody notices.
-    before = {each: shown(each, "MainPID") for each in ROLLED}
+    rolled = {each: shown(each, "MainPID") for each in ROLLED}
     with Asking(url) as asking:
         for each in ROLLED:
             control("restart", each)
             asked = len(asking.answers)
             wait_for(lambda enough=asked + 5: len(asking.answers) > enough, "answers after a restart")
     told["while restarted"] = sorted(set(asking.answers), key=str)
-    told["restarted"] = [each for each in ROLLED if shown(each, "MainPID") not in ("0", before[each])]
+    told["restarted"] = [each for each in ROLLED if shown(each, "MainPID") not in ("0", rolled[each])]
     # Killed: systemd starts it again, and the server serves again.
     before = shown("penstock-worker@cpu", "MainPID")
     os.kill(int(before), signal.SIGKILL)
