@@ -82,7 +82,6 @@ class BrokerProcess:
 
     def start(self) -> None:
         runtime, opened, options = self._settings.runtime, self._opened, self._settings.options
-        check_descriptor_limit(_PEER_DESCRIPTORS * (options.callers_max + options.workers_max), "callers and workers")
         runtime.make()
         guards = [Guard(path) for path in (runtime.callers, runtime.workers, runtime.control)]
         for guard in guards:
@@ -109,6 +108,7 @@ class BrokerProcess:
             self._recorder.start(time.monotonic())
         self._measure_at = 0.0
         self._watchdog = Watchdog()
+        check_descriptor_limit(_PEER_DESCRIPTORS * (options.callers_max + options.workers_max), "callers and workers")
         log.info("broker started", extra=fields(runtime_dir=str(runtime.path), epoch=self._core.epoch))
 
     def _bind(self, address: str) -> Socket:

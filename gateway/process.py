@@ -101,13 +101,13 @@ class GatewayProcess:
         self._listener: socket.socket | None = None
 
     def start(self) -> None:
-        check_descriptor_limit(self._settings.options.connections_max + _BESIDE, "HTTP connections")
         self._arena = _make_arena(self._settings)
         self._listener = listen(self._settings.http)
         try:
             self._listener.listen(_BACKLOG)
         except OSError as error:  # a port that is only bound is not yet ours alone
             raise EndpointError(f"cannot listen on {self._settings.http}: {error.strerror}") from None
+        check_descriptor_limit(self._settings.options.connections_max + _BESIDE, "HTTP connections")
 
     def serve(self) -> None:
         uvloop.run(self._serve())

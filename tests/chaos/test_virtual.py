@@ -88,9 +88,9 @@ class Play:
                 caller.let_go(chance.randrange(8))
         for _ in range(12):
             process = chance.choice(world.processes) if world.processes else None
-            if process is not None and process.deliver(chance.randrange(8)) and world.broker is not None:
-                if not world.broker.stopped:
-                    world.broker.tick()
+            heard = process is not None and process.deliver(chance.randrange(8))
+            if heard and world.broker is not None and not world.broker.stopped:
+                world.broker.tick()
         for worker in world.of(WorkerLife):
             if chance.random() < 0.7:
                 worker.compute()
