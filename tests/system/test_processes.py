@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from functools import partial
@@ -112,6 +113,24 @@ def test_what_is_in_flight_when_the_broker_dies_is_answered_once_another_is_ther
         start_process("broker", runtime)
         results = [call.result(60)["y"][0, 0] for call in calls]
     np.testing.assert_allclose(results, range(50), rtol=1e-4)
+
+
+def test_a_new_broker_answers_soon_after_its_process_has_started(
+    start_process: StartProcess, repository: Path, tmp_path: Path
+) -> None:
+    """Half a second, of which most is its own start and the time that it gives peers to join; no wait of theirs."""
+    runtime = f"--runtime-dir={tmp_path / 'run'}"
+    broker = start_process("broker", runtime)
+    start_process("worker", str(repository), runtime)
+    with Client(tmp_path / "run") as client:
+        wait_for(lambda: try_infer(client), "an answer")
+        for _ in range(3):
+            broker.end(signal.SIGKILL)
+            call = client.submit("dense", ROW)
+            begun = time.monotonic()
+            broker = start_process("broker", runtime)
+            call.result(30)
+            assert time.monotonic() - begun < 5.0, "ten times what it takes on a machine that has nothing else to do"
 
 
 def test_requests_of_a_worker_that_dies_run_elsewhere(start_process: StartProcess, tmp_path: Path) -> None:

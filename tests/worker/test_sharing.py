@@ -371,6 +371,8 @@ def test_what_nobody_wants_any_more_leaves_no_slot_behind(
     reading.assign(A, [2], ones(requests, double, 600))
     reading.join(8)
     reading.finish()
+    assert slots.arena.allocator.slots == 1, "its caller is about to join the new broker too"
+    reading.hear(Unsubscribed(A))
     assert slots.arena.allocator.used == 0
 
 
