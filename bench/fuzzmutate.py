@@ -24,6 +24,7 @@ _TEXTS: Final = ("", "m", "x", "FP32", "BYTES", "READY", "\0", "é" * 40, "\U001
 # The first bytes of what is long in msgpack: of arrays, maps, texts, binaries and extensions, with the length to come.
 _HEADS: Final = b"\xdc\xdd\xde\xdf\xd9\xda\xdb\xc4\xc5\xc6\xc7\xc8\xc9\xd6\xd8"
 _MANY_MAX_BYTES: Final = 1 << 19  # of what is said many times
+_MESSAGE_MAX_BYTES: Final = 1 << 22
 _TRAVEL_MAX_BYTES: Final = 1 << 20  # of payloads that a message is given when it has been changed
 
 
@@ -93,6 +94,19 @@ def _weight(value: Any) -> int:
     if type(value) is list:
         return 1 + sum(map(_weight, value))
     return 1 + len(value) if isinstance(value, (bytes, str)) else 9
+
+
+def _fits(value: Any, room: int) -> int:
+    """What is left of so many bytes for a value and all that is in it, as often as it is; negative if it is larger, by
+    how much nobody has looked."""
+    if type(value) is list:
+        room -= 1
+        for each in value:
+            if room < 0:
+                break
+            room = _fits(each, room)
+        return room
+    return room - (1 + len(value) if isinstance(value, (bytes, str)) else 9)
 
 
 def change_list(random: Random, items: list[Any]) -> None:
@@ -178,6 +192,8 @@ def malformed(random: Random, message: Message, other: Message, gentle: float = 
     tree = tree_of(message)
     for _ in range(random.choice((1, 1, 1, 2, 4))):
         change(random, tree, gentle)
+        if _fits(tree, _MESSAGE_MAX_BYTES) < 0:  # what is there often has been made many of
+            return pack(message), frames
     if tree and random.random() < 0.05:  # a part of another message in the place of one of this
         tree[random.randrange(len(tree))] = random.choice(tree_of(other))
     if isinstance(message, Carrier) and random.random() < 0.7:

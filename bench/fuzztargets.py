@@ -80,16 +80,20 @@ from penstock.wire.messages import (
     Form,
     Freed,
     HelloWanted,
+    Hung,
     Leaving,
     Message,
     Metrics,
     Models,
     Outcome,
+    Ping,
+    Pong,
     Refusal,
     Refusals,
     Requests,
     Results,
     Snapshot,
+    Stuck,
     Submit,
     Tasks,
     Welcome,
@@ -264,6 +268,9 @@ class Examples:
             Attached: lambda: Attached(EPOCH, caller, first, True),
             Done: lambda: Done(EPOCH, [Finished(caller, 1, 8, (first, first + 1), 900)]),
             Costs: lambda: Costs(EPOCH, [Cost("double", "1", 1, 8, 1000, (1, 8), (100, 500))]),
+            Ping: lambda: Ping(EPOCH),
+            Pong: lambda: Pong(EPOCH),
+            Hung: lambda: Hung(EPOCH, [Stuck(caller, 1, (first, first + 1))], "a batch does not end"),
             Welcome: lambda: Welcome(EPOCH, "gateway", True, 3),
             HelloWanted: lambda: HelloWanted(EPOCH),
             Models: lambda: Models(EPOCH, self.models()),
@@ -583,7 +590,7 @@ class Broker(CoreTarget):
             return Done(EPOCH, [Finished(lot.caller.id, lot.attempt, 8, lot.ids, 500) for lot in lots])
         kinds: tuple[type[Message], ...] = tuple(FROM_WORKER.values())
         kind = random.choice(kinds)
-        return examples.any_of(kind if kind not in (Leaving, Bye, WorkerHello) or random.random() < 0.1 else Beat)
+        return examples.any_of(kind if kind not in (Leaving, Bye, Hung, WorkerHello) or random.random() < 0.1 else Beat)
 
     def _handle(self, event: Any) -> None:
         for command in self.core.handle(event, self._now):

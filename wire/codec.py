@@ -18,6 +18,7 @@ from penstock.wire.errors import BadMessage
 from penstock.wire.fields import U64_MAX, Check, brief
 from penstock.wire.messages import (
     INLINE_MAX_BYTES,
+    MAX_HEAD_BYTES,
     VERSION,
     Carrier,
     Failure,
@@ -57,6 +58,8 @@ def unpack(head: bytes, frames: Sequence[Payload], kinds: Mapping[int, type[Mess
 
     ``kinds``: what this peer may say, by tag. Raises BadMessage.
     """
+    if len(head) > MAX_HEAD_BYTES:
+        raise BadMessage(f"the first frame of a message has at most {MAX_HEAD_BYTES} bytes, and {len(head)} came")
     value = _unpack(head)
     if type(value) is not tuple or len(value) < 3:
         raise BadMessage("a message is an array [version, tag, epoch, fields...]")

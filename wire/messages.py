@@ -57,6 +57,8 @@ MAX_COST_SIZES: Final = 64  # of batches, in one Cost
 # A payload that travels rides in its message's blob when it has at most this many bytes; a larger one is a frame of its
 # own, which is cheaper to pass on than to copy.
 INLINE_MAX_BYTES: Final = 16 * 1024
+# A message's first frame: payloads of as many requests as it may have, and what is said of them.
+MAX_HEAD_BYTES: Final = MAX_REQUESTS * INLINE_MAX_BYTES + 32 * 1024 * 1024
 
 # How an answer ends, or does not end, a request.
 COMPLETE: Final = 0

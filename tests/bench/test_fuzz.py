@@ -101,9 +101,9 @@ def test_a_defect_is_found_made_smaller_and_fed_again(monkeypatch: pytest.Monkey
 def test_a_defect_of_a_core_is_found_in_the_state_that_led_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Core._worker_gone
 
-    def leaves_it(self: Core, worker: Any, reason: str, now: float) -> None:
+    def leaves_it(self: Core, worker: Any, *how: Any) -> None:
         held = dict(worker.held)
-        original(self, worker, reason, now)
+        original(self, worker, *how)
         self.ledger.requests += bool(held)
 
     monkeypatch.setattr(Core, "_worker_gone", leaves_it)

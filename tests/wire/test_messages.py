@@ -128,6 +128,11 @@ def test_requests_of_all_groups_together_are_limited(count: int) -> None:
         unpack(pack(message), (), KINDS)
 
 
+def test_a_first_frame_is_limited_before_it_is_looked_at() -> None:
+    with pytest.raises(BadMessage, match="at most 100663296 bytes"):
+        unpack(bytes(messages.MAX_HEAD_BYTES + 1), (), KINDS)
+
+
 def test_a_group_knows_the_bytes_of_its_payloads() -> None:
     form = messages.Form("m", "1", 0, "", 1, 77, b"", b"")
     groups: list[Any] = [messages.Requests(form, (1,), (1,)), messages.Tasks(form, b"caller..", 1, 0, (1,), (1,))]
