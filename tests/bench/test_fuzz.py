@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +19,18 @@ from penstock.gateway import inference
 from penstock.wire.codec import unpack
 from penstock.wire.messages import INLINE_MAX_BYTES, Submit
 from tests.system.servers import wait_for
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """A process that fuzzes hears nothing but findings; this one goes on to other tests."""
+    found = [logging.getLogger(f"penstock.{name}") for name in ("client", "gateway")]
+    before = [(log.level, log.handlers[:], log.propagate) for log in found]
+    yield
+    for log, (level, handlers, propagate) in zip(found, before, strict=True):
+        log.setLevel(level)
+        log.handlers[:], log.propagate = handlers, propagate
+
 
 INPUTS: dict[type[Target], int] = {
     Codec: 4000,
