@@ -214,7 +214,8 @@ def test_what_is_not_done_when_the_drain_limit_is_over_is_given_up_and_said(
     [worker] = server.children("worker")
     with Client(server.runtime) as client, ThreadPoolExecutor(1) as pool:
         os.kill(worker, signal.SIGSTOP)
-        call = client.submit("slow", {"x": np.ones((1, 1), np.float32)})
+        # It would wait for another broker as long as it may.
+        call = client.submit("slow", {"x": np.ones((1, 1), np.float32)}, timeout=4.0)
         tensor = {"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1.0]}
         asked = pool.submit(server.infer, "slow", {"inputs": [tensor]})
         wait_for(lambda: held(server) == 2, "both to be known")
