@@ -367,7 +367,10 @@ def flood(runtime: Path) -> None:
     """Many requests at once that have next to no time, and rubbish."""
     with Client(runtime) as client:
         x = np.zeros((1, 64), np.float32)
-        futures = [client.submit("heavy", {"x": x}, timeout=0.05, tenant="flood") for _ in range(FLOOD)]
+        futures = []
+        for _ in range(FLOOD):
+            with suppress(PenstockError):  # there is no broker at present
+                futures.append(client.submit("heavy", {"x": x}, timeout=0.05, tenant="flood"))
         for name in ("callers.sock", "control.sock"):
             with suppress(OSError), socket.socket(socket.AF_UNIX) as rubbish:
                 rubbish.connect(str(runtime / name))
