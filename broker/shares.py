@@ -258,7 +258,8 @@ class Level:
         return (self.done if share is None else max(self.done, share.served)) < self.now
 
     def first_is_behind(self) -> bool:
-        """Whether any that waits may be behind what has been given out; what it says is not missed is."""
+        """Whether any that waits may be behind what has been given out. No is certain; of yes ``take`` decides, since a
+        turn that nobody has looked at may be old."""
         while self._turns and self._turns[0][1] != self._turns[0][2].number:
             heapq.heappop(self._turns)
         return bool(self._turns) and self._turns[0][0] < self.now
