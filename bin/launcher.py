@@ -88,7 +88,7 @@ class Child:
     ready: bool = False
     failed: bool = False  # it says that it cannot do its work, and will end
     exit_code: int | None = None
-    started: float = 0.0
+    ready_at: float = 0.0  # when ``ready`` became true
     start_at: float = field(default=float("inf"))
     held: bool = False
     beats: int = -1
@@ -258,7 +258,7 @@ class Launcher:
             raise
         child.process = process
         child.ready, child.failed, child.exit_code = False, False, None
-        child.started, child.start_at = time.monotonic(), float("inf")
+        child.start_at = float("inf")
         self._poll.register(child.pidfd, select.POLLIN)
 
     def _wait(self, children: Sequence[Child]) -> bool:
@@ -309,8 +309,8 @@ class Launcher:
                     )
 
     def _plan_start(self, child: Child, now: float) -> None:
-        was_broken, ran_s = child.breaker.broken, now - child.started
-        pause_s = child.breaker.ended(now, ran_s, hopeless=child.exit_code == EXIT_CANNOT_SERVE)
+        was_broken, served_s = child.breaker.broken, now - child.ready_at if child.ready else 0.0
+        pause_s = child.breaker.ended(now, served_s, hopeless=child.exit_code == EXIT_CANNOT_SERVE)
         child.start_at = now + pause_s
         about = fields(process=child.name, exit_code=child.exit_code, after_s=pause_s)
         if child.breaker.broken and not was_broken:
@@ -355,7 +355,8 @@ class Launcher:
                     if child.process is not None and child.process.pid == pid:
                         lines = data.split(b"\n")
                         if not child.ready and b"READY=1" in lines:
-                            child.ready, child.pulse = True, Pulse(time.monotonic())
+                            child.ready, child.ready_at = True, time.monotonic()
+                            child.pulse = Pulse(child.ready_at)
                         child.failed |= any(line.startswith(b"ERRNO=") for line in lines)
 
     def _reap(self, pidfd: int) -> None:

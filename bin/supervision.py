@@ -7,8 +7,8 @@ from typing import Final
 
 BACKOFF_FIRST_S: Final = 0.2  # before a process that has died is started again
 BACKOFF_MAX_S: Final = 10.0
-STEADY_S: Final = 30.0  # who has run so long begins with the first backoff again
-ENDS_MAX: Final = 5  # so many ends ...
+STEADY_S: Final = 5.0  # whoever has served so long begins with the first backoff again: it works, and was killed
+ENDS_MAX: Final = 5  # so many ends of others ...
 ENDS_SPAN_S: Final = 60.0  # ... in so long a time, and it is only tried now and then
 TRY_AGAIN_S: Final = 60.0  # between two such tries
 STUCK_S: Final = 10.0  # who says for so long not that it lives is killed
@@ -16,10 +16,10 @@ LOOK_S: Final = STUCK_S / 2  # between two looks
 LATE_S: Final = 1.0  # a look that is later than that says nothing of others: the whole machine stood still
 
 
-def next_backoff(before_s: float, ran_s: float) -> float:
-    """How long to wait before a process that ran for so long is started again. ``before_s``: how long it was last
+def next_backoff(before_s: float, served_s: float) -> float:
+    """How long to wait before a process that served for so long is started again. ``before_s``: how long it was last
     time, 0 when this is the first."""
-    return BACKOFF_FIRST_S if ran_s >= STEADY_S or not before_s else min(before_s * 2, BACKOFF_MAX_S)
+    return BACKOFF_FIRST_S if served_s >= STEADY_S or not before_s else min(before_s * 2, BACKOFF_MAX_S)
 
 
 class Breaker:
@@ -30,13 +30,15 @@ class Breaker:
         self._backoff_s = 0.0
         self._ends: deque[float] = deque(maxlen=ENDS_MAX)
 
-    def ended(self, now: float, ran_s: float, hopeless: bool = False) -> float:
-        """How long to wait before it is started again. ``hopeless``: it says that it cannot work as it is told to."""
-        self._backoff_s = next_backoff(self._backoff_s, ran_s)
-        if ran_s >= STEADY_S:
+    def ended(self, now: float, served_s: float, hopeless: bool = False) -> float:
+        """How long to wait before it is started again. ``served_s``: since it was ready, 0 when it never was;
+        ``hopeless``: it says that it cannot work as it is told to."""
+        self._backoff_s = next_backoff(self._backoff_s, served_s)
+        if served_s >= STEADY_S:
             self.broken = False
             self._ends.clear()
-        self._ends.append(now)
+        else:
+            self._ends.append(now)
         often = len(self._ends) == ENDS_MAX and now - self._ends[0] <= ENDS_SPAN_S
         self.broken = self.broken or often or hopeless
         return TRY_AGAIN_S if self.broken else self._backoff_s

@@ -1,8 +1,8 @@
 """A worker's decisions: events in, commands out; no socket, clock or thread.
 
 It holds three things: requests that wait or run (the batcher's), results that their callers have not acknowledged
-yet, and who hears them. A result is published once it is there, and again whenever its caller subscribes anew, so
-that a slow joiner, a reconnect and a lost message are one rule.
+yet, and who hears them. A result is published once it is there, and again whenever its caller subscribes anew or has
+not acknowledged it for long, so that a slow joiner, a reconnect and a lost message are one rule.
 """
 
 from __future__ import annotations
@@ -82,15 +82,17 @@ class Identity:
 
 
 class Kept:
-    """A published message of which its caller has not acknowledged every answer. It may be reading ``slots``."""
+    """A published message of which its caller has not acknowledged every answer. It may be reading ``slots``.
+    ``beats``: of this worker since."""
 
-    __slots__ = ("frames", "head", "left", "nbytes", "slots")
+    __slots__ = ("beats", "frames", "head", "left", "nbytes", "slots")
 
     def __init__(self, head: bytes, publication: Publication) -> None:
         self.head = head
         self.frames = publication.frames
         self.slots = publication.slots
         self.left = 0  # answers that have not been acknowledged
+        self.beats = 0
         placed = sum([group.nbytes * len(group.ids) for group in publication.groups if group.places])
         self.nbytes = len(head) + sum(map(len, self.frames)) + placed
 
@@ -342,6 +344,15 @@ class Core:
         """Everything that a caller has not acknowledged: it, or its acknowledgment, may have been lost."""
         for kept in dict.fromkeys(self._kept.get(caller, {}).values()):
             self._commands.append(Publish(caller, kept.head, kept.frames))
+
+    def _publish_what_is_late(self) -> None:
+        """What has not been acknowledged after 2, 4, 8 ... beats: a message that a full queue has dropped takes no
+        connection with it."""
+        for caller, held in self._kept.items():
+            for kept in dict.fromkeys(held.values()):
+                kept.beats += 1
+                if kept.beats > 1 and kept.beats.bit_count() == 1 and caller in self._subscriptions:
+                    self._commands.append(Publish(caller, kept.head, kept.frames))
 
     def _unsubscribed(self, caller: bytes) -> None:
         left = self._subscriptions.get(caller, 0) - 1
@@ -724,6 +735,7 @@ class Core:
             case "beat":
                 self.meters.value("penstock_unacknowledged_bytes").value = self.kept_bytes
                 self._measure_costs()
+                self._publish_what_is_late()
                 if self._ran:
                     self._tell_changed_costs(now)
                 self._commands.append(Say(Beat(self.membership.epoch)))

@@ -51,7 +51,7 @@ _ROUND_MESSAGES: Final = 64
 _HIGH_WATER: Final = 100_000  # messages that may wait for one caller; what a worker keeps for it is far below
 _LINGER_MS: Final = 200  # for what was said last
 _CONTROL_AGAIN_S: Final = 0.02  # between two looks for a broker's control socket
-LOST_S: Final = 20.0  # that a worker whose GPU is lost when it begins tells so; to the launcher that is no steady life
+LOST_S: Final = 20.0  # that a worker whose GPU is lost when it begins tells so; it is not ready meanwhile
 _SWITCH_INTERVAL_S: Final = 0.0005  # the talking thread gets the GIL back within this from a compute thread's Python
 
 

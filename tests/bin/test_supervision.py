@@ -19,33 +19,27 @@ from penstock.bin.supervision import (
     Pulse,
     next_backoff,
 )
-from penstock.worker.process import LOST_S
 
 
 def test_a_process_is_started_again_at_once_and_then_after_ever_longer_pauses() -> None:
     backoffs = [0.0]
     for _ in range(10):
-        backoffs.append(next_backoff(backoffs[-1], ran_s=1.0))
+        backoffs.append(next_backoff(backoffs[-1], served_s=1.0))
     assert backoffs[1:5] == [0.2, 0.4, 0.8, 1.6]
     assert backoffs[-2:] == [10.0, 10.0]
 
 
-def test_a_process_that_ran_for_long_begins_with_the_shortest_pause_again() -> None:
-    assert next_backoff(10.0, ran_s=29.9) == 10.0
-    assert next_backoff(10.0, ran_s=30.0) == 0.2
-
-
-def test_a_worker_that_has_lost_its_gpu_is_started_again_ever_more_slowly() -> None:
-    """Telling so is no steady life."""
-    assert next_backoff(5.0, LOST_S + 5.0) == 10.0
+def test_a_process_that_served_for_a_while_begins_with_the_shortest_pause_again() -> None:
+    assert next_backoff(10.0, served_s=4.9) == 10.0
+    assert next_backoff(10.0, served_s=5.0) == 0.2
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 100), max_size=20))
 def test_pauses_stay_within_their_limits(runs: list[float]) -> None:
     before = 0.0
-    for ran_s in runs:
-        after = next_backoff(before, ran_s)
+    for served_s in runs:
+        after = next_backoff(before, served_s)
         assert 0.2 <= after <= max(0.2, min(10.0, before * 2))
         before = after
 
@@ -53,17 +47,17 @@ def test_pauses_stay_within_their_limits(runs: list[float]) -> None:
 def live(breaker: Breaker, runs: list[float]) -> list[float]:
     """The pauses after lives of these lengths, one after another."""
     now, pauses = 1000.0, []
-    for ran_s in runs:
-        now += ran_s
-        pauses.append(breaker.ended(now, ran_s))
+    for served_s in runs:
+        now += served_s
+        pauses.append(breaker.ended(now, served_s))
         now += pauses[-1]
     return pauses
 
 
-@pytest.mark.parametrize("ran_s", [0.0, 1.0, 6.0])
-def test_a_process_that_dies_again_and_again_is_then_tried_once_a_minute(ran_s: float) -> None:
+@pytest.mark.parametrize("served_s", [0.0, 1.0, 4.9])
+def test_a_process_that_dies_again_and_again_is_then_tried_once_a_minute(served_s: float) -> None:
     breaker = Breaker()
-    pauses = live(breaker, [ran_s] * 8)
+    pauses = live(breaker, [served_s] * 8)
     assert pauses == [0.2, 0.4, 0.8, 1.6, TRY_AGAIN_S, TRY_AGAIN_S, TRY_AGAIN_S, TRY_AGAIN_S]
     assert breaker.broken
 
@@ -75,9 +69,16 @@ def test_a_try_that_goes_well_is_the_end_of_it() -> None:
     assert live(breaker, [0.0] * 3) == [0.4, 0.8, 1.6]
 
 
+def test_who_serves_between_its_deaths_is_started_again_at_once_however_many_there_are() -> None:
+    """Such as a broker that somebody kills again and again: without it nobody is served."""
+    breaker = Breaker()
+    assert (live(breaker, [STEADY_S] * 50), breaker.broken) == ([0.2] * 50, False)
+
+
 def test_deaths_that_are_far_apart_break_nothing() -> None:
     breaker = Breaker()
-    live(breaker, [ENDS_SPAN_S / (ENDS_MAX - 1)] * 50)
+    for number in range(50):
+        breaker.ended(1000.0 + number * ENDS_SPAN_S / (ENDS_MAX - 2), 0.0)
     assert not breaker.broken
 
 

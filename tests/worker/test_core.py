@@ -324,6 +324,26 @@ def test_message_is_published_again_as_it_was(talk: Talk, row: Request) -> None:
     assert [command for command in commands if isinstance(command, Publish)] == [first]
 
 
+def test_what_is_not_acknowledged_for_long_is_published_again_ever_less_often(talk: Talk, row: Request) -> None:
+    """A full queue drops a message, and no connection ends."""
+    talk.assign(A, [1, 2], row)
+    talk.finish()
+    said = {beat: ids(talk, talk.wait(BEAT_S)) for beat in range(1, 5)}
+    assert said == {1: [], 2: [1, 2], 3: [], 4: [1, 2]}
+    talk.free(A, 1, 2)
+    assert [ids(talk, talk.wait(BEAT_S)) for _ in range(4)] == [[]] * 4
+
+
+def test_what_nobody_would_hear_is_not_published_again(start_talk: StartTalk, double: Model, row: Request) -> None:
+    talk = start_talk(double)
+    talk.join()
+    talk.expect(A)
+    talk.assign(A, [1], row)
+    talk.finish()
+    assert [ids(talk, talk.wait(BEAT_S)) for _ in range(4)] == [[]] * 4
+    assert ids(talk, talk.subscribe(A)) == [1]
+
+
 def test_slow_joiner_gets_what_was_published_before_it_heard(
     start_talk: StartTalk, double: Model, row: Request
 ) -> None:
