@@ -351,7 +351,8 @@ class Core:
             self.ledger.hand_out(given, now)
             if given and self._look_at == float("inf"):
                 self._look_at = now + self.options.ping_after_s
-            self.ledger.refuse_late(now)
+            if self._assigner.late:
+                self.ledger.refuse_late(now)
             for worker, lots in given.items():
                 for part in _messages(lots):
                     self._send_work(worker, part, now)
@@ -377,7 +378,9 @@ class Core:
         for lot in lots:
             overtaking += lot.overtakes
             waited_us = int((now - lot.accepted) * 1e6)
-            timeouts_us = tuple([max(0, us - waited_us) for us in lot.timeouts_us])
+            timeouts_us = tuple([us - waited_us for us in lot.timeouts_us])
+            if lot.due <= now:
+                timeouts_us = tuple([max(0, us) for us in timeouts_us])
             places = lot.payload if lot.placed else ()
             groups.append(Tasks(lot.form, lot.caller.id, lot.attempt, waited_us, lot.ids, timeouts_us, places))
             if lot.placed:

@@ -30,6 +30,14 @@ class Forecast(NamedTuple):
         return (self.wait_us + behind_us) * _DOUBT + model.batch_us(batch)
 
 
+def at_most_us(model: ModelQueue, rows: int) -> float:
+    """No forecast for so many rows says more than this, which costs less: nearly all requests have so much time."""
+    work_us = rows * model.row_us
+    for pool in model.pools:
+        work_us += pool.assigned_us + int(pool.waiting_us / _LEFT_LEAST)
+    return work_us * _DOUBT + model.batch_us(model.batch_rows)
+
+
 def forecast_for(model: ModelQueue, priority: int, share_key: ShareKey) -> Forecast:
     """What is before a request: all that its model's workers have been given, or only what runs there if it may
     overtake the rest; what waits for its model and is served first; what waits for other models there, but of these

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from penstock.broker.assign import Assigner, Given
-from penstock.broker.forecast import forecast_for
+from penstock.broker.forecast import at_most_us, forecast_for
 from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, ENDED, QUEUED, Death, Lot
 from penstock.broker.options import BrokerOptions
 from penstock.broker.peers import CallerPeer, WorkerPeer
@@ -177,6 +177,8 @@ class Ledger:
         model: ModelQueue, form: Form, caller: CallerPeer, timeouts_us: Sequence[int], now: float
     ) -> tuple[int, PenstockError | None]:
         """How many new requests are expected to be done in time, and why no more."""
+        if model.pools and at_most_us(model, len(timeouts_us) * form.rows) <= min(timeouts_us):
+            return len(timeouts_us), None
         forecast = forecast_for(model, form.priority or DEFAULT_PRIORITY, form.tenant or caller.id)
         if forecast.done_us(len(timeouts_us) * form.rows) <= min(timeouts_us):
             return len(timeouts_us), None

@@ -76,6 +76,7 @@ class WorkerPeer:
         self.readers: set[bytes] = set()  # those that read its arena
         self.batches = 0  # at least so many are needed for the rows that it has not finished
         self._rows: dict[ModelKey, int] = {}
+        self._left_us = 0  # what these take in batches; -1: not known yet
         self._sizes: dict[ModelKey, int] = {}  # rows of a batch
         self._windows: dict[ModelKey, int] = {}  # batches of one model
         self.held: dict[bytes, dict[int, Lot]] = {}  # by caller: not finished, or not acknowledged
@@ -103,6 +104,7 @@ class WorkerPeer:
         self._resize()
 
     def _resize(self) -> None:
+        self._left_us = -1
         for key, state in self.models.items():
             if state.spec is not None:
                 size, cost = state.spec.max_batch_size, self.costs.get(key)
@@ -139,12 +141,15 @@ class WorkerPeer:
     def left_s(self, now: float) -> float:
         """How long it is expected to be busy with what it has, in batches as they are: a row that is alone in its batch
         may take as long as a full one."""
-        us = 0
-        for key, rows in self._rows.items():
-            cost = self.costs.get(key)
-            if cost is not None:
-                full, rest = divmod(rows, self._sizes[key])
-                us += full * batch_us(cost, self._sizes[key]) + (batch_us(cost, rest) if rest else 0)
+        us = self._left_us
+        if us < 0:
+            us = 0
+            for key, rows in self._rows.items():
+                cost = self.costs.get(key)
+                if cost is not None:
+                    full, rest = divmod(rows, self._sizes[key])
+                    us += full * batch_us(cost, self._sizes[key]) + (batch_us(cost, rest) if rest else 0)
+            self._left_us = us
         return max(0.0, us * 1e-6 / self.instances - (now - self._busy_since)) if us else 0.0
 
     def add(self, key: ModelKey, rows: int, us: int, now: float) -> None:
@@ -164,6 +169,7 @@ class WorkerPeer:
         self._add_rows(lot.model.key, -lot.rows)
 
     def _add_rows(self, key: ModelKey, rows: int) -> None:
+        self._left_us = -1
         size = self._sizes[key]
         before = self._rows.get(key, 0)
         after = before + rows

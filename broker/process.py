@@ -141,13 +141,14 @@ class BrokerProcess:
         self._opened.close()
 
     def _turn(self, until: float) -> None:
-        """Read what there is; when there is nothing, sleep until there is, or until the core or ``until`` says."""
+        """Sleep until there is something to read, or until the core or ``until`` says, and read what there is."""
+        if not (self._callers.pending or self._workers.pending):
+            self._sleep(until)
         if self._callers.pending or self._workers.pending:
             self._read()
-        else:
-            self._sleep(until)
-        self._obey(self._core.handle(Tick(), time.monotonic()))
-        self._watchdog.feed(time.monotonic())
+        now = time.monotonic()
+        self._obey(self._core.handle(Tick(), now))
+        self._watchdog.feed(now)
 
     def _read(self) -> None:
         for heads, frames in self._callers.receive(2, _ROUND_MESSAGES):

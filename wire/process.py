@@ -93,23 +93,24 @@ class Watchdog:
     nobody asked for it. ``due``: when to ``feed`` it next, in the same clock."""
 
     def __init__(self) -> None:
-        self.due = float("inf")
+        self.due = self._from = float("inf")
         self._every_s = float("inf")
         self._channel: socket.socket | None = None
         self._counter = -1
         limit, whose = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
         if limit.isdecimal() and int(limit) and whose in ("", str(os.getpid())):
             self._every_s = int(limit) * 1e-6 / _FEEDINGS
-            self.due = 0.0
+            self.due = self._from = 0.0
             if os.environ.get(WATCHDOG_FD, "").isdecimal():
                 self._counter = int(os.environ[WATCHDOG_FD])
             else:
                 self._channel = _channel()  # kept: who has no descriptor left is not stuck
 
     def feed(self, now: float) -> None:
-        if now < self.due - min(_EARLY_S, self._every_s / 2):
+        if now < self._from:
             return
         self.due = now + self._every_s
+        self._from = self.due - min(_EARLY_S, self._every_s / 2)
         if self._counter >= 0:
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._counter, 1)

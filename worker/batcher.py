@@ -250,8 +250,7 @@ class Batcher:
 
     def due(self) -> float:
         """When waiting alone makes a batch ready, if nothing else does before."""
-        groups = self._groups.values()
-        dues = (self._due(group) for group in groups if group.line.running < group.line.rules.instances)
+        dues = [self._due(each) for each in self._groups.values() if each.line.running < each.line.rules.instances]
         return min(dues, default=float("inf"))
 
     @property

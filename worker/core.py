@@ -207,9 +207,11 @@ class Core:
 
     def due(self) -> float:
         """When the next Tick is needed even if nothing happens before."""
-        batch = self._batcher.due() if self._idle else float("inf")
-        overrun = min([each.until for each in self._computing.values()], default=float("inf"))
-        return min(batch, overrun, self.membership.due())
+        due = self.membership.due()
+        for each in self._computing.values():
+            if each.until < due:
+                due = each.until
+        return min(due, self._batcher.due()) if self._idle else due
 
     def validate(self) -> None:
         """For tests: derive every index and counter anew. Raises AssertionError saying what is wrong."""

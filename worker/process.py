@@ -302,20 +302,21 @@ class WorkerProcess:
     # --- the loop ---
 
     def _turn(self, until: float) -> None:
-        """Handle what there is; when there is nothing, sleep until there is, or until the core or ``until`` says."""
-        if self._broker.pending or self._results.pending:
-            self._read()
-        else:
+        """Sleep until there is something to do, or until the core or ``until`` says, and do it."""
+        if not (self._broker.pending or self._results.pending):
             self._keep_control()
             self._sleep(min(self._core.due(), until, self._control_at, self._watchdog.due))
+        if self._broker.pending or self._results.pending:
+            self._read()
         for executed in self._instances.take():
             self._hear(executed)
         if self._loader.changes:
             self._take_loaded()
         if self._gpu is not None and self._gpu.latest.lost and not self.lost:
             self._end(self._gpu.latest.lost)
-        self._watchdog.feed(time.monotonic())
-        if time.monotonic() >= self._core.due():
+        now = time.monotonic()
+        self._watchdog.feed(now)
+        if now >= self._core.due():
             self._hear(Tick())
 
     def _sleep(self, until: float) -> None:
