@@ -572,8 +572,11 @@ class Caller:
                 if not same:
                     continue
             groups.append(_group(same, now))
-            into = inline if form.nbytes <= INLINE_MAX_BYTES else frames
-            into += [call.payload.view if isinstance(call.payload, Placed) else call.payload for call in same]
+            if form.nbytes < PLACED_MIN_BYTES:
+                inline += [call.payload for call in same]
+            else:
+                into = inline if form.nbytes <= INLINE_MAX_BYTES else frames
+                into += [call.payload.view if isinstance(call.payload, Placed) else call.payload for call in same]
         if calls and calls[-1].id > self._sent_id:
             self._sent_id = calls[-1].id
         epoch = self.membership.epoch

@@ -260,7 +260,7 @@ class Connection(asyncio.BufferedProtocol):
             # Whatever the kernel does not take at once pauses writing, and resumes it once it has: so it is known when.
             self._transport.set_write_buffer_limits(high=0)
         http = self._http
-        self.deadline = http.loop.time() + http.options.keep_alive_s
+        self.deadline = http.idle_until
         http.connections.add(self)
         if len(http.connections) > http.options.connections_max:
             self._refuse(HttpError(503, f"{len(http.connections) - 1} connections are open; try again shortly"))
@@ -402,15 +402,16 @@ class Connection(asyncio.BufferedProtocol):
             self._fileno = -1
 
     def _set_deadline(self) -> None:
-        options, now = self._http.options, self._http.loop.time()
+        http = self._http
         if self._phase == HEAD:
-            self.deadline = now + options.head_timeout_s
+            self.deadline = http.loop.time() + http.options.head_timeout_s
         elif self._phase == BODY:
-            self.deadline = now + options.body_timeout_s + self._reader.body_left / options.body_bytes_per_s_min
+            seconds = http.options.body_timeout_s + self._reader.body_left / http.options.body_bytes_per_s_min
+            self.deadline = http.loop.time() + seconds
         elif self._exchanges or self._phase == FULL:
             self.deadline = float("inf")
         else:
-            self.deadline = now + options.keep_alive_s
+            self.deadline = http.idle_until
 
     def expire(self) -> None:
         """The deadline has passed."""
@@ -625,6 +626,7 @@ class Http:
         self.heads: dict[bytes, Head] = {}
         self.connections: set[Connection] = set()
         self.streams = 0  # answers that go on
+        self.idle_until = loop.time() + options.keep_alive_s  # for who asks nothing from now on; moved on by ``watch``
         self.hangups = Hangups(loop)
         self.draining = False
         self.drained = asyncio.Event()  # draining, and no connection is left
@@ -637,8 +639,9 @@ class Http:
     def watch(self, every_s: float = _WATCH_S) -> None:
         """End what is late, from now on and until ``stop``. All connections share one timer: one each would cost more
         than parsing a request does, and here a deadline is an attribute, set as often as one likes. The price is that
-        it is kept only to within ``every_s`` seconds."""
+        it is kept only to within ``every_s`` seconds, that of an idle connection to twice as many."""
         now = self.loop.time()
+        self.idle_until = now + self.options.keep_alive_s + every_s
         for connection in [connection for connection in self.connections if connection.deadline <= now]:
             connection.expire()
         self.look()

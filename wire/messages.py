@@ -15,7 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import ge, gt
+from operator import countOf, ge, gt
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from penstock.wire.datatypes import DATATYPES, MAX_DIMS, MAX_ELEMENTS
@@ -316,8 +316,8 @@ def _form(value: Any) -> Form:
 def _column(value: Any, length: int) -> tuple[int, ...]:
     """Whole numbers of at most 64 bits."""
     try:
-        if type(value) is tuple and len(value) == length and bool not in map(type, value):
-            array("Q", value)  # checks them all but for true and false, at a third of what a loop or sets cost
+        if type(value) is tuple and len(value) == length and countOf(map(type, value), int) == length:
+            array("Q", value)  # checks how large they are, at a third of what a loop costs
             return value
     except (TypeError, OverflowError):
         pass
