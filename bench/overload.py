@@ -32,14 +32,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from bench import http as bench_http
 from bench import models as bench_models
-from bench import overloadtell, processes
+from bench import overloadsim, overloadtell, processes
 from bench.peerlist import PEERS, Request
 from bench.peerstart import (
     PeerError,
@@ -71,6 +71,7 @@ WARM_UP_S: Final = 1.0  # before each measurement, of the same load
 SETTLE_S: Final = 2.0  # after a turn: what waits still is done, and processes tell their last figures
 MEMORY_EVERY_S: Final = 0.5
 REFUSALS: Final = frozenset({"HTTP 429", "HTTP 503", "HTTP 504"})
+SCENARIO: Final = Path(__file__).parent / "scenarios" / "overload.toml"  # of the results that are kept
 _METRICS_S: Final = 10.0
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
@@ -88,7 +89,7 @@ class Turn:
     batch. ``running``: the share of the time that batches ran. ``cores``: processor time over time, by kind of process.
     ``per_core``: good answers for each second of processor time that who computes (the workers, or the whole server)
     has got; what others take of the machine is not in it.
-    ``behind_ms``: how late 99 of 100 requests were sent at most."""
+    ``batch_ms``: the mean of what batches took. ``behind_ms``: how late 99 of 100 requests were sent at most."""
 
     times: float
     offered: float
@@ -102,6 +103,7 @@ class Turn:
     gateway_refusal_p99_ms: float | None
     expired: float | None
     batch_rows: float | None
+    batch_ms: float | None
     running: float | None
     cores: Mapping[str, float]
     per_core: float
@@ -311,6 +313,7 @@ def make_turn(
         gateway_refusal_p99_ms=None if by_gateway is None else by_gateway * 1e3,
         expired=None if ran is None else (expired or 0.0) / seconds,
         batch_rows=rows / batches if rows is not None and batches else None,
+        batch_ms=ran / batches * 1e3 if ran is not None and batches else None,
         running=None if ran is None else ran / seconds,
         cores=cores,
         per_core=good / job.duration_s / computing if computing else 0.0,
@@ -319,6 +322,37 @@ def make_turn(
         behind_ms=figures.behind_s * 1e3,
         doubts=doubts(figures),
     )
+
+
+def explained(
+    server: Running, capacity: float, seconds: float, deadline_s: float, number: int
+) -> list[overloadsim.Seen]:
+    """What the simulator is told: see bench/overloadsim.py. Raises PeerError."""
+    found: list[overloadsim.Seen] = []
+    pause_ms = 0.0
+    for times in overloadsim.TIMES:
+        seen: list[overloadsim.Seen] = []
+        with overloadsim.asking(server.url, server.request, seen):
+            turn = measure(server, times, capacity, seconds, deadline_s, 1000 + number)
+        if times >= overloadsim.BUSY_TIMES and turn.batch_rows is not None and turn.batch_ms is not None:
+            rate = turn.goodput + len(seen) / (seconds + WARM_UP_S)
+            pause_ms = overloadsim.pause_ms(turn.batch_rows, rate, turn.batch_ms)
+        found += [each._replace(batch_ms=each.batch_ms + pause_ms) for each in seen]
+    return found
+
+
+def simulated(course: Course, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """What the simulator says of the same loads, and what it was told; None where it was told too little."""
+    try:
+        known = overloadsim.learn(course.seen)
+    except ValueError as error:
+        print(f"bench: nothing is simulated: {error}", file=sys.stderr)
+        return None
+    kept = arguments.out.parent == bench_http.RESULTS
+    path = SCENARIO if kept else arguments.out.with_name(f"{arguments.out.stem}-scenario.toml")
+    seconds = arguments.seconds * arguments.repeats
+    path.write_text(overloadsim.scenario(known, course.capacity, arguments.deadline, arguments.times, seconds))
+    return {"known": known._asdict(), "loads": overloadsim.simulate(path)}
 
 
 def medians(turns: Sequence[Turn]) -> Turn:
@@ -342,12 +376,13 @@ def medians(turns: Sequence[Turn]) -> Turn:
 
 @dataclass
 class Course:
-    """Of one server through a whole run. ``memory``: in MB, when it had answered first, after its first overload, the
-    most since then, and at the end. ``why``: it dropped out."""
+    """Of one server through a whole run. ``seen``: of Penstock, what the simulator is told. ``memory``: in MB, when it
+    had answered first, after its first overload, the most since then, and at the end. ``why``: it dropped out."""
 
     server: Running
     capacity: float = 0.0
     turns: list[Turn] | None = None
+    seen: list[overloadsim.Seen] = field(default_factory=list)
     memory: dict[str, float] | None = None
     why: str = ""
 
@@ -394,6 +429,8 @@ def run(courses: Sequence[Course], arguments: argparse.Namespace) -> None:
         seen: list[float] = []
         assert course.memory is not None
         with watching(server.root, seen):
+            if server.key == OWN:
+                course.seen += explained(server, course.capacity, seconds, deadline_s, number)
             for at, times in enumerate(arguments.times):
                 seed = number * len(arguments.times) + at + 1
                 made = measure(server, times, course.capacity, seconds, deadline_s, seed)
@@ -468,6 +505,8 @@ def main(given: Iterable[str] | None = None) -> None:
         courses = [Course(server) for server in hold_busy(servers, idle)]
         run(courses, arguments)
         found = [as_object(course) for course in courses]
+    own = next(course for course in courses if course.server.key == OWN)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": bench_http.about_machine(),
         "model": arguments.model,
@@ -475,13 +514,13 @@ def main(given: Iterable[str] | None = None) -> None:
         "seconds": arguments.seconds,
         "repeats": arguments.repeats,
         "servers": found,
+        "simulated": simulated(own, arguments) if arguments.model == "heavy" and not own.why else None,
         "failed": [{"server": key, "why": each} for key, each in why.items()],
         "installed": {key: packages_of(path) for key, path in environments.items()},
     }
     content["bars"] = overloadtell.bars(content)
     text = "\n".join(overloadtell.tell(content)) + "\n"
     print(text, end="")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     arguments.out.with_suffix(".txt").write_text(text)
     if not overloadtell.draw(content, arguments.out.with_suffix(".png")):

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from bench.overloadsim import AGREE, COMPARED, off_by
 from bench.peertell import OTHER_COLORS, OWN, OWN_COLOR, TEXT_COLOR, about_servers, title_of
 
 GOOD_SHARE: Final = 0.93  # of the best goodput, that is to be left ...
 GOOD_TIMES: Final = (2.0, 4.0)  # ... when so many times the capacity is offered
 REFUSAL_MS: Final = 10.0  # p99, by the gateway's clock
 FLAT_SHARE: Final = 0.05  # of its memory, that a server may grow by after its first overload
+_NAMES: Final = {"goodput": "goodput", "p50_ms": "p50", "p99_ms": "p99", "batch_rows": "rows of a batch"}
+_DIGITS: Final = {"goodput": 0, "p50_ms": 1, "p99_ms": 1, "batch_rows": 1}
 KINDS: Final = ("gateway", "broker", "worker", "rest", "server")
 
 
@@ -46,6 +49,21 @@ def bars(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         said = f"{grown:+.1f} MB at the peak, {memory['after'] - memory['before']:+.1f} at the end"
         share = f"memory grows by less than {FLAT_SHARE:.0%} after the first overload"
         found.append(_bar(share, f"{said}, of {memory['before']:.0f}", grown < FLAT_SHARE * memory["before"]))
+    if content.get("simulated"):
+        found += simulator_bars(own, content["simulated"]["loads"])
+    return found
+
+
+def simulator_bars(own: Mapping[str, Any], loads: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Of each figure, over all loads."""
+    off = [off_by(said, measured) for said, measured in zip(loads, own["loads"], strict=True)]
+    found = []
+    for name in COMPARED:
+        values = [each[name] for each in off if name in each]
+        if values:
+            worst = max(values, key=abs)
+            bar = f"simulator and server agree within {AGREE:.0%} on {_NAMES[name]} at every load"
+            found.append(_bar(bar, f"{worst:+.0%} at most", abs(worst) <= AGREE))
     return found
 
 
@@ -63,6 +81,7 @@ def best_goodput(server: Mapping[str, Any]) -> float:
 def tell(content: Mapping[str, Any]) -> list[str]:
     """All that the text file has, from what the JSON file has."""
     servers = content["servers"]
+    own = next(each for each in servers if each["server"] == OWN)
     return [
         ", ".join(f"{name} {value}" for name, value in content["machine"].items()),
         f"{content['model']}, deadline {content['deadline_ms']:g} ms from the intended start; medians of "
@@ -81,6 +100,7 @@ def tell(content: Mapping[str, Any]) -> list[str]:
         "",
         *memory(servers),
         "",
+        *(simulator(own, content["simulated"]) if content.get("simulated") else ()),
         *(f"{'kept' if bar['kept'] else 'MISSED'}: {bar['bar']}: {bar['measured']}" for bar in content["bars"]),
         "",
         *about_servers([each["server"] for each in servers if each["server"] != OWN]),
@@ -158,6 +178,27 @@ def memory(servers: Sequence[Mapping[str, Any]]) -> list[str]:
             cells = " | ".join(f"{found[key]:.0f}" for key in ("fresh", "first_peak", "before", "peak", "after"))
             lines.append(f"| {_name(server)} | {cells} | {found['after'] - found['before']:+.1f} |")
     return lines
+
+
+def simulator(own: Mapping[str, Any], simulated: Mapping[str, Any]) -> list[str]:
+    """Beside what the server did."""
+    known = simulated["known"]
+    sizes = ", ".join(f"{rows}: {ms:.1f}" for rows, ms in known["batch_ms"].items())
+    lines = [
+        "The simulator (penstock simulate) of the same loads, and by how much it is off. It was told what the server",
+        "said under loads of their own between these (0.2 to 1.5 times the capacity) of its batches and messages:",
+        f"ms of a batch by rows {sizes};",
+        f"its standard deviation {known['jitter']:.0%}; {known['hop_ms']:.2f} ms from one process to the next,",
+        f"{known['client_ms']:.2f} between client and gateway.",
+        "",
+        "| offered | good/s | p50 ms | p99 ms | rows of a batch |",
+        "|---|---|---|---|---|",
+    ]
+    for said, measured in zip(simulated["loads"], own["loads"], strict=True):
+        off = off_by(said, measured)
+        cells = [f"{said[name]:.{_DIGITS[name]}f} ({off[name]:+.0%})" if name in off else "" for name in COMPARED]
+        lines.append(f"| {said['times']:g} x | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _name(server: Mapping[str, Any]) -> str:
