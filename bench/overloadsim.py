@@ -1,10 +1,10 @@
 """What ``penstock simulate`` says of the load that bench/overload.py puts on a real server.
 
 The simulator runs the server's own scheduler and batcher, and has to be told what only a machine knows: how long
-batches take, by how much that varies, and how long messages are under way. That is asked of the server itself, under loads of
-their own between the measured ones: some requests want an explanation, and their answers say in which batch they ran,
-how many rows it had, how long it took, and how much of their time lay outside queue and batch. What latencies, batches
-and goodput follow from that at each load is the simulator's to say, and the server's to confirm.
+batches take, by how much that varies, and how long messages are under way. That is asked of the server itself, under
+loads of their own between the measured ones: some requests want an explanation, and their answers say in which batch
+they ran, how many rows it had, how long it took, and how much of their time lay outside queue and batch. What
+latencies, batches and goodput follow from that at each load is the simulator's to say, and the server's to confirm.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def between(batch_ms: Mapping[int, float], rows: int) -> float:
 def scenario(known: Known, capacity: float, deadline_ms: float, times: Sequence[float], seconds: float) -> str:
     """A scenario file for the same model and loads."""
     sizes = ", ".join(f"{rows} = {ms:.2f}" for rows, ms in known.batch_ms.items())
-    return f"""# The compute-bound model of bench/models.py, asked for up to four times what its worker can do. Every request has
-# {deadline_ms:g} ms. Written by bench/overload.py, which put the same load on a real server, and measured what that took.
+    return f"""# The compute-bound model of bench/models.py, asked for up to four times what its worker can do.
+# Every request has {deadline_ms:g} ms. Written by bench/overload.py, which put the same load on a real server.
 
 duration = "{seconds + 2:g}s"
 warmup = "2s"
