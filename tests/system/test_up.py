@@ -128,6 +128,15 @@ def test_the_processes_end_with_their_launcher_however_it_ends(start_server: Sta
     again.check_clean_end()
 
 
+def test_what_a_worker_that_has_just_died_has_left_is_removed_when_the_server_stops(start_server: StartServer) -> None:
+    """No broker is there any more to do it, and no other worker has been started."""
+    server = start_server()
+    [worker], [broker] = server.children("worker"), server.children("broker")
+    os.kill(broker, signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
+    server.check_clean_end()
+
+
 def test_json_logs_are_one_object_a_line_with_the_request_id(start_server: StartServer, repository: Path) -> None:
     server = start_server(str(repository))
     status, answer = server.infer(
