@@ -472,7 +472,7 @@ class Launcher:
         holds nothing, for which it needs the workers: they are last."""
         for role in ("gateway", "broker", "worker"):
             self._stop([child for child in self._children if child.role == role], self._turn)
-        self._plan.runtime.sweep()  # after workers that had to be killed; there is no broker any more to do it
+        self._plan.runtime.sweep()  # after those that were killed
 
     def _stop(self, children: Sequence[Child], turn: Callable[[float], None]) -> bool:
         """Whether all have ended as they were told to. ``turn``: what to do meanwhile."""

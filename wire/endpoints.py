@@ -77,8 +77,8 @@ class RuntimeDir:
             )
 
     def sweep(self) -> None:
-        """Remove the sockets of workers that were killed: those whose lock nobody holds."""
-        for lock in self.path.glob("worker-*.lock"):
+        """Remove the sockets of processes that were killed: those whose lock nobody holds."""
+        for lock in self.path.glob("*.lock"):
             try:
                 Guard(lock.with_suffix(".sock")).release()
             except EndpointError:

@@ -128,8 +128,8 @@ def test_the_processes_end_with_their_launcher_however_it_ends(start_server: Sta
     again.check_clean_end()
 
 
-def test_what_a_worker_that_has_just_died_has_left_is_removed_when_the_server_stops(start_server: StartServer) -> None:
-    """No broker is there any more to do it, and no other worker has been started."""
+def test_what_was_left_by_who_has_just_died_is_removed_when_the_server_stops(start_server: StartServer) -> None:
+    """No others have been started meanwhile, who would do it."""
     server = start_server()
     [worker], [broker] = server.children("worker"), server.children("broker")
     os.kill(broker, signal.SIGKILL)
