@@ -266,7 +266,7 @@ def no_arena(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[list[str],
 
 
 def test_who_finds_no_memory_for_an_arena_sends_tensors_in_messages(
-    start_server: StartServer, repository: Path, no_arena: tuple[list[str], list[str], str]
+    no_arena: tuple[list[str], list[str], str], start_server: StartServer, repository: Path
 ) -> None:
     arguments, by, why = no_arena
     server = start_server(str(repository), *arguments, by=by)
