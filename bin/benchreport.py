@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from penstock.bin.charts import LOG, TAIL, Axis, Chart, Line, draw_pngs, draw_svg
+from penstock.bin.files import write_whole
 
 if TYPE_CHECKING:
     from penstock.load.measure import Figures
@@ -92,7 +93,7 @@ def write_report(
     drawn = charts(measured)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "report.html"
-    path.write_text(_page(introduction, table, notes, drawn), encoding="utf-8")
+    write_whole(path, _page(introduction, table, notes, drawn))
     return path, "" if draw_pngs(drawn, directory) else NO_PNG
 
 

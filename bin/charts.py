@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Final
+
+from penstock.bin.files import write_whole
 
 LINEAR: Final = "linear"
 LOG: Final = "log"
@@ -177,5 +180,7 @@ def draw_pngs(charts: Sequence[Chart], directory: Path) -> bool:
         axes.set_xlabel(chart.x.title)
         axes.set_ylabel(chart.y.title)
         axes.legend(fontsize=8)
-        figure.savefig(directory / f"{chart.name}.png", dpi=120)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=120, format="png")
+        write_whole(directory / f"{chart.name}.png", picture.getvalue())
     return True

@@ -32,7 +32,7 @@ from penstock.bin.supervision import LOOK_S, STUCK_S, Breaker, Pulse
 from penstock.broker.options import RECORD_MAX_BYTES
 from penstock.gateway.process import listen, url_of
 from penstock.wire.arena import available_bytes
-from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
+from penstock.wire.endpoints import EndpointError, Guard, InUseError, RuntimeDir, binding
 from penstock.wire.process import SHORT_OF_DESCRIPTORS, WATCHDOG_FD, StopSignal, fields
 from penstock.worker.gpus import EXIT_GPU_LOST
 
@@ -139,13 +139,17 @@ class Launcher:
         path = plan.runtime.path / "launcher.sock"
         try:
             guard = Guard(path)
-        except EndpointError:
+        except InUseError:
             raise LaunchError(
                 f"another 'penstock up' runs in {plan.runtime.path}; stop it, or choose another --runtime-dir"
             ) from None
         listener = None
+        try:
+            self._notify = _notify_socket(path)
+        except EndpointError:
+            guard.release()
+            raise
         self._stop_signal = StopSignal()
-        self._notify = _notify_socket(path)
         self._poll.register(self._notify, select.POLLIN)
         self._poll.register(self._stop_signal.fileno(), select.POLLIN)
         try:
@@ -371,13 +375,21 @@ class Launcher:
     # --- replacing one after another ---
 
     def _listen_for_asks(self) -> None:
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        """Without room for the socket all else is as with it."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         path = self._plan.runtime.path / SOCKET
         path.unlink(missing_ok=True)
-        self._listener.bind(os.fspath(path))
-        self._listener.listen()
-        self._listener.setblocking(False)
-        self._poll.register(self._listener, select.POLLIN)
+        try:
+            with binding(path):
+                listener.bind(os.fspath(path))
+        except EndpointError as error:
+            listener.close()
+            log.warning("'penstock restart' will not be heard", extra=fields(reason=str(error)))
+            return
+        listener.listen()
+        listener.setblocking(False)
+        self._poll.register(listener, select.POLLIN)
+        self._listener = listener
 
     def _hear_ask(self) -> None:
         assert self._listener is not None
@@ -517,7 +529,12 @@ def _give_up(name: str, exit_code: int) -> NoReturn:
 
 def _notify_socket(path: Path) -> socket.socket:
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    notify.bind(os.fspath(path))
+    try:
+        with binding(path):
+            notify.bind(os.fspath(path))
+    except EndpointError:
+        notify.close()
+        raise
     notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return notify
 

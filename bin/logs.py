@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,6 +16,9 @@ _REPEATS_MAX: Final = 10  # lines of a kind in one interval; the rest are counte
 _INTERVAL_S: Final = 10.0  # after it, too, it is told how many those are
 _KINDS_MAX: Final = 10_000  # that are known
 
+_STDERR: Final = 2
+_LOST: Final = "log lines could not be written"
+
 _Kind: TypeAlias = tuple[str, str, int, object]  # logger, event, level, and the code, of what has one
 
 
@@ -27,6 +31,54 @@ def set_up(role: str, form: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [_Handler(_JsonFormatter(role) if form == "json" else _TextFormatter(role))]
     root.setLevel(level.upper())
+
+
+class Unbroken(io.RawIOBase):
+    """A descriptor to write to that never fails: on a full disk, or with nobody who reads, lines are lost and counted
+    in ``lost``. What is written goes out at once, so that nothing old is in the way later; what comes behind a line
+    that could only be begun begins a new one."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._torn = False
+        self.lost = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            if self._torn:
+                os.write(self._fd, b"\n")
+                self._torn = False
+            while left:
+                written = os.write(self._fd, left)
+                left = left[written:]
+        except OSError:
+            self.lost += bytes(left).count(b"\n")
+            self._torn |= 0 < len(left) < size
+        return size
+
+
+def never_fail() -> None:
+    """Have standard error lose what cannot be written, whoever writes: no word is worth a process, or its exit code."""
+    if isinstance(sys.stderr, io.TextIOWrapper) and not isinstance(sys.stderr.buffer, Unbroken):
+        if sys.stderr.fileno() != _STDERR:
+            return  # somebody has put another one there
+        sys.stderr = io.TextIOWrapper(
+            Unbroken(_STDERR),  # unbuffered: nothing waits to fail again later
+            encoding=sys.stderr.encoding,
+            errors=sys.stderr.errors,
+            write_through=True,
+        )
 
 
 class Repeats:
@@ -88,6 +140,17 @@ class _Handler(logging.StreamHandler[TextIO]):
         finally:
             self.release()
         return passes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raw = getattr(self.stream, "buffer", None)
+        before = raw.lost if isinstance(raw, Unbroken) else 0
+        super().emit(record)
+        if before and isinstance(raw, Unbroken) and raw.lost == before:  # it can be written again
+            raw.lost = 0
+            told = logging.LogRecord("penstock", logging.WARNING, "", 0, _LOST, None, None)
+            told.__dict__["fields"] = {"count": before}
+            super().emit(told)
+            raw.lost += before if raw.lost else 0
 
     def _set_timer(self) -> None:
         timer = Timer(_INTERVAL_S, self.tell)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 _VALUE: Final = r"""(?:"[^"\n]*"|'[^'\n]*'|[^\s#"']+)"""
@@ -49,16 +47,3 @@ def _before_tables(text: str) -> tuple[str, str]:
     """What comes before the first table, and the rest."""
     match = re.search(r"^[ \t]*\[", text, re.MULTILINE)
     return (text[: match.start()], text[match.start() :]) if match else (text, "")
-
-
-def write(path: Path, text: str) -> None:
-    """All of it or nothing, with the permissions that the file has. Raises OSError."""
-    path = path.resolve()  # what a link leads to, not the link
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8", newline="")
-        if path.exists():
-            beside.chmod(path.stat().st_mode & 0o7777)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 
 from penstock.bin import logs
 from penstock.bin.options import end_with
-from penstock.wire.arena import ArenaError
 from penstock.wire.endpoints import EndpointError
 from penstock.wire.process import EXIT_DEFECT, fields, raise_descriptor_limit
 
@@ -42,7 +41,7 @@ def run(role: str, log_format: str, log_level: str, parent: int, make: Callable[
         gc.collect()
         gc.freeze()
         return process, process.serve()
-    except (EndpointError, ArenaError) as error:
+    except EndpointError as error:
         log.error("cannot start", extra=fields(reason=str(error)))
         sys.exit(1)
     finally:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from penstock.bin.bench import columns, milliseconds
+from penstock.bin.files import write_whole
 
 if TYPE_CHECKING:
     from penstock.simulate.figures import Figures, Row
@@ -308,7 +309,7 @@ def as_object(scenario: Scenario, ran: Sequence[Figures], found: int | None) -> 
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         click.echo(f"penstock: cannot write {path}: {error.strerror}", err=True)
         sys.exit(1)

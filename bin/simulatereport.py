@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from html import escape
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from penstock.bin.charts import LOG, TAIL, Axis, Chart, Line, draw_pngs, draw_svg
+from penstock.bin.files import write_whole
 
 if TYPE_CHECKING:
     from penstock.simulate.figures import Figures
@@ -141,14 +141,14 @@ def write_report(path: Path, lines: Sequence[str], ran: Sequence[Figures]) -> bo
     behind that. False without matplotlib. Raises OSError."""
     drawn = charts(ran)
     if path.suffix == ".html":
-        path.write_text(_page(lines, drawn), encoding="utf-8")
+        write_whole(path, _page(lines, drawn))
         return True
     with tempfile.TemporaryDirectory(prefix="penstock-simulate-") as directory:
         if not draw_pngs(drawn, Path(directory)):
             return False
         for number, chart in enumerate(drawn):
             to = path if number == 0 else path.with_name(f"{path.stem}-{chart.name}.png")
-            shutil.copyfile(Path(directory) / f"{chart.name}.png", to)
+            write_whole(to, (Path(directory) / f"{chart.name}.png").read_bytes())
     return True
 
 

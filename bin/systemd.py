@@ -12,6 +12,8 @@ from typing import Final
 
 import click
 
+from penstock.bin.files import write_whole
+
 _MODELS: Final = Path("/srv/penstock/models")
 _DOCS: Final = "man:systemd.service(5)"
 _HOMES: Final = ("/home", "/root", "/run/user")  # what the units hide from the processes
@@ -54,7 +56,7 @@ def systemd(to: Path | None, install: bool, models: Path) -> None:
         path = root / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            write_whole(path, text)
         except OSError as error:
             raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
         click.echo(path)

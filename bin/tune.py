@@ -19,8 +19,9 @@ import click
 
 from penstock.bin import bench, options
 from penstock.bin.cpus import usable_cpus
+from penstock.bin.files import write_whole
 from penstock.bin.infer import InputError
-from penstock.bin.modeltoml import EditError, edit, write
+from penstock.bin.modeltoml import EditError, edit
 from penstock.bin.search import (
     Point,
     Setting,
@@ -420,7 +421,7 @@ def finish(
         click.echo(f"not written{'' if dry_run else ', since no --to says where'}:\n{lines}", nl=False)
         return
     try:
-        write(target, edit(_read(base), values))
+        write_whole(target, edit(_read(base), values))
     except (OSError, EditError, TuneError) as error:
         click.echo(f"penstock: cannot write {target}: {error}", err=True)
         sys.exit(1)

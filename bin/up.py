@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import click
 from penstock.bin import options
 from penstock.bin.bundled import BUNDLED_MODELS
 from penstock.bin.cpus import physical_cores, share_cpus, usable_cpus
+from penstock.wire.process import fields
+
+log = logging.getLogger("penstock.launcher")
 
 
 @click.command()
@@ -78,13 +83,22 @@ def up(
             log_format=log_format,
             log_level=log_level,
         )
-        sys.exit(Launcher(plan, lambda url: click.echo(f"penstock ready: {url}")).run())
+        sys.exit(Launcher(plan, _announce).run())
     except RepositoryError as error:
         click.echo(f"penstock: {error}", err=True)
         sys.exit(options.EXIT_CANNOT_SERVE)
     except (EndpointError, LaunchError) as error:
         click.echo(f"penstock: {error}", err=True)
         sys.exit(1)
+
+
+def _announce(url: str) -> None:
+    """A server whose words nobody can read serves all the same."""
+    try:
+        click.echo(f"penstock ready: {url}")
+    except OSError as error:
+        log.warning("standard output cannot be written", extra=fields(ready=url, reason=error.strerror))
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)  # what waits there would fail again at the end
 
 
 def _shares(workers: int) -> list[frozenset[int]]:

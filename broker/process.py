@@ -32,7 +32,7 @@ from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
 from penstock.broker.record import Recorder
 from penstock.wire.codec import pack, unpack
 from penstock.wire.doors import Doors
-from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir, check_loopback, parse_host_port
+from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir, binding, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import Drain, Garbage, Log, Tick
 from penstock.wire.messages import (
@@ -83,14 +83,16 @@ class BrokerProcess:
     def start(self) -> None:
         runtime, opened, options = self._settings.runtime, self._opened, self._settings.options
         runtime.make()
-        guards = [Guard(path) for path in (runtime.callers, runtime.workers, runtime.control)]
-        for guard in guards:
-            opened.callback(guard.release)
+        guards = []
+        for path in runtime.callers, runtime.workers, runtime.control:
+            guards.append(Guard(path))
+            opened.callback(guards[-1].release)
         self._doors = Doors(guards)
         opened.callback(runtime.sweep)
         runtime.sweep()
         # It is closed last: whoever sees its end has been told already that the broker leaves.
-        self._control = ControlServer(runtime.control, self._poll)
+        with binding(runtime.control):
+            self._control = ControlServer(runtime.control, self._poll)
         opened.callback(self._control.close)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
@@ -114,7 +116,8 @@ class BrokerProcess:
     def _bind(self, address: str) -> Socket:
         socket = Socket(self._context, zmq.ROUTER, _HIGH_WATER)
         self._opened.callback(socket.close, _LINGER_MS)
-        socket.raw.bind(address)
+        with binding(address):
+            socket.raw.bind(address)
         self._poll.register(socket.fileno(), select.POLLIN)
         return socket
 

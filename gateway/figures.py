@@ -332,7 +332,7 @@ def _view(reading: Reading, sums: _Sums, known: Mapping[str, _Known], gateway: s
         seconds=round(sums.seconds, 3),
         broker=reading.broker,
         gateway=gateway,
-        problems=_problems(reading, processes, models, failures, gpus),
+        problems=_problems(reading, processes, models, failures, gpus, gauges.get("penstock_arena_missing", {})),
         rate=sums.rate("penstock_requests"),
         failures=failures,
         queue=int(sum(gauges.get("penstock_queue_requests", {}).values())),
@@ -447,6 +447,7 @@ def _problems(
     models: Sequence[ModelFigures],
     failures: Mapping[str, float],
     gpus: Sequence[GpuFigures],
+    without_arena: Mapping[tuple[str, ...], float],
 ) -> list[str]:
     """What somebody should know at three in the morning, the worst first."""
     found = []
@@ -475,6 +476,11 @@ def _problems(
         f"the shared memory of {each.name} is {each.shared_used_bytes / each.shared_bytes:.0%} full"
         for each in processes
         if each.shared_bytes and each.shared_used_bytes >= _FULL * each.shared_bytes
+    ]
+    found += [
+        f"{each.name} found no memory for shared memory, and large tensors cost it more; free some, and restart it"
+        for each in processes
+        if without_arena.get((each.name,))
     ]
     found += [
         f"the GPU of {', '.join(each.workers)} is held down by {' and '.join(words)}: {each.uuid}"

@@ -87,14 +87,13 @@ def url_of(listener: socket.socket) -> str:
 
 
 def _make_arena(settings: GatewaySettings) -> Arena | None:
-    """Raises ArenaError."""
     if settings.broker.runtime is None:
         return None
     return make_arena(settings.options.arena_bytes, f"penstock-{settings.name}", "[gateway] arena_bytes")
 
 
 class GatewayProcess:
-    """``start`` binds, ``serve`` runs until a signal and drains. EndpointError, ArenaError: cannot start."""
+    """``start`` binds, ``serve`` runs until a signal and drains. EndpointError: cannot start."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
@@ -178,6 +177,7 @@ class Coupling:
         self.introduced = asyncio.Event()  # a broker has said what models there are
         self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
         self._link.measure = self._measure
+        self._wants_arena = settings.broker.runtime is not None and settings.options.arena_bytes != 0
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
         self._steady = Steady()
         self._models: object = None  # what readiness follows from, when it was last looked at
@@ -253,6 +253,7 @@ class Coupling:
         caller.meters.value("penstock_http_connections").value = len(self.http.connections)
         caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
         slots = self._link.slots()
+        caller.meters.value("penstock_arena_missing").value = int(self._wants_arena and slots is None)
         if slots is not None:
             caller.meters.value("penstock_arena_bytes").value = slots.arena.size
             caller.meters.value("penstock_arena_used_bytes").value = slots.arena.allocator.used

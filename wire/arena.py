@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from penstock.wire.allocator import Allocator
 from penstock.wire.errors import BadMessage
 from penstock.wire.fields import brief
+from penstock.wire.process import fields
+
+log = logging.getLogger("penstock")
 
 _F_SEAL_FUTURE_WRITE: Final = 0x10  # <linux/fcntl.h>, since Linux 5.1; Python's fcntl does not have it
 _READERS_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
@@ -33,6 +37,29 @@ _DEFAULT_MAX_BYTES: Final = 256 << 20
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/proc/self/cgroup")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
+
+
+class _Limits(NamedTuple):
+    """Where a version of cgroups says what memory is allowed. ``line``: how that of /proc/self/cgroup goes on after the
+    first colon; ``caches``: files that the kernel gives up before it is short."""
+
+    line: str
+    folder: str
+    limit: str
+    used: str
+    caches: tuple[str, str]
+
+
+_VERSIONS: Final = (
+    _Limits(":/", "", "memory.max", "memory.current", ("active_file", "inactive_file")),
+    _Limits(
+        "memory:/",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
 
 _WAYS_OUT: Final = {
     errno.EFBIG: "make it smaller, or raise the limit of file sizes (ulimit -f)",
@@ -142,14 +169,19 @@ class Mapping:
 
 
 def make_arena(asked: int, name: str, key: str) -> Arena | None:
-    """The arena that a configuration asks for (see planned_bytes). Raises ArenaError, which names ``key``."""
+    """The arena that a configuration asks for (see planned_bytes), under ``key``. None: it asks for none, or there is
+    no memory for it, which is logged. Whoever has none serves all the same, and is only slower."""
     size = planned_bytes(asked, available_bytes())
     if not size:
         return None
     try:
         return Arena(size, name)
     except ArenaError as error:
-        raise ArenaError(f"{error} ({key} in the configuration)") from None
+        log.warning(
+            "no shared memory; large tensors travel in messages, which costs more, until this process starts anew",
+            extra=fields(reason=f"{error} ({key} in the configuration)"),
+        )
+        return None
 
 
 def planned_bytes(asked: int, available: int) -> int:
@@ -230,22 +262,26 @@ def _host_bytes() -> int:
 
 
 def _cgroup_bytes() -> list[int]:
-    """What this process's cgroup (v2), and each above it, would still allow, caches of files given up; [] when there
-    are no limits. See "Memory Interface Files" in the kernel's Documentation/admin-guide/cgroup-v2.rst."""
+    """What this process's cgroup, and each above it, would still allow, caches of files given up; [] when there are no
+    limits. See the kernel's Documentation/admin-guide/cgroup-v2.rst, "Memory Interface Files", and
+    cgroup-v1/memory.rst."""
     found = []
-    path = next((line[3:] for line in _CGROUP.read_text().splitlines() if line.startswith("0::")), "/")
-    folder = _CGROUPS / path.lstrip("/")
-    for each in (folder, *folder.parents):
-        if not each.is_relative_to(_CGROUPS):
-            break
-        try:
-            limit = (each / "memory.max").read_text().strip()
-            if limit != "max":
-                about = _statistics(each / "memory.stat")
-                used = int((each / "memory.current").read_text()) - about["active_file"] - about["inactive_file"]
-                found.append(max(0, int(limit) - used))
-        except OSError:
-            continue  # cgroup v1, or no memory controller here
+    lines = [line.partition(":")[2] for line in _CGROUP.read_text().splitlines()]
+    for version in _VERSIONS:
+        path = next((line.removeprefix(version.line) for line in lines if line.startswith(version.line)), "")
+        top = _CGROUPS / version.folder
+        folder = top / path
+        for each in (folder, *folder.parents):
+            if not each.is_relative_to(top):
+                break
+            try:
+                limit = (each / version.limit).read_text().strip()
+                if limit != "max":
+                    about = _statistics(each / "memory.stat")
+                    used = int((each / version.used).read_text()) - sum(about[cache] for cache in version.caches)
+                    found.append(max(0, int(limit) - used))
+            except OSError:
+                continue  # no memory controller here
     return found
 
 

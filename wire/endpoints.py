@@ -13,6 +13,7 @@ import fcntl
 import ipaddress
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,29 @@ _PATH_MAX_BYTES: Final = 107  # sun_path of a Unix socket, without its final zer
 
 class EndpointError(ValueError):
     """An address that cannot be used; the message is a sentence for the user."""
+
+
+class InUseError(EndpointError):
+    """A living process has it."""
+
+
+@contextlib.contextmanager
+def binding(what: object) -> Iterator[None]:
+    """Raises EndpointError for what cannot be bound there, such as a socket on a full disk (also ZeroMQ's error, which
+    has the same ``errno`` and is no OSError)."""
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if not isinstance(number, int):
+            raise
+        raise EndpointError(f"cannot listen on {what}: {os.strerror(number)}{_way_out(number)}") from None
+
+
+def _way_out(number: int | None) -> str:
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    return "; free space or inodes there, or choose another directory with --runtime-dir"
 
 
 def default_runtime_dir() -> Path:
@@ -99,7 +123,7 @@ class Guard:
         try:
             self._fd = self._lock()
         except OSError as error:
-            raise EndpointError(f"cannot lock {self._lock_path}: {error.strerror}") from None
+            raise EndpointError(f"cannot lock {self._lock_path}: {error.strerror}{_way_out(error.errno)}") from None
         path.unlink(missing_ok=True)
         self._shut_path.unlink(missing_ok=True)
 
@@ -123,7 +147,7 @@ class Guard:
             except OSError as error:
                 os.close(fd)
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise EndpointError(f"{self.path} is in use by another process") from None
+                    raise InUseError(f"{self.path} is in use by another process") from None
                 raise
             os.close(fd)
 

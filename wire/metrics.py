@@ -120,6 +120,9 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "penstock_arena_bytes": Family(GAUGE, "Shared memory for large tensors", (), "process"),
     "penstock_arena_used_bytes": Family(GAUGE, "Shared memory that requests and results take", (), "process"),
+    "penstock_arena_missing": Family(
+        GAUGE, "1 when there was no memory for the shared memory that is configured", (), "process"
+    ),
     "penstock_process_cpu_seconds": Family(COUNTER, "Processor time", (), "process"),
     "penstock_process_resident_bytes": Family(GAUGE, "Resident memory", (), "process"),
 }

@@ -203,7 +203,7 @@ def main() -> None:
     except NotPrepared as error:
         _say(problem=str(error), lasting=error.lasting)
     except OSError as error:
-        _say(problem=_say_oserror(error))
+        _say(problem=say_oserror(error, folder.parent, nbytes))
     except MemoryError:
         most = resource.getrlimit(resource.RLIMIT_DATA)[0]
         _say(problem=f"preparing it takes more than {most // 1_000_000} MB of memory")
@@ -283,9 +283,14 @@ def _say(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
-def _say_oserror(error: OSError) -> str:
+def say_oserror(error: OSError, store: Path, nbytes: int) -> str:
+    """What went wrong in a store with a model that takes so many bytes there."""
     if error.errno in _NO_ROOM:
-        return f"there is no room for it: {error.strerror}"
+        sentence = f"there is no room for it in {store}: {error.strerror}; it takes {nbytes} bytes there"
+        with contextlib.suppress(OSError):
+            about = os.statvfs(store)
+            sentence += f", and {about.f_bavail * about.f_frsize} are free"
+        return sentence + "; free some, or choose another directory with [worker] store"
     return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
 
 

@@ -24,7 +24,7 @@ from penstock.wire import control
 from penstock.wire.arena import make_arena
 from penstock.wire.codec import pack, unpack
 from penstock.wire.doors import Doors
-from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, check_loopback, parse_host_port
+from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, binding, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
 from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
@@ -147,7 +147,7 @@ def _find_store(settings: WorkerSettings) -> Store | None:
 
 class WorkerProcess:
     """``start`` opens, ``serve`` runs until a signal and drains, ``stop`` closes. ``serve`` returns whether any model
-    could be loaded. RepositoryError, EndpointError, ArenaError: cannot start.
+    could be loaded. RepositoryError, EndpointError: cannot start.
 
     A GPU that is lost while models are on it ends the process at once, with EXIT_GPU_LOST, and so does a batch that
     does not end, with EXIT_HUNG: no thread can be stopped. A GPU that is lost when the process begins is told to the
@@ -230,7 +230,8 @@ class WorkerProcess:
     def _bind(self, number: bytes) -> Iterable[str]:
         runtime, bind = self._settings.broker.runtime, self._settings.bind
         if runtime is not None:
-            self._results.raw.bind(f"ipc://{runtime.results(number)}")
+            with binding(f"ipc://{runtime.results(number)}"):
+                self._results.raw.bind(f"ipc://{runtime.results(number)}")
             yield f"ipc://{runtime.results(number)}"
         if bind or runtime is None:
             yield bind_results(bind or "tcp://127.0.0.1:0", self._results)
@@ -393,6 +394,8 @@ class WorkerProcess:
             if self._give_back.due(self._instances.batches, time.monotonic()):
                 give_back()
             meters = self._core.meters
+            wanted = self._settings.broker.runtime is not None and self._settings.options.arena_bytes != 0
+            meters.value("penstock_arena_missing").value = int(wanted and self._slots is None)
             if self._slots is not None:
                 meters.value("penstock_arena_bytes").value = self._slots.arena.size
                 meters.value("penstock_arena_used_bytes").value = self._slots.arena.allocator.used

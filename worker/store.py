@@ -47,7 +47,7 @@ from penstock.worker.manifest import (
 )
 from penstock.worker.onnxfile import OnnxFileError, read_onnx
 from penstock.worker.options import WorkerOptions
-from penstock.worker.prepare import NotPrepared, Tell, find_setting, prepare
+from penstock.worker.prepare import NotPrepared, Tell, find_setting, prepare, say_oserror
 
 log = logging.getLogger("penstock.worker")
 
@@ -119,9 +119,11 @@ class Store:
 
     def open(self, path: Path, name: str, tell: Tell) -> Weights:
         """A model's entry, which is made where there is none, or none that can be believed. Raises StoreError."""
+        nbytes = 0
         try:
             check_root(self.root)
             source = self.find(path)
+            nbytes = source.nbytes
             entry = self.root / source.key
             lock = self._share(source.key, tell)
             try:
@@ -134,7 +136,7 @@ class Store:
         except (Unusable, NotPrepared) as error:
             raise StoreError(str(error)) from None
         except OSError as error:
-            raise StoreError(_say(error)) from None
+            raise StoreError(say_oserror(error, self.root, nbytes)) from None
         return Weights(source.weight_bytes, entry / MODEL, lock)
 
     def engines(self, path: Path, built_for: str) -> Path:
@@ -149,7 +151,7 @@ class Store:
         except Unusable as error:
             raise StoreError(str(error)) from None
         except OSError as error:
-            raise StoreError(_say(error)) from None
+            raise StoreError(say_oserror(error, self.root, 0)) from None
         return folder
 
     def find(self, path: Path, on_gpu: bool | None = None) -> Source:
@@ -385,10 +387,6 @@ def _empty(folder: Path) -> None:
 
 def _size(manifest: Manifest) -> int:
     return sum(each.size for each in manifest.files.values())
-
-
-def _say(error: OSError) -> str:
-    return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
 
 
 def _mb(nbytes: int) -> str:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -351,3 +352,54 @@ def test_a_process_that_ends_in_a_flood_tells_of_it_and_does_not_wait() -> None:
     lines = ended.stderr.splitlines()
     assert len(lines) == 11
     assert lines[-1].endswith(" W broker: refused held_back=15")
+
+
+# --- standard error that cannot be written ---
+
+
+@pytest.mark.parametrize("form", logs.FORMATS)
+def test_lines_that_find_no_room_are_counted_and_told_of_later(form: str, tmp_path: Path) -> None:
+    """A limit on files stands for a disk, which ends in the middle of a line and has room again later."""
+    script = (
+        "import logging, resource, sys\n"
+        "from penstock.bin import logs\n"
+        "logs.never_fail()\n"
+        "logs.set_up('broker', sys.argv[1], 'info')\n"
+        "log = logging.getLogger('penstock')\n"
+        "log.info('first')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (120, resource.RLIM_INFINITY))\n"
+        "for number in range(5): log.info('lost %d', number)\n"
+        "print('lost too', file=sys.stderr)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
+        "log.info('second')\n"
+        "log.info('third')\n"
+    )
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        subprocess.run([sys.executable, "-B", "-c", script, form], stderr=file, timeout=60, check=True)
+    lines = path.read_text().splitlines()
+    first, *torn, second, told, third = lines
+    assert [word in line for word, line in zip(("first", "second", "third"), (first, second, third), strict=True)] == (
+        [True] * 3
+    )
+    assert "log lines could not be written" in told
+    count = strict(told)["count"] if form == "json" else int(told.rpartition("count=")[2])
+    written = sum("lost" in line for line in torn[:-1])
+    assert written + count == 6
+
+
+def test_standard_error_that_is_full_changes_no_exit_code() -> None:
+    with open("/dev/full", "wb") as full:
+        for script in ("sys.exit(2)", "sys.exit('a sentence')", "logs.set_up('x', 'text', 'info'); 1 / 0"):
+            code = f"import sys; from penstock.bin import logs; logs.never_fail(); {script}"
+            done = subprocess.run([sys.executable, "-c", code], stderr=full, timeout=60, check=False)
+            assert done.returncode == (2 if "2" in script else 1)
+
+
+def test_standard_output_that_is_full_is_a_sentence() -> None:
+    command = [sys.executable, "-m", "penstock.bin", "--help"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("penstock: there is no room for what is to be written (standard output, ")
+    assert done.stderr.endswith(": No space left on device\n")

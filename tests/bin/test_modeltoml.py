@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.bin.modeltoml import EditError, edit, write
+from penstock.bin.files import write_whole
+from penstock.bin.modeltoml import EditError, edit
 
 COMMENTED = """# Ours.
 max_batch_size   =  16   # more does not help
@@ -77,7 +78,7 @@ def test_a_file_keeps_its_permissions_and_a_link_its_end(tmp_path: Path) -> None
     path.write_text("a = 1\n")
     path.chmod(0o640)
     link.symlink_to(path)
-    write(link, "a = 2\n")
+    write_whole(link, "a = 2\n")
     assert link.is_symlink()
     assert path.read_text() == "a = 2\n"
     assert path.stat().st_mode & 0o777 == 0o640

@@ -303,6 +303,16 @@ def test_a_reason_without_end_is_cut() -> None:
     assert len(model.reason) == 500
 
 
+def test_who_found_no_memory_to_share_is_a_problem() -> None:
+    meters = Meters()
+    meters.value("penstock_arena_missing").value = 1
+    second = Snapshot("cpu-1", (*worker("cpu-1", 0).samples, *meters.samples()))
+    found = view_of(reading(0, broker(0), worker("cpu-0", 0), second)).problems
+    assert found == [
+        "cpu-1 found no memory for shared memory, and large tensors cost it more; free some, and restart it"
+    ]
+
+
 # --- GPUs ---
 
 

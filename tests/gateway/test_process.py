@@ -15,7 +15,7 @@ import pytest
 
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.process import GatewaySettings, _make_arena, listen, url_of
-from penstock.wire.arena import Arena, ArenaError
+from penstock.wire.arena import Arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, RuntimeDir
 
 
@@ -220,6 +220,9 @@ def test_gateway_on_another_host_has_no_arena() -> None:
     assert arena_of(BrokerAddress(None, "127.0.0.1", 5), -1) is None
 
 
-def test_arena_that_does_not_fit_is_refused_with_the_name_of_its_limit(tmp_path: Path) -> None:
-    with pytest.raises(ArenaError, match=r"does not fit into .* \(\[gateway\] arena_bytes in the configuration\)$"):
-        arena_of(BrokerAddress(RuntimeDir(tmp_path)), 1 << 60)
+def test_arena_that_does_not_fit_is_not_made_and_its_limit_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert arena_of(BrokerAddress(RuntimeDir(tmp_path)), 1 << 60) is None
+    [said] = caplog.records
+    assert said.__dict__["fields"]["reason"].endswith("([gateway] arena_bytes in the configuration)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
     """Start servers, each in a runtime directory of its own; at the end each must stop cleanly."""
     servers: list[Server] = []
 
-    def start(*arguments: str, environment: dict[str, str] | None = None) -> Server:
-        server = Server(tmp_path / f"run{len(servers)}", *arguments, environment=environment)
+    def start(*arguments: str, environment: dict[str, str] | None = None, by: Sequence[str] = ()) -> Server:
+        server = Server(tmp_path / f"run{len(servers)}", *arguments, environment=environment, by=by)
         servers.append(server)
         return server
 

@@ -112,11 +112,12 @@ class Process:
 class Server(Process):
     """``penstock up``, ready. ``runtime``: its runtime directory."""
 
-    def __init__(self, runtime: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, runtime: Path, *arguments: str, environment: dict[str, str] | None = None, by: Sequence[str] = ()
+    ) -> None:
         self.runtime = runtime
-        super().__init__(
-            ["up", *arguments, "--http=127.0.0.1:0", f"--runtime-dir={runtime}", "--log-format=json"], environment
-        )
+        command = ["up", *arguments, "--http=127.0.0.1:0", f"--runtime-dir={runtime}", "--log-format=json"]
+        super().__init__(command, environment, by)
         try:
             ready = self.lines.get(timeout=DEADLINE_S)
         except queue.Empty:

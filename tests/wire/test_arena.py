@@ -9,6 +9,7 @@ import gc
 import json
 import mmap
 import os
+import re
 import resource
 import signal
 import socket
@@ -437,6 +438,32 @@ def test_the_limits_of_the_service_and_of_what_is_above_it_count(
         Arena(SIZE, "penstock-test")
 
 
+def write_old_group(folder: Path, limit: int, current: int, files: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{current}\n")
+    stat = f"active_file 0\ninactive_file 0\ntotal_active_file {files}\ntotal_inactive_file {files}\n"
+    (folder / "memory.stat").write_text(stat)
+
+
+@pytest.mark.parametrize("path", ["/docker/1/service", "/"])
+def test_limits_of_the_first_version_of_cgroups_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
+) -> None:
+    """There the kernel kills instead of saying that there is no memory."""
+    top = tmp_path / "groups" / "memory"
+    (tmp_path / "own").write_text(f"4:memory:{path}\n2:cpuacct:/x\n0::/init.scope\n")
+    monkeypatch.setattr(module, "_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(module, "_CGROUPS", tmp_path / "groups")
+    write_old_group(top, 0x7FFFFFFFFFFFF000, 10, 0)  # as it says where there is no limit
+    Arena(SIZE, "penstock-test").close()
+    write_old_group(top / path[1:], SIZE + 1000, 2000, 500)
+    Arena(SIZE, "penstock-test").close()
+    write_old_group(top / path[1:], SIZE + 999, 2000, 500)
+    with pytest.raises(ArenaError, match=rf"an arena of {SIZE} bytes does not fit into the {SIZE - 1} bytes of memory"):
+        Arena(SIZE, "penstock-test")
+
+
 # --- what a peer sends instead of an arena ---
 
 
@@ -593,11 +620,15 @@ def test_an_arena_is_as_large_as_was_asked_or_as_memory_allows(asked: int, avail
     assert planned_bytes(asked, available) == planned
 
 
-def test_an_arena_that_is_made_is_as_large_as_was_planned() -> None:
+def test_an_arena_that_is_made_is_as_large_as_was_planned(caplog: pytest.LogCaptureFixture) -> None:
     assert make_arena(0, "test", "key") is None
     arena = make_arena(100_000, "test", "key")
     assert arena is not None
     assert arena.size == planned_bytes(100_000, 0)
     arena.close()
-    with pytest.raises(ArenaError, match=r"does not fit into .* \(\[x\] arena_bytes in the configuration\)$"):
-        make_arena(1 << 60, "test", "[x] arena_bytes")
+    assert caplog.records == []
+    assert make_arena(1 << 60, "test", "[x] arena_bytes") is None
+    [said] = caplog.records
+    assert said.getMessage().startswith("no shared memory; large tensors travel in messages")
+    reason = said.__dict__["fields"]["reason"]
+    assert re.search(r"does not fit into .* \(\[x\] arena_bytes in the configuration\)$", reason)

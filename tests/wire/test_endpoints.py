@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from penstock.wire.endpoints import (
     BrokerAddress,
     EndpointError,
     Guard,
     RuntimeDir,
+    binding,
     check_loopback,
     default_runtime_dir,
     parse_broker,
@@ -341,3 +344,14 @@ def test_what_a_killed_process_has_left_shut_is_removed(runtime: RuntimeDir) -> 
     runtime.callers.with_suffix(".shut").touch()
     Guard(runtime.callers).release()
     assert files(runtime) == set()
+
+
+def test_what_cannot_be_bound_is_a_sentence() -> None:
+    full = "cannot listen on x: No space left on device; free space or inodes there, or choose another directory"
+    for error in (OSError(errno.ENOSPC, "word"), zmq.ZMQError(errno.ENOSPC)):
+        with pytest.raises(EndpointError, match=f"^{full} with --runtime-dir$"), binding("x"):
+            raise error
+    with pytest.raises(EndpointError, match=r"^cannot listen on x: Permission denied$"), binding("x"):
+        raise OSError(errno.EACCES, "word")
+    with pytest.raises(ZeroDivisionError), binding("x"):
+        raise ZeroDivisionError
