@@ -185,7 +185,7 @@ def test_what_a_killed_process_left_is_swept_and_what_lives_is_not(runtime: Runt
     hold_and_be_killed(dead, runtime.callers)
     assert files(runtime) >= {dead.name, dead.with_suffix(".lock").name, "callers.sock", "callers.lock"}
     runtime.sweep()
-    assert files(runtime) == {alive.name, alive.with_suffix(".lock").name, "callers.sock", "callers.lock"}
+    assert files(runtime) == {alive.name, alive.with_suffix(".lock").name}
     taken = Guard(runtime.callers)  # the next broker needs no sweep
     assert not runtime.callers.exists()
     taken.release()
