@@ -233,7 +233,7 @@ def test_a_caller_that_fills_a_queue_leaves_the_last_eighth_to_others() -> None:
 
 
 @pytest.mark.parametrize("options", [{"queue_bytes_max": 800}, {"held_bytes_max": 800}])
-def test_a_caller_that_has_nothing_may_ask_for_one_however_large(options: dict[str, int]) -> None:
+def test_a_caller_that_has_nothing_may_ask_for_one_however_large(options: dict[str, Any]) -> None:
     talk = Conversation(**options)
     caller, other = talk.caller(), talk.caller()
     talk.worker()
