@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -168,6 +169,8 @@ def idle_connections(server: Server, count: int) -> Iterator[None]:
                 for _ in range(min(500, count - at))
             ]
             for each in some:
+                # By a reset, since so many ports in TIME_WAIT would be missed by the tests after this one.
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 each.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: h\r\n\r\n")
             for each in some:
                 assert each.recv(4096).startswith(b"HTTP/1.1 200 ")
@@ -397,7 +400,7 @@ def test_a_peer_that_sends_garbage_as_fast_as_it_can(serve: Callable[[str], Serv
 # --- clients of the gateway ---
 
 EACH = 100
-BOMBS = 8  # each takes the gateway some tenths of a second
+BOMBS = 8  # each takes the gateway a tenth of a second
 SHORT = """[gateway]
 head_timeout_s = 1.0
 body_timeout_s = 1.0
@@ -462,5 +465,5 @@ def test_slow_clients_and_bombs_all_at_once(serve: Callable[[str], Server]) -> N
     beside.check()
     assert counted(metrics, "penstock_http_responses_total", 'code="408"') == 2 * EACH
     assert counted(metrics, "penstock_http_responses_total", 'code="413"') == BOMBS
-    # One bomb at a time is expanded, up to 64 MB; and 16 answers of a connection wait to be read.
-    grown.check(gateway=64 * 2 + 160, broker=16, worker=16)
+    # One bomb at a time is looked into, in small pieces; and one answer of a connection waits to be read.
+    grown.check(gateway=64, broker=16, worker=16)
