@@ -70,6 +70,7 @@ _SWEEP_S: Final = 2.0  # between two looks at what need not be exact; each wakes
 _LOOK_S: Final = 0.02  # between two looks at workers that have work, at least
 _AWAY_S: Final = 0.2  # a look that is later than that: this process was stopped, or starved
 _SETTLE_S: Final = 0.25  # a dead process's files are all closed by then
+_REFUSALS: Final = 256  # in a message: some ten KB, since what waits for a caller is counted by messages
 _BROKER: Final = "broker"  # its name among the peers'
 
 
@@ -412,8 +413,8 @@ class Core:
     def _send_refusals(self) -> None:
         refusals, self.ledger.refusals = self.ledger.refusals, {}
         for caller, refused in refusals.items():
-            for at in range(0, len(refused), MAX_REQUESTS):
-                self._commands.append(ToCaller(caller.id, Refusals(self.epoch, refused[at : at + MAX_REQUESTS])))
+            for at in range(0, len(refused), _REFUSALS):
+                self._commands.append(ToCaller(caller.id, Refusals(self.epoch, refused[at : at + _REFUSALS])))
             for code, count in Counter([each.code for each in refused]).items():
                 first = next(each for each in refused if each.code == code)
                 self._log(

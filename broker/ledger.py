@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from penstock.broker.assign import Assigner, Given
@@ -47,6 +48,16 @@ from penstock.wire.messages import (
 from penstock.wire.metrics import Meters
 from penstock.wire.models import ModelSpec
 
+# Who holds more than an eighth (2 ** -3) of one of these bounds leaves the last eighth of it to others.
+_OTHERS: Final = 3
+_SHARED_BOUNDS: Final = (
+    "queue_requests_max",
+    "queue_rows_max",
+    "queue_bytes_max",
+    "held_requests_max",
+    "held_rows_max",
+    "held_bytes_max",
+)
 _ROW_US: Final = 1000  # what a row is taken for as long as nobody has said what it takes
 
 
@@ -64,6 +75,10 @@ class Ledger:
         """``workers``: those that have joined, kept by the owner."""
         self._workers = workers
         self._options = options
+        # What a bound leaves to those who have little of what it bounds: the last eighth.
+        self._common = replace(
+            options, **{name: getattr(options, name) - (getattr(options, name) >> _OTHERS) for name in _SHARED_BOUNDS}
+        )
         self._registry = registry
         self._assigner = assigner
         self._meters = meters
@@ -115,9 +130,11 @@ class Ledger:
         places, held = group.places, 0 if group.places else form.nbytes
         # What the broker before this one had taken in is not turned away for what has come since.
         again = self._registry.is_young(now) and min(ids) <= caller.sent_before
-        room = self._room(model, caller, form, held, again)
+        room = self._room(self._common, model, caller, form, held, again)
         if room < len(ids):
-            room = max(0, room)
+            own = self._own(caller, form, held)
+            room = max(0, room, min(own, self._room(self._options, model, caller, form, held, again)))
+        if room < len(ids):
             self._refuse_new(caller, key, ids[room:], self._full(model, caller, form, held))
             ids, timeouts_us = ids[:room], timeouts_us[:room]
         if model.row_us and ids and not again:
@@ -149,6 +166,8 @@ class Ledger:
         self.requests += count
         self.rows += count * form.rows
         self.bytes += count * held
+        caller.rows += count * form.rows
+        caller.nbytes += count * size
         self._fresh.append(lot)
         self._assigner.requests_came(model)
         self._meters.value("penstock_requests", *model.key).value += count
@@ -196,10 +215,11 @@ class Ledger:
             forecast.wait_us * 1e-6,
         )
 
-    def _room(self, model: ModelQueue, caller: CallerPeer, form: Form, size: int, again: bool = False) -> int:
+    def _room(
+        self, options: BrokerOptions, model: ModelQueue, caller: CallerPeer, form: Form, size: int, again: bool = False
+    ) -> int:
         """How many more requests there is room for, if each makes the broker hold so many bytes. ``again``: what counts
         is what it holds in all, as they need not all have waited before."""
-        options = self._options
         room = min(
             options.held_requests_max - self.requests,
             (options.held_rows_max - self.rows) // form.rows,
@@ -213,6 +233,20 @@ class Ledger:
                 room = min(room, (options.queue_bytes_max - model.nbytes) // form.nbytes)
         return min(room, (options.held_bytes_max - self.bytes) // size) if size else room
 
+    def _own(self, caller: CallerPeer, form: Form, size: int) -> int:
+        """How many more requests a caller may have where little room is left: one that floods fills no queue to its
+        end, so that who asks for little is served beside it. Who has nothing may ask for one, however large."""
+        options = self._options
+        requests, rows, nbytes = options.queue_requests_max, options.queue_rows_max, options.queue_bytes_max
+        room = min(
+            (min(requests, options.held_requests_max) >> _OTHERS) - len(caller.requests),
+            ((min(rows, options.held_rows_max) >> _OTHERS) - caller.rows) // form.rows,
+        )
+        if form.nbytes:
+            largest = min(nbytes, options.held_bytes_max) if size else nbytes
+            room = min(room, ((largest >> _OTHERS) - caller.nbytes) // form.nbytes)
+        return room if caller.requests else max(1, room)
+
     def _full(self, model: ModelQueue, caller: CallerPeer, form: Form, size: int) -> PenstockError:
         """Why there is no more room."""
         options, name = self._options, model.key[0]
@@ -225,12 +259,12 @@ class Ledger:
         rows, most = options.queue_rows_max, options.held_rows_max
         wait = f"wait for model '{name}'"
         bounds = [
-            (queued - model.requests, f"Exceeds maximum queue size: {queued} requests {wait}"),
+            (queued - model.requests, f"Exceeds maximum queue size: at most {queued} requests {wait}"),
             (
                 (rows - model.rows) // form.rows,
                 f"Exceeds maximum queue size: {model.rows} of at most {rows} rows {wait}",
             ),
-            (held - self.requests, f"the server holds {held} requests, which is all that it may"),
+            (held - self.requests, f"the server holds at most {held} requests"),
             ((most - self.rows) // form.rows, f"the server holds {self.rows} rows, of at most {most}"),
             (own - len(caller.requests), f"{own} requests of this caller are under way, which is all that it may have"),
         ]
@@ -488,6 +522,10 @@ class Ledger:
         assert nbytes <= self._options.held_bytes_max, f"{nbytes} bytes are held"
         for caller in callers.values():
             owned = sum(len(lot.ids) for lot in set(caller.requests.values()))
+            theirs = [lot for lot in lots if lot.caller is caller]
+            assert caller.rows == sum(lot.rows for lot in theirs), f"{caller.id.hex()} has {caller.rows} rows"
+            nbytes = sum(len(lot.ids) * lot.form.nbytes for lot in theirs)
+            assert caller.nbytes == nbytes, f"{caller.id.hex()} has {caller.nbytes} bytes, not {nbytes}"
             assert owned == len(caller.requests), f"{caller.id.hex()} has parts of lots"
             assert max(caller.requests, default=-1) <= caller.last_id, f"{caller.id.hex()}: ids do not grow"
         told = {worker for worker in workers.values() if worker.has_news}
@@ -578,6 +616,8 @@ class Ledger:
         self.requests -= len(lot.ids)
         self.rows -= lot.rows
         self.bytes -= len(lot.ids) * lot.held_bytes
+        lot.caller.rows -= lot.rows
+        lot.caller.nbytes -= len(lot.ids) * lot.form.nbytes
         lot.payload = None
 
     def _count_failure(self, key: ModelKey, reason: str, count: int) -> None:

@@ -29,6 +29,8 @@ class CallerPeer:
         self.heard = now
         self.sent_before = sent_before  # requests up to this id may have been on a worker before it said hello
         self.requests: dict[int, Lot] = {}  # those that have not ended for it
+        self.rows = 0  # of its requests that the broker has not forgotten
+        self.nbytes = 0  # of their tensors, wherever they lie
         self.last_id = -1  # of its requests: ids only grow
         self.gone = False  # as far as the broker knows
         self.given: dict[bytes, int] = {}  # workers whose arena it has been given, and as which introduction

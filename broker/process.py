@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import zmq
 
+from penstock.broker.backlog import Backlog
 from penstock.broker.control import ControlServer
 from penstock.broker.core import Core
 from penstock.broker.events import (
@@ -43,6 +44,7 @@ from penstock.wire.messages import (
     Assign,
     CallerHello,
     Carrier,
+    HelloWanted,
     Message,
     Submit,
     WorkerHello,
@@ -53,7 +55,12 @@ from penstock.wire.sockets import Socket
 log = logging.getLogger("penstock.broker")
 
 _ROUND_MESSAGES: Final = 64  # read from one socket before the others have their turn
-_HIGH_WATER: Final = 100_000  # messages that may wait for one peer; windows and bounds keep it far below
+_ROUND_S: Final = 0.02  # and at most for so long, whatever it takes to read one: others wait for what follows from it
+_WORKER_HIGH_WATER: Final = 100_000  # messages that may wait for a worker; windows and bounds keep it far below
+# Messages, of some KB at most, that may wait in ZeroMQ for a caller; what is more waits here, until it is too much.
+_CALLER_HIGH_WATER: Final = 256
+_CALLER_WAITING_MAX_BYTES: Final = 16 << 20
+_CALLER_AGAIN_S: Final = 0.01  # between two looks whether it reads again
 _MEASURE_S: Final = 0.5
 _LINGER_MS: Final = 1000  # for what was said last
 _PEER_DESCRIPTORS: Final = 4  # of a peer on this host: two connections, its arena, and the mapping of it
@@ -79,6 +86,8 @@ class BrokerProcess:
         self._poll = select.poll()
         self._opened = contextlib.ExitStack()
         self._recorder: Recorder | None = None
+        self._backlog = Backlog(_CALLER_WAITING_MAX_BYTES)
+        self._backlog_at = 0.0
 
     def start(self) -> None:
         runtime, opened, options = self._settings.runtime, self._opened, self._settings.options
@@ -96,8 +105,8 @@ class BrokerProcess:
         opened.callback(self._control.close)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
-        self._callers = self._bind(f"ipc://{runtime.callers}")
-        self._workers = self._bind(f"ipc://{runtime.workers}")
+        self._callers = self._bind(f"ipc://{runtime.callers}", _CALLER_HIGH_WATER)
+        self._workers = self._bind(f"ipc://{runtime.workers}", _WORKER_HIGH_WATER)
         if self._settings.bind:
             bind_tcp(self._settings.bind, self._callers, self._workers)
         self._stop_signal = StopSignal()
@@ -113,8 +122,8 @@ class BrokerProcess:
         check_descriptor_limit(_PEER_DESCRIPTORS * (options.callers_max + options.workers_max), "callers and workers")
         log.info("broker started", extra=fields(runtime_dir=str(runtime.path), epoch=self._core.epoch))
 
-    def _bind(self, address: str) -> Socket:
-        socket = Socket(self._context, zmq.ROUTER, _HIGH_WATER)
+    def _bind(self, address: str, high_water: int) -> Socket:
+        socket = Socket(self._context, zmq.ROUTER, high_water)
         self._opened.callback(socket.close, _LINGER_MS)
         with binding(address):
             socket.raw.bind(address)
@@ -150,12 +159,16 @@ class BrokerProcess:
         if self._callers.pending or self._workers.pending:
             self._read()
         now = time.monotonic()
+        if self._backlog and now >= self._backlog_at:
+            self._send_backlog(now)
         self._obey(self._core.handle(Tick(), now))
         self._watchdog.feed(now)
 
     def _read(self) -> None:
+        until = time.monotonic() + _ROUND_S
         for heads, frames in self._callers.receive(2, _ROUND_MESSAGES):
-            self._hear("caller", FROM_CALLER, heads, frames)
+            if self._hear("caller", FROM_CALLER, heads, frames) > until:
+                break
         for heads, frames in self._workers.receive(2, _ROUND_MESSAGES):
             self._hear("worker", FROM_WORKER, heads, frames)
 
@@ -168,6 +181,8 @@ class BrokerProcess:
             if self._recorder is not None:
                 self._recorder.flush()
         wait_s = min(self._core.due(), until, self._watchdog.due) - now
+        if self._backlog:
+            wait_s = min(wait_s, self._backlog_at - now)
         for readable, happened in self._poll.poll(max(0.0, wait_s) * 1000):
             if readable == self._callers.fileno():
                 self._callers.pending = True
@@ -178,7 +193,8 @@ class BrokerProcess:
             else:
                 self._read_control(readable)
 
-    def _hear(self, process: str, kinds: Mapping[int, type[Message]], heads: list[bytes], frames: list[Any]) -> None:
+    def _hear(self, process: str, kinds: Mapping[int, type[Message]], heads: list[bytes], frames: list[Any]) -> float:
+        """Returns when it was taken in."""
         peer = heads[0]
         event: Event
         try:
@@ -194,7 +210,9 @@ class BrokerProcess:
                 self._recorder.add(message.groups, time.monotonic())
         except BadMessage as error:
             event = Garbage(process, str(error), peer[:PEER_ID_BYTES])
-        self._obey(self._core.handle(event, time.monotonic()))
+        now = time.monotonic()
+        self._obey(self._core.handle(event, now))
+        return now
 
     def _read_control(self, readable: int) -> None:
         if readable == self._stop_signal.fileno():
@@ -226,7 +244,7 @@ class BrokerProcess:
         for command in commands:
             match command:
                 case ToCaller(peer, message):
-                    self._send(self._callers, peer, message)
+                    self._tell(peer, message)
                 case ToWorker(peer, message):
                     self._send(self._workers, peer, message)
                 case Log(level, event, about):
@@ -246,6 +264,28 @@ class BrokerProcess:
         if outcome != "sent":
             reason = "it takes no messages" if outcome == "full" else "it is not connected"
             self._obey(self._core.handle(Gone(peer, reason), time.monotonic()))
+
+    def _tell(self, caller: bytes, message: Message) -> None:
+        """As ``_send``, for a caller that may not read for a while."""
+        packed = pack(message)
+        if caller not in self._backlog:
+            outcome = self._callers.send((caller, packed))
+            if outcome == "gone":
+                self._obey(self._core.handle(Gone(caller, "it is not connected"), time.monotonic()))
+            if outcome != "full":
+                return
+        # Who is asked to say hello is asked again with all that it says.
+        if not isinstance(message, HelloWanted) and not self._backlog.add(caller, packed):
+            log.warning(
+                "caller reads nothing; what it asked for is given up",
+                extra=fields(caller=caller.hex(), limit_bytes=_CALLER_WAITING_MAX_BYTES),
+            )
+            self._obey(self._core.handle(Gone(caller, "it reads nothing"), time.monotonic()))
+
+    def _send_backlog(self, now: float) -> None:
+        self._backlog_at = now + _CALLER_AGAIN_S
+        for caller in self._backlog.send(lambda peer, packed: self._callers.send((peer, packed))):
+            self._obey(self._core.handle(Gone(caller, "it is not connected"), now))
 
     def _bring(self, message: Assign) -> None:
         """For a worker that shares no memory with the callers: what lies in their arenas travels."""

@@ -236,6 +236,7 @@ class Connection(asyncio.BufferedProtocol):
         self._lingering = False  # all is said; what still comes is thrown away
         self._reading_paused = False
         self._writing_paused = False
+        self._held: list[Request] = []  # that have come, and are not begun while the client reads no answers
         self._phase = IDLE  # the one that the deadline is for
         self._began = 0.0  # when the head came whose body is still to come, on the monotonic clock
         self._wait: BoundedWait | None = None  # for room for the body that has begun
@@ -274,6 +275,9 @@ class Connection(asyncio.BufferedProtocol):
         self._wait_no_longer()
         self._forget_hangup()
         self._reader.close()
+        for request in self._held:
+            self._http.budget.release(request)
+        self._held.clear()
         for exchange in self._exchanges:
             self._drop(exchange)
             if exchange._response is None and exchange.gone is not None:
@@ -302,7 +306,8 @@ class Connection(asyncio.BufferedProtocol):
         if reader.requests:
             self._take_requests()
         if reader.error is not None:
-            self._refuse(reader.error)
+            if not self._held:  # else behind the answers to these
+                self._refuse(reader.error)
         elif reader.phase != self._phase or reader.wants_continue:
             self._enter(reader.phase)
 
@@ -325,14 +330,22 @@ class Connection(asyncio.BufferedProtocol):
             self._all_sent()
             self._http.application.sent()
         self._set_deadline()
+        if self._held:
+            self._take_requests()
+            if self._reader.error is not None and not self._held:
+                self._refuse(self._reader.error)
         self._resume_reading()
 
     # --- requests ---
 
     def _take_requests(self) -> None:
-        requests, self._reader.requests = self._reader.requests, []
+        requests, self._reader.requests, self._held = self._held + self._reader.requests, [], []
         http = self._http
-        for request in requests:
+        for at, request in enumerate(requests):
+            if self._writing_paused and not self._last:
+                # One read may bring thousands, and each answer may be a thousand times as large.
+                self._held = requests[at:]
+                break
             if self._last:
                 http.budget.release(request)
                 continue
@@ -344,11 +357,12 @@ class Connection(asyncio.BufferedProtocol):
             http.application.handle(exchange)
         self._phase = IDLE
         if self._exchanges:
-            self.deadline = float("inf")  # the answers have deadlines of their own
+            if not self._writing_paused:  # which has a deadline of its own
+                self.deadline = float("inf")  # the answers have theirs
             if len(self._exchanges) >= http.options.pipelined_max:
                 self._pause_reading()
                 self._watch_hangup()
-        elif not self._last:
+        elif not self._last and not self._writing_paused:
             self._set_deadline()
 
     def _enter(self, phase: str) -> None:
@@ -417,6 +431,8 @@ class Connection(asyncio.BufferedProtocol):
         """The deadline has passed."""
         assert self._transport is not None
         if self._writing_paused or self._lingering or self._transport.is_closing():
+            if not self._lingering or self._writing_paused:  # else it has been refused, and that was counted
+                self._http.cut_off += 1
             self._transport.abort()
         elif self._last or self._reading_paused:
             self.deadline = float("inf")  # it waits for its answers, and not for more from the client
@@ -564,6 +580,7 @@ class Connection(asyncio.BufferedProtocol):
     def _resume_reading(self) -> None:
         ready = self._lingering or (
             not self._writing_paused
+            and not self._held
             and len(self._exchanges) < self._http.options.pipelined_max
             and self._reader.phase != FULL
         )
@@ -579,18 +596,18 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def unanswered(self) -> int:
         """Requests that have come."""
-        return len(self._exchanges)
+        return len(self._exchanges) + len(self._held)
 
     def close_if_idle(self) -> None:
         """End it unless a request is under way, or has begun to come."""
-        if not self._exchanges and self._phase == IDLE and not self._lingering and self._transport is not None:
+        if not self.unanswered and self._phase == IDLE and not self._lingering and self._transport is not None:
             self._last = True
             self._close()
 
     def drain(self) -> None:
         """The gateway is about to end: answer what has come, and close when there is nothing to answer any more. What
         goes on ends now."""
-        if self._exchanges:
+        if self._exchanges and not self._held:
             self._last = True
         if self._stream is not None:
             exchange = self._stream._exchange
@@ -626,6 +643,7 @@ class Http:
         self.heads: dict[bytes, Head] = {}
         self.connections: set[Connection] = set()
         self.streams = 0  # answers that go on
+        self.cut_off = 0  # connections whose clients did not read their answers
         self.idle_until = loop.time() + options.keep_alive_s  # for who asks nothing from now on; moved on by ``watch``
         self.hangups = Hangups(loop)
         self.draining = False

@@ -251,6 +251,7 @@ class Coupling:
         """Bring the series that are not counted as things happen up to date."""
         caller = self._link.caller
         caller.meters.value("penstock_http_connections").value = len(self.http.connections)
+        caller.meters.value("penstock_http_cut_off").value = self.http.cut_off
         caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
         slots = self._link.slots()
         caller.meters.value("penstock_arena_missing").value = int(self._wants_arena and slots is None)

@@ -106,6 +106,9 @@ FAMILIES: Final[dict[str, Family]] = {
         HISTOGRAM, "From the end of a request to its refusal with 503 or 504", (), "gateway", SECONDS
     ),
     "penstock_http_connections": Family(GAUGE, "Open HTTP connections", (), "gateway"),
+    "penstock_http_cut_off": Family(
+        COUNTER, "HTTP connections that were cut off because nobody read the answer", (), "gateway"
+    ),
     "penstock_http_body_bytes": Family(GAUGE, "Bytes of request bodies in memory", (), "gateway"),
     "penstock_arena_waiting": Family(GAUGE, "Requests that wait for room in shared memory", (), "gateway"),
     # Everybody's.

@@ -18,6 +18,10 @@ from penstock.wire.messages import MAX_REQUESTS, Payload
 # Frames of at least this many bytes are handed to ZeroMQ by reference: below, the bookkeeping costs more than a copy.
 _REFERENCE_MIN_BYTES: Final = 64 * 1024
 
+# Messages of one peer that have been received and wait to be read. Nothing is lost beyond it: its connection is not
+# read on until whoever is flooded has caught up, and what the peer sends waits with the peer.
+UNREAD_MAX: Final = 128
+
 MAX_FRAME_BYTES: Final = 2 << 30  # a larger frame closes its connection before it takes memory
 
 
@@ -44,12 +48,12 @@ class Socket:
     """
 
     def __init__(self, context: zmq.Context[Any], kind: int, high_water: int, identity: bytes = b"") -> None:
-        """``high_water``: messages that may wait in each direction and for each peer; it must exceed what can be in
-        flight, because a PUB drops beyond it in silence. Nothing lingers."""
+        """``high_water``: messages that may wait for each peer; what it must exceed is up to its owner, since a PUB
+        drops beyond it in silence. Nothing lingers."""
         raw = self.raw = cast(RawSocket, zmq.backend.Socket(context, kind))
         raw.set(zmq.LINGER, 0)
         raw.set(zmq.SNDHWM, high_water)
-        raw.set(zmq.RCVHWM, high_water)
+        raw.set(zmq.RCVHWM, UNREAD_MAX)
         raw.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         raw.set(zmq.RECONNECT_IVL, 20)  # milliseconds, at most twice as many: less than a new broker's rejoin_grace
         raw.set(zmq.IPV6, 1)

@@ -74,6 +74,7 @@ class WorkerLife:
 
     talk: WorkerTalk
     holds: dict[tuple[bytes, int], int] = field(default_factory=dict)  # the attempt
+    earlier: set[tuple[bytes, int]] = field(default_factory=set)  # of these, what its caller has sent anew since
     keeps: set[tuple[bytes, int]] = field(default_factory=set)  # results, until they are freed
     hears: set[bytes] = field(default_factory=set)
     serves: set[str] = field(default_factory=lambda: set(MODELS))
@@ -153,7 +154,7 @@ class CoreMachine(RuleBasedStateMachine):
     def tick(self, seconds: float) -> None:
         self.talk.tick(seconds)
         for number in self.workers.keys() - self.talk.core.workers.keys():
-            self.suspects |= self.workers.pop(number).holds.keys()
+            self.died(self.workers.pop(number))
         self.hear()
         for caller in self.callers.values():
             caller.closed = caller.acknowledged | caller.cancelled | caller.refused
@@ -196,6 +197,10 @@ class CoreMachine(RuleBasedStateMachine):
                     payload = message.frames[start + at] if size == LARGE else message.blob[start + at * size :][:size]
                     assert payload == bytes([number % 256]) * caller.sizes[number]
                 worker.holds[key] = group.attempt
+                worker.earlier.discard(key)
+
+    def died(self, worker: WorkerLife) -> None:
+        self.suspects |= worker.holds.keys() - worker.earlier
 
     # --- callers ---
 
@@ -386,6 +391,10 @@ class CoreMachine(RuleBasedStateMachine):
         elif how == "caller gone":
             caller.vanish()
         else:
+            # To the broker these are new requests, of which it knows nothing bad.
+            self.suspects = {key for key in self.suspects if key[0] != caller.id}
+            for worker in self.workers.values():
+                worker.earlier |= {key for key in worker.holds if key[0] == caller.id}
             caller.say(CallerHello(0, "", 1, True, caller.last_id))
             life = self.callers[caller.id] = CallerLife(caller, caller.last_id)
             life.sizes = {number: before.sizes[number] for number in before.open}
@@ -400,7 +409,7 @@ class CoreMachine(RuleBasedStateMachine):
         before = self.workers.pop(worker.id)
         if how == "worker gone":
             worker.vanish()
-            self.suspects |= before.holds.keys()
+            self.died(before)
         else:
             models = tuple(MODELS.values())
             worker.say(WorkerHello(0, "w", "cpu", 1, ("ipc:///run/w.sock",), 1, models))

@@ -222,6 +222,27 @@ def test_an_id_that_stands_twice_in_a_group_is_refused_once() -> None:
 # --- bounds ---
 
 
+def test_a_caller_that_fills_a_queue_leaves_the_last_eighth_to_others() -> None:
+    talk = Conversation(queue_requests_max=80)
+    flooder, other = talk.caller(), talk.caller()
+    talk.worker()
+    flooder.submit(100)
+    assert talk.held[0] == 70
+    other.submit(20)
+    assert talk.held[0] == 80, "as many as are left, and as an eighth is"
+
+
+@pytest.mark.parametrize("options", [{"queue_bytes_max": 800}, {"held_bytes_max": 800}])
+def test_a_caller_that_has_nothing_may_ask_for_one_however_large(options: dict[str, Any]) -> None:
+    talk = Conversation(**options)
+    caller, other = talk.caller(), talk.caller()
+    talk.worker()
+    caller.submit(1, size=800)
+    assert talk.held == (1, 800)
+    other.submit(1, size=1)
+    assert talk.held == (1, 800)
+
+
 @pytest.mark.parametrize(
     ("options", "size", "accepted", "sentence"),
     [
@@ -229,9 +250,9 @@ def test_an_id_that_stands_twice_in_a_group_is_refused_once() -> None:
             {"queue_requests_max": 3},
             0,
             3,
-            "Exceeds maximum queue size: 3 requests wait for model 'm'; try again shortly",
+            "Exceeds maximum queue size: at most 3 requests wait for model 'm'; try again shortly",
         ),
-        ({"held_requests_max": 2}, 9, 2, "the server holds 2 requests, which is all that it may; try again shortly"),
+        ({"held_requests_max": 2}, 9, 2, "the server holds at most 2 requests; try again shortly"),
         (
             {"caller_requests_max": 4},
             9,

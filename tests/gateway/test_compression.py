@@ -47,6 +47,19 @@ def test_body_over_the_limit_is_refused(encoding: str, squeeze: Callable[[bytes]
 
 
 @pytest.mark.parametrize(("encoding", "squeeze"), FORMATS)
+def test_small_bomb_takes_no_memory(encoding: str, squeeze: Callable[[bytes], bytes]) -> None:
+    limit = 8 << 20
+    bomb = squeeze(bytes(limit + 10_000))
+    tracemalloc.start()
+    try:
+        assert refusal(bomb, encoding, limit).code == TOO_LARGE
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert decompress(squeeze(bytes(limit)), encoding, limit) == bytes(limit)
+
+
+@pytest.mark.parametrize(("encoding", "squeeze"), FORMATS)
 def test_bomb_is_stopped_at_the_limit(encoding: str, squeeze: Callable[[bytes], bytes]) -> None:
     bomb = squeeze(bytes(50_000_000))
     tracemalloc.start()

@@ -394,6 +394,27 @@ def test_client_that_never_reads_is_cut_off(echo: Echo, serve: Serve, lines: tup
     peer.send(ask(f"/large/{count}", *lines))
     serving.watch()
     serving.ended()
+    assert serving.http.cut_off == 1
+
+
+def test_client_that_reads_nothing_is_cut_off_though_it_has_asked_for_more(echo: Echo, serve: Serve) -> None:
+    """What came with one read is not begun while the answers before are not read, nor gives it more time."""
+    serving = serve(echo, write_timeout_s=0.05, keep_alive_s=60, body_bytes_per_s_min=1 << 30)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask("/large/60000") * 100)
+    serving.watch()
+    serving.ended()
+    assert (len(echo.exchanges) < 100, serving.http.cut_off, serving.http.budget.used) == (True, 1, 0)
+
+
+def test_what_was_held_back_is_answered_in_order_once_the_client_reads(echo: Echo, serve: Serve) -> None:
+    serving = serve(echo)
+    peer = serving.connect(receive_bytes=4096)
+    peer.send(b"".join(ask(f"/large/{60_000 + number}") for number in range(100)) + b"nonsense\r\n\r\n")
+    assert [len(peer.response().body) for _ in range(100)] == [60_000 + number for number in range(100)]
+    assert peer.response().status == 400
+    assert peer.rest() == b""
 
 
 def test_client_that_reads_a_large_answer_slowly_has_more_time(echo: Echo, serve: Serve) -> None:
