@@ -236,8 +236,8 @@ class HttpAsker:
 
 
 class LibraryAsker:
-    def __init__(self, runtime: Path) -> None:
-        self._client = Client(runtime)
+    def __init__(self, address: Path | str) -> None:
+        self._client = Client(address)
         self._ends: Counter[int] = Counter()
         self._asked = 0
 

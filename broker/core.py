@@ -239,6 +239,7 @@ class Core:
             self._commands.append(ToWorker(peer, HelloWanted(self.epoch)))
             return
         worker.heard = now
+        worker.spoke = True
         match message:
             case Done(done=done):
                 self.ledger.done(worker, done, now)
@@ -280,8 +281,10 @@ class Core:
 
     def _worker_hello(self, peer: bytes, hello: WorkerHello, now: float) -> None:
         before = self.workers.get(peer)
+        # Those that it said while it was cut off come in one go: it holds nothing yet, and nothing is lost.
+        repeated = before is not None and not before.spoke
         if before is not None:
-            self._worker_gone(before, "it started over", now, ())
+            self._worker_gone(before, "" if repeated else "it started over", now, ())
         self.ledger.pardon(peer)
         if len(self.workers) >= self.options.workers_max:
             self._log("error", "worker turned away: too many are connected", limit=self.options.workers_max)
@@ -300,7 +303,8 @@ class Core:
         worker.set_models(hello.models)
         self._commands.append(ToWorker(peer, Welcome(self.epoch, name, self._arenas.get(peer, 0) > 0, self._serial)))
         self._expect(worker, self.callers.values())
-        self._log("info", "worker joined", worker=name, device=hello.device, pid=hello.pid)
+        if not repeated:
+            self._log("info", "worker joined", worker=name, device=hello.device, pid=hello.pid)
         self._workers_changed = True
         self._declare(worker, now)
 
@@ -318,7 +322,7 @@ class Core:
         self._sweep_at = min(self._sweep_at, now + _SETTLE_S)
         if reason:
             self._log("warning", "worker lost", worker=worker.name, reason=reason, requests_held=held)
-        else:
+        elif worker.spoke:
             self._log("info", "worker left", worker=worker.name)
 
     def _declare(self, worker: WorkerPeer, now: float) -> None:

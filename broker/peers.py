@@ -68,6 +68,7 @@ class WorkerPeer:
         self._busy_since = 0.0  # when it began with that, or last finished something
         self._kept_bytes_max = kept_bytes_max
         self.heard = now
+        self.spoke = False  # it has said more than hello
         self.pinged = 0.0  # when it was last asked whether it lives; unanswered if that is later than it was heard
         self.leaving = False
         self.apart = False  # takes nothing but suspects, one at a time

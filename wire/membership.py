@@ -7,7 +7,8 @@ from typing import Final
 BEAT_S: Final = 1.0  # how often a peer says that it lives, if it is awake
 QUIET_BEAT_S: Final = 2.0  # how often it wakes for that alone: an idle server should sleep
 SILENCE_MAX_S: Final = 5.0  # after which a broker is taken for gone
-HELLO_AGAIN_S: Final = 0.1  # between two hellos that nobody has answered
+HELLO_AGAIN_S: Final = 0.1  # between two hellos that nobody has answered; doubled up to
+HELLO_AGAIN_MAX_S: Final = 1.0  # they may all be under way, to a host that is cut off
 # On one host a control connection says when there is a broker to greet. Without one for so long, a peer that may not
 # connect there (another user's) says hello all the same.
 _PATIENCE_S: Final = 1.0
@@ -24,6 +25,7 @@ class Membership:
         self.epoch = 0
         self._patience_s = _PATIENCE_S if local else 0.0
         self._hello_at: float | None = None  # None: the patience begins when next asked
+        self._again_s = HELLO_AGAIN_S
         self._beat_at = 0.0  # a beat is due if this peer is awake
         self._wake_at = 0.0  # it wakes for the beat alone
         self._heard = 0.0
@@ -44,17 +46,20 @@ class Membership:
         """There is a broker to say hello to, if none has welcomed this peer yet."""
         if not self.joined:
             self._hello_at = 0.0
+            self._again_s = HELLO_AGAIN_S
 
     def lost(self) -> None:
         """The broker has gone."""
         self.epoch = 0
         self._hello_at = None
+        self._again_s = HELLO_AGAIN_S
 
     def unknown(self) -> None:
         """The broker does not know this peer (any more): say hello at once. One that is under way already will do."""
         if self.joined:
             self.epoch = 0
             self._hello_at = 0.0
+            self._again_s = HELLO_AGAIN_S
 
     def say(self, now: float) -> str:
         """What is due: "hello", "beat", "lost" (the broker has been silent too long) or ""."""
@@ -63,7 +68,8 @@ class Membership:
                 self._hello_at = now + self._patience_s
             if now < self._hello_at:
                 return ""
-            self._hello_at = now + HELLO_AGAIN_S
+            self._hello_at = now + self._again_s
+            self._again_s = min(2 * self._again_s, HELLO_AGAIN_MAX_S)
             return "hello"
         if now - self._heard > SILENCE_MAX_S:
             self.lost()

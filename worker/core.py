@@ -295,8 +295,9 @@ class Core:
         self._arrivals.forget_all(message.serial)
         for caller in known:
             self._forget_if_gone(caller)
+        if not self.membership.joined:  # else it is the answer to a hello that was said again
+            self._log("info", "joined the broker", worker=message.name)
         self.membership.welcomed(message.epoch, now)
-        self._log("info", "joined the broker", worker=message.name)
         if self._told != tuple(self.states.values()):  # a model has been loaded since the hello
             self._tell_models()
         self._tell_costs(list(self._models))

@@ -162,6 +162,34 @@ def test_a_worker_that_says_hello_again_has_lost_what_it_held() -> None:
     assert [(group.attempt, group.ids) for group in worker.work()] == [(2, (1, 2))]
 
 
+def test_hellos_that_come_in_one_go_are_no_lost_workers() -> None:
+    """Said by one that was cut off, and has come back."""
+    talk = Conversation()
+    caller = talk.caller()
+    worker = talk.worker(hears=[caller])
+    hello = WorkerHello(0, "w", "cpu", 1, (), 1, (model(),))
+
+    def told() -> list[str]:
+        told = [line.event for line in talk.logs if line.event.startswith("worker")]
+        talk.logs.clear()
+        return told
+
+    told()
+    worker.say(hello)
+    assert told() == ["worker lost", "worker joined"]  # it had been heard
+    for _ in range(3):
+        worker.say(hello)
+        talk.tick()
+    assert told() == []
+    assert len(worker.take(Welcome)) == 5, "each is answered: the connection may have been another when it was said"
+    caller.submit()
+    worker.hear(caller)
+    talk.tick()
+    assert worker.got() == [1]
+    worker.say(hello)
+    assert told() == ["worker lost", "worker joined"]
+
+
 @pytest.mark.parametrize("epoch", [0, EPOCH - 1, EPOCH + 1])
 def test_words_of_another_epoch_are_answered_with_a_wish_for_hello(epoch: int) -> None:
     talk = Conversation()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from penstock.wire.membership import HELLO_AGAIN_S, QUIET_BEAT_S, SILENCE_MAX_S, Membership
+import itertools
+
+import pytest
+
+from penstock.wire.membership import HELLO_AGAIN_MAX_S, HELLO_AGAIN_S, QUIET_BEAT_S, SILENCE_MAX_S, Membership
 
 
 def joined(now: float = 10.0) -> Membership:
@@ -19,6 +23,22 @@ def test_a_remote_peer_says_hello_at_once_and_again_until_it_is_welcomed() -> No
     assert membership.say(10.0 + HELLO_AGAIN_S) == "hello"
     membership.welcomed(7, 10.2)
     assert (membership.joined, membership.epoch) == (True, 7)
+
+
+def test_hello_is_said_less_and_less_often_to_who_may_be_cut_off_and_get_all_of_them_later() -> None:
+    membership = joined(10.0)
+    membership.lost()
+    said = [membership.due()]
+    while said[-1] < 60.0:
+        assert membership.say(said[-1]) == "hello"
+        said.append(membership.due())
+    pauses = [later - sooner for sooner, later in itertools.pairwise(said[1:])]
+    assert pauses[:4] == pytest.approx([0.2, 0.4, 0.8, 1.0])
+    assert set(pauses[4:]) == {HELLO_AGAIN_MAX_S}
+    for begin_anew in (membership.found, membership.lost):
+        begin_anew()
+        assert membership.say(100.0) == "hello"
+        assert membership.due() == 100.0 + HELLO_AGAIN_S
 
 
 def test_a_local_peer_waits_for_its_control_connection_but_not_for_ever() -> None:

@@ -114,6 +114,7 @@ def test_hello_is_said_again_until_it_is_answered(start_talk: StartTalk) -> None
     commands = talk.join()
     assert talk.logged(commands) == ["joined the broker"]
     assert talk.said(talk.wait(HELLO_AGAIN_S), WorkerHello) == []
+    assert talk.logged(talk.join()) == [], "that was the answer to the second"
 
 
 def test_worker_on_another_host_says_hello_at_once(start_talk: StartTalk) -> None:
