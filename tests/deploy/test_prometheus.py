@@ -58,7 +58,12 @@ def test_what_is_asked_for_exists() -> None:
 def test_the_dashboard_shows_every_family() -> None:
     shown = DASHBOARD.read_text()
     left_out = {"penstock_callers", "penstock_held_bytes", "penstock_http_connections", "penstock_http_body_bytes"}
-    left_out |= {"penstock_arena_waiting", "penstock_arena_missing", "penstock_model_run_bytes", "penstock_http_cut_off"}
+    left_out |= {
+        "penstock_arena_waiting",
+        "penstock_arena_missing",
+        "penstock_model_run_bytes",
+        "penstock_http_cut_off",
+    }
     assert {name for name in FAMILIES if name not in shown} == left_out
 
 
