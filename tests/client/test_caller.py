@@ -362,8 +362,8 @@ def test_local_caller_says_hello_when_it_has_found_a_broker(conversation: Conver
 
 def test_caller_on_another_host_says_hello_until_it_is_welcomed(new_conversation: Callable[..., Conversation]) -> None:
     conversation = new_conversation(local=False, name="gateway")
-    said = conversation.pass_time(0.35)
-    assert said == [Say(CallerHello(0, "gateway", 77, False))] * 4
+    said = conversation.pass_time(0.75)
+    assert said == [Say(CallerHello(0, "gateway", 77, False))] * 4  # less and less often
     conversation.join()
     assert conversation.caller.name == "caller"
     assert [type(command) for command in conversation.pass_time(0.9)] == [Say]
