@@ -94,7 +94,8 @@ class Application:
         self._page = load_page()
         self._parser = Parser()
         self._timing = ServerTiming()
-        self._responses: dict[int, Value] = {}
+        self._answered = caller.meters.value("penstock_http_responses", "200")
+        self._responses: dict[int, Value] = {200: self._answered}
         self.seconds = caller.meters.histogram("penstock_http_request_seconds")
         self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
         self._server = {"name": "penstock", "version": version("penstock"), "extensions": ["binary_tensor_data"]}
@@ -345,7 +346,7 @@ class Application:
         self.caller.release(held, time.monotonic())
 
     def _send(self, exchange: Exchange, head: bytes, tail: Payload) -> None:
-        self._count(200)
+        self._answered.value += 1
         if len(tail) <= _JOIN_MAX_BYTES:
             exchange.send(200, head + tail)
         else:

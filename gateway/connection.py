@@ -463,9 +463,11 @@ class Connection(asyncio.BufferedProtocol):
         exchanges, transport = self._exchanges, self._transport
         if exchanges[0] is not exchange or transport is None:
             return
+        budget = self._http.budget
         while exchanges and (response := exchanges[0]._response) is not None:
             first = exchanges.popleft()
-            self._drop(first)
+            budget.release(first.request)
+            first._connection = first.gone = None  # the second leads back to it: nothing is left to the collector
             head, tail = first.request.head, first._tail
             if head.method == b"HEAD":
                 response, tail = response[: response.index(b"\r\n\r\n") + 4], b""
