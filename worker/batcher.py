@@ -104,8 +104,8 @@ class Line:
 
 class Group:
     """Requests that may share a batch: first those that overtake others, in the order in which they came, then the
-    others likewise. ``earliest_deadline``: nothing here has an earlier one. ``delay_s``: how long the oldest may
-    wait."""
+    others likewise. Nobody overtakes what is its own. ``earliest_deadline``: nothing here has an earlier one.
+    ``delay_s``: how long the oldest may wait."""
 
     __slots__ = ("_behind", "_first", "delay_s", "earliest_deadline", "key", "line", "rows")
 
@@ -134,7 +134,20 @@ class Group:
         return min(came, self._behind.first().arrived) if self._behind else came
 
     def push(self, lot: Lot) -> None:
-        (self._first if lot.overtakes else self._behind).push(lot)
+        if not lot.overtakes:
+            self._behind.push(lot)
+            return
+        if self._behind:
+            self._bring_along(lot)
+        self._first.push(lot)
+
+    def _bring_along(self, lot: Lot) -> None:
+        """Have what its tenant was given here before go before it."""
+        own = [each for each in self._behind if each.share == lot.share]
+        for each in own:
+            self._behind.remove(each)
+            each.overtakes = True
+            self._first.push(each)
 
     def remove(self, lot: Lot) -> None:
         (self._first if lot.overtakes else self._behind).remove(lot)

@@ -88,6 +88,12 @@ class Lot:
         self.first_deadline = arrived + min(timeouts_us) * 1e-6
 
     @property
+    def share(self) -> tuple[int, str | bytes]:
+        """For whom they are, and how urgent: as the broker has them in line."""
+        form = self.plan.form
+        return form.priority, form.tenant or self.caller
+
+    @property
     def rows(self) -> int:
         return self.plan.rows * len(self.ids)
 

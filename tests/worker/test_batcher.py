@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tests.worker.conftest import MakeLot
 
 M: ModelKey = ("double", "1")
+OTHER = b"caller-9"  # than the one that lots are made for
 AT_ONCE = Rules(rows_max=4, delay_s=0.0, instances=1, window=8, batchable=True)
 TWO_AT_ONCE = Rules(rows_max=4, delay_s=0.0, instances=2, window=12, batchable=True)
 WAITS = Rules(rows_max=4, delay_s=0.010, instances=1, window=8, batchable=True)
@@ -121,7 +122,7 @@ def test_what_overtakes_runs_first_in_the_order_in_which_it_came(make_lot: MakeL
     batcher.add(make_lot([1, 2, 3, 4, 5, 6], 1.0))
     for number in 7, 8, 9:
         lot = make_lot([number, number + 10], 1.001)
-        lot.overtakes = True
+        lot.overtakes, lot.caller = True, OTHER
         batcher.add(lot)
     batcher.remove(lot, True)  # 9 and 19, which were cancelled
     assert [lot.ids[0] for lot in batcher.waiting()] == [7, 8, 1]
@@ -136,11 +137,26 @@ def test_who_is_overtaken_has_waited_for_longest_all_the_same(make_lot: MakeLot)
     batcher = with_rules(WAITS)
     batcher.add(make_lot([1], 1.0))
     lot = make_lot([2], 1.005)
-    lot.overtakes = True
+    lot.overtakes, lot.caller = True, OTHER
     batcher.add(lot)
     assert batcher.due() == pytest.approx(1.010)
     batch = take(batcher, 1.010)
     assert (ids_of(batch), reason_of(batch)) == ([2, 1], "delay")
+
+
+def test_nobody_overtakes_what_is_its_own(make_lot: MakeLot) -> None:
+    """It would wait for all that its tenant asks for afterwards, batch after batch."""
+    batcher = with_rules(AT_ONCE)
+    for number, caller in (1, OTHER), (2, b"caller-1"), (3, OTHER), (4, b"caller-1"):
+        lot = make_lot([number], 1.0)
+        lot.caller = caller
+        batcher.add(lot)
+    late = make_lot([5], 1.001)
+    late.overtakes = True
+    late.caller = b"caller-1"
+    batcher.add(late)
+    batcher.validate()
+    assert [lot.ids[0] for lot in batcher.waiting()] == [2, 4, 5, 1, 3]
 
 
 def test_second_attempt_runs_alone_one_request_at_a_time(make_lot: MakeLot) -> None:
