@@ -40,7 +40,7 @@ from urllib.request import urlopen
 from bench import http as bench_http
 from bench import models as bench_models
 from bench import overloadsim, overloadtell, processes
-from bench.peerlist import PEERS, Request
+from bench.peerlist import PEERS
 from bench.peerstart import (
     PeerError,
     Running,
@@ -130,23 +130,13 @@ def target(server: Running, deadline_s: float) -> HttpTarget:
     """``deadline_s``: that Penstock is told of; 0 for none."""
     request = server.request
     if server.key == OWN and deadline_s:
-        request = with_deadline(request, deadline_s)
+        request = overloadsim.with_parameters(request, timeout=round(deadline_s * 1e6))
     place = urlsplit(server.url)
     assert place.hostname is not None
     assert place.port is not None
     headers = {"Host": place.netloc, **request.headers, "Content-Length": str(len(request.body))}
     lines = [f"POST {request.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     return HttpTarget(place.hostname, place.port, "\r\n".join(lines).encode("ascii") + request.body)
-
-
-def with_deadline(request: Request, deadline_s: float) -> Request:
-    """A binary request of the v2 protocol that says it."""
-    length = int(request.headers["Inference-Header-Content-Length"])
-    head = json.loads(request.body[:length])
-    head.setdefault("parameters", {})["timeout"] = round(deadline_s * 1e6)
-    said = json.dumps(head, separators=(",", ":")).encode()
-    headers = {**request.headers, "Inference-Header-Content-Length": str(len(said))}
-    return Request(request.path, said + request.body[length:], headers)
 
 
 # --- what is looked at

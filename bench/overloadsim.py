@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from bench.peerlist import Request
+from penstock.simulate.costs import BatchCost, table_of
 from penstock.simulate.figures import Figures
 from penstock.simulate.read import read_scenario
 from penstock.simulate.run import run
@@ -59,11 +60,11 @@ class Known(NamedTuple):
 # --- what is asked of the server
 
 
-def with_explanation(request: Request) -> Request:
-    """A binary request of the v2 protocol that wants one."""
+def with_parameters(request: Request, **parameters: object) -> Request:
+    """A binary request of the v2 protocol that says these, too."""
     length = int(request.headers["Inference-Header-Content-Length"])
     head = json.loads(request.body[:length])
-    head.setdefault("parameters", {})["explain"] = True
+    head.setdefault("parameters", {}).update(parameters)
     said = json.dumps(head, separators=(",", ":")).encode()
     headers = {**request.headers, "Inference-Header-Content-Length": str(len(said))}
     return Request(request.path, said + request.body[length:], headers)
@@ -77,7 +78,7 @@ def read_seen(said: Mapping[str, Any], seconds: float) -> Seen:
 @contextmanager
 def asking(url: str, request: Request, seen: list[Seen]) -> Iterator[None]:
     """Asks now and then, one request after another, and notes what is explained. What is refused explains nothing."""
-    place, wanted, stop = urlsplit(url), with_explanation(request), threading.Event()
+    place, wanted, stop = urlsplit(url), with_parameters(request, explain=True), threading.Event()
     assert place.hostname is not None
 
     def ask(connection: http.client.HTTPConnection) -> None:
@@ -116,23 +117,14 @@ def learn(seen: Sequence[Seen]) -> Known:
             batch_ms[size] = max(statistics.median(near), *batch_ms.values(), 0.0)
     if len(batch_ms) < 2 or _SIZES[-1] not in batch_ms:
         raise ValueError(f"{len(seen)} answers say too little of what batches take")
-    ratios = [math.log(each.batch_ms / between(batch_ms, each.rows)) for each in seen]
+    cost = BatchCost(table=table_of(batch_ms))
+    ratios = [math.log(each.batch_ms / cost.mean(each.rows)) for each in seen]
     return Known(
         batch_ms,
         statistics.pstdev(ratios),
         statistics.median(each.inside_ms for each in seen) / _HOPS,
         statistics.median(each.outside_ms for each in seen) / 2,
     )
-
-
-def between(batch_ms: Mapping[int, float], rows: int) -> float:
-    """What a batch of so many rows takes, between the sizes that are known in proportion."""
-    below = max((size for size in batch_ms if size <= rows), default=min(batch_ms))
-    above = min((size for size in batch_ms if size >= rows), default=max(batch_ms))
-    if above == below:
-        return batch_ms[below]
-    part = (min(max(rows, below), above) - below) / (above - below)
-    return batch_ms[below] + (batch_ms[above] - batch_ms[below]) * part
 
 
 # --- what the simulator says

@@ -32,9 +32,9 @@ class Forecast(NamedTuple):
 
 def at_most_us(model: ModelQueue, rows: int) -> float:
     """No forecast for so many rows says more than this, which costs less: nearly all requests have so much time."""
-    work_us = rows * model.row_us
+    work_us: float = rows * model.row_us
     for pool in model.pools:
-        work_us += pool.assigned_us + int(pool.waiting_us / _LEFT_LEAST)
+        work_us += pool.assigned_us + pool.waiting_us / _LEFT_LEAST
     return work_us * _DOUBT + model.batch_us(model.batch_rows)
 
 

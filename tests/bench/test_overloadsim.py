@@ -22,7 +22,7 @@ def seen(rows: int, batch_ms: float, count: int = 5) -> list[Seen]:
 def test_an_explanation_is_asked_for_in_the_request_itself() -> None:
     head = b'{"inputs":[]}'
     request = Request("/v2/models/heavy/infer", head + b"tensor", {"Inference-Header-Content-Length": str(len(head))})
-    wanted = overloadsim.with_explanation(request)
+    wanted = overloadsim.with_parameters(request, explain=True)
     length = int(wanted.headers["Inference-Header-Content-Length"])
     assert json.loads(wanted.body[:length])["parameters"]["explain"] is True
     assert wanted.body[length:] == b"tensor"
@@ -51,11 +51,6 @@ def test_larger_batches_take_no_less() -> None:
 def test_too_little_is_said(found: list[Seen]) -> None:
     with pytest.raises(ValueError, match="say too little of what batches take"):
         overloadsim.learn(found)
-
-
-@pytest.mark.parametrize(("rows", "ms"), [(1, 6.0), (8, 8.0), (12, 9.0), (24, 13.0), (32, 16.0), (40, 16.0)])
-def test_between_sizes_it_is_in_proportion(rows: int, ms: float) -> None:
-    assert overloadsim.between(KNOWN.batch_ms, rows) == pytest.approx(ms)
 
 
 def test_the_pause_between_batches_is_what_they_leave_of_the_time() -> None:

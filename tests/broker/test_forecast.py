@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from penstock.broker.forecast import forecast_for
+from penstock.broker.forecast import at_most_us, forecast_for
 from penstock.wire.messages import MAX_RETRY_AFTER_MS, Cost, Costs
 from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTalk, model
 
@@ -33,7 +35,10 @@ def server(
 
 
 def done_ms(talk: Conversation, rows: int = 1, name: str = "m", priority: int = 3, tenant: str | bytes = "t") -> float:
-    return forecast_for(talk.core.registry.queues[name, "1"], priority, tenant).done_us(rows) / 1000
+    queue = talk.core.registry.queues[name, "1"]
+    done_us = forecast_for(queue, priority, tenant).done_us(rows)
+    assert done_us <= at_most_us(queue, rows), "the bound that spares forecasts is none"
+    return done_us / 1000
 
 
 def test_an_idle_server_takes_what_a_batch_takes() -> None:
@@ -49,6 +54,24 @@ def test_what_is_before_it_is_waited_for() -> None:
     talk.tick()
     # 32 are on the worker and 32 wait: 64 ms, which may be a third more, and its own full batch.
     assert done_ms(talk) == pytest.approx(64 * 4 / 3 + 16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.lists(st.tuples(st.integers(1, 40), st.sampled_from("tu"), st.sampled_from([1, 3, 5])), max_size=6),
+    st.integers(1, 100),
+    st.sampled_from([1, 3, 5]),
+)
+def test_no_forecast_says_more_than_its_bound(
+    workers: int, waiting: list[tuple[int, str, int]], rows: int, priority: int
+) -> None:
+    talk, caller, _ = server(workers, cost("m"), cost("n", slower=3))
+    for at, (count, tenant, urgency) in enumerate(waiting):
+        caller.submit(count, name="mn"[at % 2], tenant=tenant, priority=urgency)
+        talk.tick()
+    for name in "mn":
+        assert done_ms(talk, rows, name, priority) > 0  # and what ``done_ms`` asserts
 
 
 def test_workers_and_instances_share_it() -> None:
