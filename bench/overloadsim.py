@@ -33,15 +33,20 @@ AGREE: Final = 0.15  # of what the server did, by which the simulator may be off
 COMPARED: Final = ("goodput", "p50_ms", "p99_ms", "batch_rows")
 _SIZES: Final = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)
 _SEEN_MIN: Final = 5
+_NEAR_S: Final = 0.2  # two answers that say whether a slow moment lasts
+_PAIRS_MIN: Final = 30
+_ALIKE_MIN: Final = 0.05  # below, it is chance
+_ALIKE_MAX: Final = 0.95
 _HOPS: Final = 3  # of a request and its answer, between gateway, broker and worker
 _ASK_EVERY_S: Final = 0.03
 _PATIENCE_S: Final = 10.0
 
 
 class Seen(NamedTuple):
-    """A request that was explained: its batch, and the time that it was in neither queue nor batch, inside the server
-    and outside, in ms."""
+    """A request that was explained: when, in seconds of one clock; its batch; and the time that it was in neither queue
+    nor batch, inside the server and outside, in ms."""
 
+    at: float
     rows: int
     batch_ms: float
     inside_ms: float
@@ -49,10 +54,12 @@ class Seen(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a scenario has of a machine. ``batch_ms``: by rows."""
+    """What a scenario has of a machine. ``batch_ms``: by rows. ``lasts_ms``: slow moments, as a scenario's
+    ``jitter_lasts``."""
 
     batch_ms: Mapping[int, float]
     jitter: float
+    lasts_ms: float
     hop_ms: float
     client_ms: float
 
@@ -70,9 +77,9 @@ def with_parameters(request: Request, **parameters: object) -> Request:
     return Request(request.path, said + request.body[length:], headers)
 
 
-def read_seen(said: Mapping[str, Any], seconds: float) -> Seen:
-    """``said``: an answer's parameters; ``seconds``: what it took for the client."""
-    return Seen(said["batch_rows"], said["batch_ms"], said["rest_ms"], max(0.0, seconds * 1e3 - said["total_ms"]))
+def read_seen(said: Mapping[str, Any], at: float, seconds: float) -> Seen:
+    """``said``: an answer's parameters; ``at``: when it came; ``seconds``: what it took for the client."""
+    return Seen(at, said["batch_rows"], said["batch_ms"], said["rest_ms"], max(0.0, seconds * 1e3 - said["total_ms"]))
 
 
 @contextmanager
@@ -87,10 +94,10 @@ def asking(url: str, request: Request, seen: list[Seen]) -> Iterator[None]:
             connection.request("POST", wanted.path, wanted.body, dict(wanted.headers))
             response = connection.getresponse()
             body = response.read()
-            seconds = monotonic() - begin
+            end = monotonic()
             if response.status == 200:
                 length = int(response.headers["Inference-Header-Content-Length"])
-                seen.append(read_seen(json.loads(body[:length])["parameters"], seconds))
+                seen.append(read_seen(json.loads(body[:length])["parameters"], end, end - begin))
 
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=_PATIENCE_S)
     thread = threading.Thread(target=ask, args=(connection,), name="explained")
@@ -122,9 +129,27 @@ def learn(seen: Sequence[Seen]) -> Known:
     return Known(
         batch_ms,
         statistics.pstdev(ratios),
+        lasts_s([each.at for each in seen], ratios) * 1e3,
         statistics.median(each.inside_ms for each in seen) / _HOPS,
         statistics.median(each.outside_ms for each in seen) / 2,
     )
+
+
+def lasts_s(at: Sequence[float], ratios: Sequence[float]) -> float:
+    """How long a slow moment lasts, to 1/e: from how alike ``ratios`` are that follow each other soon. 0: they are
+    not."""
+    pairs = [
+        (after - before, one, other)
+        for before, after, one, other in zip(at, at[1:], ratios, ratios[1:], strict=False)
+        if after - before <= _NEAR_S
+    ]
+    if len(pairs) < _PAIRS_MIN:
+        return 0.0
+    gaps, ones, others = zip(*pairs, strict=True)
+    if min(map(statistics.pstdev, (ones, others))) == 0.0:
+        return 0.0
+    alike = statistics.correlation(ones, others)
+    return -statistics.fmean(gaps) / math.log(min(alike, _ALIKE_MAX)) if alike > _ALIKE_MIN else 0.0
 
 
 # --- what the simulator says
@@ -145,6 +170,7 @@ name = "heavy"
 max_batch_size = 32
 batch_ms = {{ {sizes} }}
 jitter = {known.jitter:.3f}
+jitter_lasts = "{known.lasts_ms:.0f}ms"
 
 [[workers]]
 name = "cpu"

@@ -2,13 +2,14 @@
 
 A server with one worker and the compute-bound model of models.py. What 64 connections are answered a second is its
 capacity. Two tenants, each with a generator of its own, ask for the same part of that; then one of them asks for a
-multiple of the capacity beside. Both have a deadline, which they tell. Requests arrive independently of each other
+multiple of the capacity beside. All have a deadline, which they tell. Requests arrive independently of each other
 (Poisson), over HTTP. Times without and with the flood alternate, and the medians of their figures are told: latencies
 of the tenant that does not flood, from when each request was to start. `penstock simulate
 bench/scenarios/noisy-tenant.toml` asks the same of two workers in virtual time.
 
 The generators run on the same machine: what a flood takes of it is lost to everybody, beside what the scheduler can do.
-Goes to standard output as a table, and to a JSON file.
+So the flood is made by wrk, which takes least of it: each of many connections pauses for a random time after each
+answer. Goes to standard output as a table, and to a JSON file.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ if __name__ == "__main__":  # this folder comes first then, and http.py would pa
 
 import argparse
 import json
+import math
+import re
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Final, Self
 from urllib.parse import urlsplit
 
 from bench import http as bench_http
@@ -37,6 +41,7 @@ from penstock.load.run import run_load
 CONNECTIONS: Final = 64  # of the closed loop that measures the capacity
 OPENED: Final = 128  # connections of an open loop before it begins
 OUTSTANDING_MAX: Final = 16_384
+FLOODING: Final = 1024  # connections of the flood: so many that those which wait for an answer do not slow it down
 WARM_UP_S: Final = 2.0  # of both tenants, before the one is measured
 BAR: Final = 0.5  # of its p99 that a flood may cost
 _MODEL: Final = "heavy"
@@ -45,7 +50,8 @@ _MODEL: Final = "heavy"
 @dataclass(frozen=True)
 class Turn:
     """Of the tenant that does not flood. Requests a second that were to start, by how they ended: ``good`` inside the
-    deadline, ``late`` after it, ``refused`` or not answered at all. ``beside``: good answers a second of the other."""
+    deadline, ``late`` after it, ``refused`` or not answered at all. ``beside``: good answers a second of the other, but
+    for those to its flood; ``flooded`` and ``served``: requests a second of that, and those that were answered well."""
 
     flood: bool
     p50_ms: float
@@ -54,6 +60,44 @@ class Turn:
     late: float
     refused: float
     beside: float
+    flooded: float
+    served: float
+
+
+class Flood:
+    """So many requests a second that pass for the other tenant's, for so long. Ended by ``with``."""
+
+    def __init__(self, directory: Path, asked: HttpTarget, rate: float, seconds: float) -> None:
+        (directory / "flood").write_bytes(asked.request)
+        script = directory / "flood.lua"
+        script.write_text(
+            f'local file = io.open("{directory}/flood", "rb")\n'
+            'local content = file:read("*a")\n'
+            "file:close()\n"
+            "function request() return content end\n"
+            f"function delay() return -math.log(1 - math.random()) * {FLOODING / rate * 1e3:g} end\n"
+        )
+        command = ["wrk", "-t1", f"-c{FLOODING}", f"-d{math.ceil(seconds)}s", "--timeout=30s", "-s", str(script)]
+        self._process = subprocess.Popen(
+            [*command, f"http://{asked.host}:{asked.port}"], stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def ended(self) -> tuple[float, float]:
+        """Requests a second, and those that were answered well. Waits for its end."""
+        text, _ = self._process.communicate(timeout=120)
+        found = re.search(r"(\d+) requests in ([0-9.]+)(s|m)", text)
+        if found is None or self._process.returncode:
+            sys.exit(f"bench: wrk failed, and printed:\n{text}")
+        count, seconds = int(found[1]), float(found[2]) * (60 if found[3] == "m" else 1)
+        refused = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
+        return count / seconds, (count - (int(refused[1]) if refused else 0)) / seconds
 
 
 def target(url: str, tenant: str, deadline_s: float) -> HttpTarget:
@@ -94,29 +138,35 @@ def measure_capacity(url: str, seconds: float) -> float:
     return sum(each.answered for each in tally.slices) / seconds
 
 
-def measure(url: str, rates: Sequence[float], flood: bool, seconds: float, deadline_s: float, seed: int) -> Turn:
-    """``rates``: of the tenant that is measured, and of the other, who begins before and ends after it."""
-    steady = make_job(target(url, "steady", deadline_s), rates[0], seconds, WARM_UP_S, deadline_s, seed)
+def measure(directory: Path, url: str, part: float, flood: float, seconds: float, deadline_s: float, seed: int) -> Turn:
+    """``part`` and ``flood``: requests a second of each tenant, and of the flood, who both begin before and end after
+    the tenant that is measured."""
+    steady = make_job(target(url, "steady", deadline_s), part, seconds, WARM_UP_S, deadline_s, seed)
+    noisy_target = target(url, "noisy", deadline_s)
     around = seconds + 2 * WARM_UP_S
-    noisy = make_job(target(url, "noisy", deadline_s), rates[1], around, 0.5, deadline_s, seed + 1000)
+    noisy = make_job(noisy_target, part, around, 0.5, deadline_s, seed + 1000)
     with ThreadPoolExecutor(1, "noisy") as pool:
         other = pool.submit(run_load, [noisy])
-        tally = run_load([steady])
-        return make_turn(tally, other.result(), flood, seconds, around)
+        if not flood:
+            return make_turn(run_load([steady]), other.result(), (0.0, 0.0), seconds, around)
+        with Flood(directory, noisy_target, flood, around) as beside:
+            return make_turn(run_load([steady]), other.result(), beside.ended(), seconds, around)
 
 
-def make_turn(tally: Tally, other: Tally, flood: bool, seconds: float, around_s: float) -> Turn:
+def make_turn(tally: Tally, other: Tally, flood: tuple[float, float], seconds: float, around_s: float) -> Turn:
     ends = dict(tally.outcomes)
     good, late = ends.pop(OK, 0), ends.pop(LATE, 0)
     taken = tally.taken()
     return Turn(
-        flood=flood,
+        flood=flood[0] > 0,
         p50_ms=taken.quantile(0.5) / 1e6,
         p99_ms=taken.quantile(0.99) / 1e6,
         good=good / seconds,
         late=late / seconds,
         refused=sum(ends.values()) / seconds,
         beside=other.outcomes.get(OK, 0) / around_s,
+        flooded=flood[0],
+        served=flood[1],
     )
 
 
@@ -128,12 +178,13 @@ def medians(turns: Sequence[Turn]) -> Turn:
 
 def print_table(turns: Sequence[Turn]) -> None:
     quiet, flood = (medians([turn for turn in turns if turn.flood == with_it]) for with_it in (False, True))
-    print("| | p50 ms | p99 ms | in time/s | late/s | refused/s | the other's, in time/s |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | p50 ms | p99 ms | in time/s | late/s | refused/s | the other's, in time/s | of its flood, in time/s |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, turn in (("both ask for the same", quiet), ("the other floods", flood)):
         print(
             f"| {name} | {turn.p50_ms:.1f} | {turn.p99_ms:.1f} | {turn.good:.0f} | {turn.late:.1f} "
-            f"| {turn.refused:.1f} | {turn.beside:.0f} |"
+            f"| {turn.refused:.1f} | {turn.beside:.0f} "
+            f"| {turn.served:.0f} of {turn.flooded:.0f} |"
         )
     all_p99 = (", ".join(f"{turn.p99_ms:.0f}" for turn in turns if turn.flood == with_it) for with_it in (False, True))
     print("p99 of each turn: {} without, {} with the flood".format(*all_p99))
@@ -157,9 +208,10 @@ def main() -> None:
             capacity = measure_capacity(server.url, arguments.seconds)
             part = arguments.part * capacity
             for seed in range(2 * arguments.repeats):
-                flood = seed % 2 == 1
-                rates = (part, part + flood * arguments.flood * capacity)
-                turns.append(measure(server.url, rates, flood, arguments.seconds, arguments.deadline, seed // 2))
+                flood = arguments.flood * capacity if seed % 2 else 0.0
+                turns.append(
+                    measure(Path(name), server.url, part, flood, arguments.seconds, arguments.deadline, seed // 2)
+                )
     machine = bench_http.about_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     more = arguments.flood * capacity

@@ -17,13 +17,15 @@ NORMAL_MAX: Final = 0.3  # of the coefficient of variation: beyond, too many tim
 @dataclass(frozen=True, slots=True)
 class BatchCost:
     """Seconds by the number of rows. ``jitter``: standard deviation in relation to the mean, of a distribution of
-    ``shape``. Exactly one: ``fixed_s`` and ``per_row_s``, or ``table`` of sizes, between which it is interpolated."""
+    ``shape``; ``lasts_s``: after which a worker that was slow is as likely to be so as any other, to 1/e. Exactly one:
+    ``fixed_s`` and ``per_row_s``, or ``table`` of sizes, between which it is interpolated."""
 
     fixed_s: float = 0.0
     per_row_s: float = 0.0
     table: tuple[tuple[int, float], ...] = ()
     jitter: float = 0.0
     shape: Shape = "lognormal"
+    lasts_s: float = 0.0
 
     def mean(self, rows: int) -> float:
         if not self.table:
@@ -37,6 +39,24 @@ class BatchCost:
         return low_s + (high_s - low_s) * (rows - low) / (high - low)
 
 
+class Mood:
+    """How a worker fares with a model: a normal variable of mean 0 and deviation 1, which it forgets as time passes (a
+    process of Ornstein and Uhlenbeck, looked at now and then)."""
+
+    __slots__ = ("_at", "_lasts_s", "_now")
+
+    def __init__(self, lasts_s: float) -> None:
+        self._lasts_s = lasts_s
+        self._now = 0.0
+        self._at = float("-inf")
+
+    def draw(self, source: Random, now: float) -> float:
+        kept = math.exp((self._at - now) / self._lasts_s) if self._lasts_s else 0.0
+        self._at = now
+        self._now = kept * self._now + math.sqrt(1.0 - kept * kept) * source.normalvariate(0.0, 1.0)
+        return self._now
+
+
 class Drawn:
     """Times of one model's batches, as they come out. Means are looked up, since sizes repeat."""
 
@@ -46,7 +66,11 @@ class Drawn:
         # Of a lognormal whose mean is 1.
         self._sigma = math.sqrt(math.log1p(cost.jitter**2))
 
-    def draw(self, rows: int, source: Random) -> float:
+    def mood(self) -> Mood:
+        """For a worker."""
+        return Mood(self._cost.lasts_s)
+
+    def draw(self, rows: int, mood: Mood, source: Random, now: float) -> float:
         mean = self._means.get(rows)
         if mean is None:
             mean = self._means[rows] = self._cost.mean(rows)
@@ -54,10 +78,10 @@ class Drawn:
         if not jitter:
             return mean
         if self._cost.shape == "lognormal":
-            return mean * source.lognormvariate(-(self._sigma**2) / 2, self._sigma)
-        factor = source.gauss(1.0, jitter)
+            return mean * math.exp(self._sigma * mood.draw(source, now) - self._sigma**2 / 2)
+        factor = 1.0 + jitter * mood.draw(source, now)
         while factor <= 0.0:
-            factor = source.gauss(1.0, jitter)
+            factor = 1.0 + jitter * source.normalvariate(0.0, 1.0)
         return mean * factor
 
 

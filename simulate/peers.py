@@ -166,6 +166,7 @@ class Worker:
         self._clock = clock
         self._broker = broker
         self._costs = costs
+        self._moods = {key: cost.mood() for key, cost in costs.items()}
         self._speed = speed
         self._source = source
         self._hop_s = hop_s
@@ -223,7 +224,7 @@ class Worker:
     def _run(self, batch: Batch, model: Model) -> None:
         now = begin = self._clock.now
         rows = cast(StandIn, model).runs_as(batch.rows)
-        took = self._costs[batch.model].draw(rows, self._source) / self._speed
+        took = self._costs[batch.model].draw(rows, self._moods[batch.model], self._source, now) / self._speed
         if self._free_at:
             begin = max(now, self._free_at[0])
             heapreplace(self._free_at, begin + took)

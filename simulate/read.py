@@ -189,11 +189,14 @@ class _Reading:
         jitter, shape = given.jitter, given.jitter_shape
         if shape == "normal" and jitter > NORMAL_MAX:
             raise self._error((*at, "jitter"), f"of a normal distribution it is at most {NORMAL_MAX}")
+        lasts_s = self._seconds(given.jitter_lasts, (*at, "jitter_lasts"), 0.0, 3600.0)
+        if lasts_s and not jitter:
+            raise self._error((*at, "jitter_lasts"), "it has no effect without jitter: leave it out")
         if given.batch_ms is None:
             fixed_s, per_row_s = (given.fixed_ms or 0.0) / 1e3, (given.per_row_ms or 0.0) / 1e3
             if not fixed_s + per_row_s:
                 raise self._error(at, "a model says what its batches take: fixed_ms and per_row_ms, or batch_ms")
-            return BatchCost(fixed_s, per_row_s, (), jitter, shape)
+            return BatchCost(fixed_s, per_row_s, (), jitter, shape, lasts_s)
         if given.fixed_ms is not None or given.per_row_ms is not None:
             raise self._error((*at, "batch_ms"), "with it there are no fixed_ms and per_row_ms")
         times: dict[int, float] = {}
@@ -203,7 +206,7 @@ class _Reading:
             times[int(key)] = milliseconds / 1e3
         if max(times, default=0) < size:
             raise self._error((*at, "batch_ms"), f"it says nothing of batches of {size} rows, which there may be")
-        return BatchCost(0.0, 0.0, table_of(times), jitter, shape)
+        return BatchCost(0.0, 0.0, table_of(times), jitter, shape, lasts_s)
 
     def _workers(self, values: dict[str, Any], at: KeyPath, models: Sequence[ModelPlan]) -> WorkerGroup:
         given = self._convert(values, WorkersTable, at)

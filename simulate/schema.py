@@ -78,6 +78,7 @@ class ModelTable(Table, frozen=True, kw_only=True):
     batch_ms: dict[str, Annotated[float, Meta(gt=0, le=BATCH_MAX_S * 1e3)]] | None = None
     jitter: Annotated[float, Meta(ge=0, le=3)] = 0.0
     jitter_shape: Shape = "lognormal"
+    jitter_lasts: _Text = "0ms"
 
 
 class TrafficTable(Table, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ import pytest
 from bench import overloadsim, overloadtell
 from bench.overloadsim import Known, Seen
 from bench.peerlist import Request
+from penstock.simulate.costs import Mood
 
-KNOWN = Known({1: 6.0, 8: 8.0, 16: 10.0, 32: 16.0}, 0.1, 0.4, 0.6)
+KNOWN = Known({1: 6.0, 8: 8.0, 16: 10.0, 32: 16.0}, 0.1, 40.0, 0.4, 0.6)
 
 
 def seen(rows: int, batch_ms: float, count: int = 5) -> list[Seen]:
-    return [Seen(rows, batch_ms, 1.2, 1.0)] * count
+    return [Seen(0.0, rows, batch_ms, 1.2, 1.0)] * count
 
 
 def test_an_explanation_is_asked_for_in_the_request_itself() -> None:
@@ -30,7 +32,7 @@ def test_an_explanation_is_asked_for_in_the_request_itself() -> None:
 
 def test_what_is_explained_is_read() -> None:
     said = {"batch_rows": 8, "batch_ms": 7.5, "rest_ms": 1.0, "total_ms": 14.0}
-    assert overloadsim.read_seen(said, 0.0152) == pytest.approx((8, 7.5, 1.0, 1.2))
+    assert overloadsim.read_seen(said, 5.0, 0.0152) == pytest.approx((5.0, 8, 7.5, 1.0, 1.2))
 
 
 def test_batches_are_learned_by_their_rows() -> None:
@@ -38,6 +40,17 @@ def test_batches_are_learned_by_their_rows() -> None:
     assert known.batch_ms == {1: 6.0, 8: 8.0, 32: 16.0}
     assert (known.hop_ms, known.client_ms) == pytest.approx((0.4, 0.5))
     assert known.jitter > 0.1
+
+
+def test_slow_moments_are_learned_by_how_alike_batches_are() -> None:
+    source, mood = Random(1), Mood(0.05)
+    at = [number * 0.03 for number in range(5000)]
+    ratios = [0.1 * mood.draw(source, when) for when in at]
+    assert overloadsim.lasts_s(at, ratios) == pytest.approx(0.05, rel=0.1)
+    source.shuffle(ratios)
+    assert overloadsim.lasts_s(at, ratios) == 0.0
+    assert overloadsim.lasts_s(at, [0.0] * len(at)) == 0.0
+    assert overloadsim.lasts_s([when * 100 for when in at], ratios) == 0.0
 
 
 def test_larger_batches_take_no_less() -> None:
