@@ -31,7 +31,7 @@ from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat,
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
 from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.slots import Slots
-from penstock.wire.sockets import Socket
+from penstock.wire.sockets import MAX_SUBSCRIPTION_BYTES, Socket
 from penstock.worker.config import CPU, without_effect
 from penstock.worker.core import Core, Identity
 from penstock.worker.cuda import CudaError, find_gpu
@@ -193,7 +193,7 @@ class WorkerProcess:
         opened.callback(self._lose_control)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
-        self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER)
+        self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER, frame_bytes_max=MAX_SUBSCRIPTION_BYTES)
         opened.callback(self._results.close, _LINGER_MS)
         # Manual: a subscription takes effect only when it is accepted here; so nobody can ask for everything.
         self._results.raw.set(zmq.XPUB_MANUAL, 1)
