@@ -18,8 +18,9 @@ from typing import Any, Final
 
 import orjson
 
+from bench.fuzzexamples import EPOCH
 from bench.fuzzmutate import changed_bytes, number
-from bench.fuzztargets import EPOCH, Target, census
+from bench.fuzztarget import Target, census
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Fail, FromWorker
 from penstock.gateway.application import Application
