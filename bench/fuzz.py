@@ -39,8 +39,13 @@ from typing import Final
 
 from bench import fuzzlive, fuzzrun
 from bench import http as bench_http
+from bench.fuzzbroker import Broker
+from bench.fuzzcaller import CallerCore
+from bench.fuzzfiles import Files
 from bench.fuzzhttp import HttpTarget
-from bench.fuzztargets import Broker, CallerCore, Codec, Control, Files, Target, Worker, Zmtp
+from bench.fuzztarget import Target
+from bench.fuzzwire import Codec, Control, Zmtp
+from bench.fuzzworker import Worker
 
 TARGETS: Final[dict[str, type[Target]]] = {
     each.name: each for each in (Codec, Zmtp, Control, Files, Broker, Worker, CallerCore, HttpTarget)

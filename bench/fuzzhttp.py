@@ -18,8 +18,9 @@ from typing import Any, Final
 
 import orjson
 
+from bench.fuzzexamples import EPOCH
 from bench.fuzzmutate import changed_bytes, number
-from bench.fuzztargets import EPOCH, Target, census
+from bench.fuzztarget import Target, census
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Fail, FromWorker
 from penstock.gateway.application import Application
@@ -119,10 +120,13 @@ class Loop:
     ) -> asyncio.TimerHandle:
         return self.call_later(0.0, callback, *arguments)
 
-    def run_in_executor(self, executor: None, work: Callable[[], Any]) -> asyncio.Future[Any]:
-        future: asyncio.Future[Any] = asyncio.Future(loop=self)  # type: ignore[arg-type]
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)  # type: ignore[arg-type]
+
+    def run_in_executor(self, executor: None, work: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        future = self.create_future()
         try:
-            future.set_result(work())
+            future.set_result(work(*arguments))
         except Exception as error:  # noqa: BLE001 - as a thread does
             future.set_exception(error)
         return future

@@ -89,13 +89,6 @@ def alike(random: Random, value: Any) -> Any:
     return stranger(random)
 
 
-def _weight(value: Any) -> int:
-    """Of a value: about as many bytes as it will take."""
-    if type(value) is list:
-        return 1 + sum(map(_weight, value))
-    return 1 + len(value) if isinstance(value, (bytes, str)) else 9
-
-
 def _fits(value: Any, room: int) -> int:
     """What is left of so many bytes for a value and all that is in it, as often as it is; negative if it is larger, by
     how much nobody has looked."""
@@ -128,7 +121,8 @@ def change_list(random: Random, items: list[Any]) -> None:
         items[:] = items * random.choice((2, 3))
     elif kind < 0.72:
         # As many as there may be, and more; of what is large fewer, since they may be changed, and repeated, again.
-        items[at:at] = [items[at]] * min(random.choice((100, 4095, 5000)), _MANY_MAX_BYTES // _weight(items[at]))
+        size = _MANY_MAX_BYTES - _fits(items[at], _MANY_MAX_BYTES)
+        items[at:at] = [items[at]] * min(random.choice((100, 4095, 5000)), _MANY_MAX_BYTES // size)
     elif kind < 0.85:
         items.append(stranger(random))
     else:

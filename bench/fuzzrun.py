@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Final
 
-from bench.fuzztargets import Target
+from bench.fuzztarget import Target
 
 SLOW_S: Final = 0.1  # of processor time, that no input may take
 SLOW_BYTES: Final = 64 << 10  # a larger one may take as often SLOW_S as it has so many

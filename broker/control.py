@@ -88,9 +88,9 @@ class ControlServer:
 
     def _introduced(self, fileno: int, known: bytes | None, peer: bytes, arena: int) -> Came:
         try:
-            if known is not None:
+            if known is not None and (peer != known or arena == control.NO_ARENA or peer in self._arenas):
                 raise BadMessage("a second packet on a control connection")
-            if peer in self._filenos:
+            if known is None and peer in self._filenos:
                 raise BadMessage("a second control connection of one peer")
             size = 0
             if arena != control.NO_ARENA:

@@ -109,7 +109,10 @@ class Core:
             case Tick():
                 self._tick(now)
             case Came(peer, arena_bytes):
+                found = arena_bytes > 0 and self._arenas.get(peer) == 0
                 self._arenas[peer] = arena_bytes
+                if found:
+                    self._arena_found(peer)
             case Gone(peer, reason, disconnected):
                 if disconnected:
                     self._arenas.pop(peer, None)
@@ -198,6 +201,7 @@ class Core:
         for caller in callers:
             self._serial += 1
             worker.expected[caller.id] = self._serial
+            worker.callers.discard(caller.id)  # who was there, and has an arena only now, is attached anew
             shares, reads = caller.arena_bytes > 0 and worker.id in self._arenas, self._reads(caller.id, worker)
             if shares:
                 self._commands.append(Share(caller.id, worker.id, self._serial))
@@ -205,6 +209,22 @@ class Core:
                 worker.readers.add(caller.id)
             introduced.append(Expected(caller.id, self._serial, shares, reads))
         self._commands.append(ToWorker(worker.id, Expect(self.epoch, introduced)))
+
+    def _arena_found(self, peer: bytes) -> None:
+        """Memory that was not there when a peer came. All who may read it are given it, as if it had just come; what it
+        has asked, or was given, goes on."""
+        caller, worker = self.callers.get(peer), self.workers.get(peer)
+        if caller is not None:
+            caller.arena_bytes = self._arenas[peer]
+            for reader in self.workers.values():
+                if reader.id in self._arenas:
+                    self._expect(reader, [caller])
+            self._commands.append(ToCaller(peer, Welcome(self.epoch, caller.name, True)))
+        if worker is not None:
+            readers = [each for each in self.callers.values() if each.id in self._arenas]
+            self._expect(worker, readers)
+            for each in readers:
+                self._tell_workers(each)
 
     def _reads(self, caller: bytes, worker: WorkerPeer) -> bool:
         """Whether a caller can be given a worker's arena."""

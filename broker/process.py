@@ -40,6 +40,7 @@ from penstock.wire.messages import (
     FROM_CALLER,
     FROM_WORKER,
     INLINE_MAX_BYTES,
+    MAX_HEAD_BYTES,
     PEER_ID_BYTES,
     Assign,
     CallerHello,
@@ -50,7 +51,7 @@ from penstock.wire.messages import (
     WorkerHello,
 )
 from penstock.wire.process import StopSignal, Watchdog, check_descriptor_limit, fields, measure, notify
-from penstock.wire.sockets import Socket
+from penstock.wire.sockets import MAX_FRAME_BYTES, Socket
 
 log = logging.getLogger("penstock.broker")
 
@@ -105,8 +106,8 @@ class BrokerProcess:
         opened.callback(self._control.close)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
-        self._callers = self._bind(f"ipc://{runtime.callers}", _CALLER_HIGH_WATER)
-        self._workers = self._bind(f"ipc://{runtime.workers}", _WORKER_HIGH_WATER)
+        self._callers = self._bind(f"ipc://{runtime.callers}", _CALLER_HIGH_WATER, MAX_FRAME_BYTES)
+        self._workers = self._bind(f"ipc://{runtime.workers}", _WORKER_HIGH_WATER, MAX_HEAD_BYTES)
         if self._settings.bind:
             bind_tcp(self._settings.bind, self._callers, self._workers)
         self._stop_signal = StopSignal()
@@ -122,8 +123,8 @@ class BrokerProcess:
         check_descriptor_limit(_PEER_DESCRIPTORS * (options.callers_max + options.workers_max), "callers and workers")
         log.info("broker started", extra=fields(runtime_dir=str(runtime.path), epoch=self._core.epoch))
 
-    def _bind(self, address: str, high_water: int) -> Socket:
-        socket = Socket(self._context, zmq.ROUTER, high_water)
+    def _bind(self, address: str, high_water: int, frame_bytes_max: int) -> Socket:
+        socket = Socket(self._context, zmq.ROUTER, high_water, frame_bytes_max=frame_bytes_max)
         self._opened.callback(socket.close, _LINGER_MS)
         with binding(address):
             socket.raw.bind(address)

@@ -21,7 +21,7 @@ from penstock.client.link import Link
 from penstock.client.short import Plan, Short
 from penstock.client.talk import END_S, Talk, give_back
 from penstock.client.terms import check_terms, check_timeout
-from penstock.wire.arena import Arena, ArenaError
+from penstock.wire.arena import Arena, ArenaError, ArenaSearch
 from penstock.wire.endpoints import EndpointError, default_runtime_dir, parse_broker
 from penstock.wire.errors import (
     BAD_INPUT,
@@ -43,6 +43,7 @@ log = logging.getLogger("penstock.client")
 
 _LEAST_S: Final = 1e-6
 DEFAULT_ARENA_BYTES: Final = 64 << 20
+_ARENA_NAME: Final = "penstock-client"
 ARENA_WAIT_MAX_S: Final = 10.0  # for room in it; a call's own time may be shorter
 
 
@@ -354,7 +355,9 @@ class Client:
             return self._talk
 
     def _connect(self) -> Link:
-        link = Link(self._address, "", lambda metrics: None, self._make_arena())
+        arena, local = self._make_arena(), self._address.runtime is not None
+        search = ArenaSearch(self._arena_bytes, _ARENA_NAME, local and arena is None)
+        link = Link(self._address, "", lambda metrics: None, arena, search)
         link.short = Short(link.caller, self._forms)
         return link
 
@@ -362,7 +365,7 @@ class Client:
         if not self._arena_bytes or self._address.runtime is None:
             return None
         try:
-            return Arena(self._arena_bytes, "penstock-client")
+            return Arena(self._arena_bytes, _ARENA_NAME)
         except ArenaError as error:
             log.warning("no shared memory; inputs are sent", extra=fields(reason=str(error)))
             return None

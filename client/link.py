@@ -22,7 +22,7 @@ from penstock.client.connection import Broken, Connection
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report
 from penstock.client.short import Short
 from penstock.wire import control, zmtp
-from penstock.wire.arena import Arena
+from penstock.wire.arena import Arena, ArenaSearch
 from penstock.wire.codec import pack, unpack
 from penstock.wire.endpoints import BrokerAddress, EndpointError
 from penstock.wire.errors import BadMessage
@@ -59,13 +59,21 @@ class Link:
     """
 
     def __init__(
-        self, address: BrokerAddress, name: str, on_report: Callable[[Metrics], None], arena: Arena | None = None
+        self,
+        address: BrokerAddress,
+        name: str,
+        on_report: Callable[[Metrics], None],
+        arena: Arena | None = None,
+        search: ArenaSearch | None = None,
     ) -> None:
-        """``arena``: of this process, whose descriptor workers on this host are given. It is closed with the link.
+        """``arena``: of this process, whose descriptor workers on this host are given; ``search``: for one, if there
+        is none. It is closed with the link.
         Raises EndpointError for an address whose sockets can be none."""
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._address = address
         self._slots = None if arena is None else Slots(arena)
+        self._search = search
+        self._arena_at = 0.0 if search is not None else float("inf")  # when to look for it, or tell the broker of it
         self._on_report = on_report
         self.caller = Caller(Identity(number, name, os.getpid(), address.runtime is not None, str(address)))
         self._epoll = select.epoll()
@@ -105,7 +113,7 @@ class Link:
         due = self.caller.due()
         if self._full:
             due = max(due, time.monotonic() + _FULL_AGAIN_S)
-        return min(due, self._control_at, self._retry_at)
+        return min(due, self._control_at, self._retry_at, self._arena_at)
 
     def wait(self, timeout_s: float) -> list[tuple[int, int]]:
         """What has happened, to be given to ``handle``; nothing when the time is up."""
@@ -140,6 +148,8 @@ class Link:
             self._find_broker(now)
         if now >= self._retry_at:
             self._connect(now)
+        if now >= self._arena_at:
+            self._look_for_arena(now)
         if now >= self.caller.due():
             self._hear(Tick())
         if self.caller.wants_flush(now):
@@ -295,11 +305,27 @@ class Link:
             self._control_at = now + _CONTROL_AGAIN_S
             return
         self._control_at = float("inf")
+        if self._slots is not None:
+            self._arena_at = float("inf")  # the broker has been told
         self.watch(self._control.fileno(), self._read_control)
         if self.broker.ready:
             self._hear(BrokerFound())
         elif self.broker.fileno < 0:
             self.broker.retry_at = self._retry_at = now  # who listens here listens there too
+
+    def _look_for_arena(self, now: float) -> None:
+        """For the memory that was not there at the beginning; and tell the broker when it is."""
+        if self._slots is None:
+            assert self._search is not None
+            arena = self._search.look(now)
+            self._arena_at = self._search.due
+            if arena is None:
+                return
+            self._slots = Slots(arena)
+        told = self._control is None or control.announce(
+            self._control, self.caller.identity.id, self._slots.arena.fd
+        )  # else when it is connected
+        self._arena_at = float("inf") if told else now + _CONTROL_AGAIN_S
 
     def _read_control(self, events: int) -> None:
         """Take in the arenas of workers that the broker passes on, and its end."""

@@ -19,7 +19,8 @@ import orjson
 
 from penstock.client.caller import Caller
 from penstock.client.events import Complete
-from penstock.gateway.compression import choose, compress, decompress
+from penstock.gateway.aside import Aside
+from penstock.gateway.compression import choose, compress, decompress, decompress_small
 from penstock.gateway.connection import Exchange
 from penstock.gateway.feed import Feed
 from penstock.gateway.inference import OK, Parser, Query, render, render_body, wrap
@@ -62,6 +63,7 @@ _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
 _JOIN_MAX_BYTES: Final = 64 * 1024  # a larger payload is written behind the head instead of being copied
 _ASIDE_MIN_BYTES: Final = 128 * 1024  # what is larger is compressed and expanded on a thread
+_EXPANDING_MAX: Final = 2  # bodies at a time: each takes a processor's time, and up to body_bytes_max of memory
 _LENGTH_DIGITS_MAX: Final = 12
 
 T = TypeVar("T")
@@ -90,6 +92,7 @@ class Application:
         self.options = options
         self._reports = reports
         self.flush = flush
+        self._expanding = Aside(loop, _EXPANDING_MAX, options.expand_wait_s)
         self._feed = Feed(loop, reports, lambda: caller.name, self._states)
         self._page = load_page()
         self._parser = Parser()
@@ -257,14 +260,22 @@ class Application:
         if not target.encoding:
             self._submit(exchange, target, body)
             return
-        expand = partial(decompress, body, target.encoding, self.options.body_bytes_max)
+        bytes_max = self.options.body_bytes_max
 
-        def expanded(whole: bytes) -> None:
+        def expanded(whole: Buffer) -> None:
             if not exchange.expanded(whole):
                 raise PenstockError(OVERLOADED, "too many bytes of request bodies are under way; try again shortly")
             self._submit(exchange, target, whole)
 
-        self._aside(exchange, len(body), expand, expanded)
+        if len(body) <= _ASIDE_MIN_BYTES:
+            whole = decompress_small(body, target.encoding, bytes_max)
+            if whole is not None:
+                expanded(whole)
+                return
+        exchange.gone = self._expanding.run(
+            lambda work: decompress(body, target.encoding, bytes_max, lambda: work.wanted),
+            partial(self._later, exchange, lambda done: expanded(done.result())),
+        ).leave
 
     def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:

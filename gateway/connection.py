@@ -156,7 +156,7 @@ class Exchange:
         assert self._connection is not None
         self.gone = self._connection.wait(nbytes, 0, then, late).leave
 
-    def expanded(self, body: bytes) -> bool:
+    def expanded(self, body: Buffer) -> bool:
         """The body was compressed, and is this. False when there is no room for it."""
         request = self.request
         if self._connection is None:

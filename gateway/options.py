@@ -14,6 +14,7 @@ class GatewayOptions:
     # Shared memory for large tensors, of each gateway. -1: an eighth of what is free, at most 256 MiB; 0: none.
     arena_bytes: int = -1
     arena_wait_s: float = 1.0  # for room in it: 503
+    expand_wait_s: float = 10.0  # of a large compressed body, for its turn to be expanded: 503
     connections_max: int = 10_000  # 503
     streams_max: int = 100  # of them those whose answer goes on, such as the dashboard's: 503
     pipelined_max: int = 16  # requests of one connection that wait for an answer; more are not read

@@ -22,7 +22,7 @@ from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import Reports
 from penstock.gateway.steady import Steady
 from penstock.gateway.tracing import Tracing
-from penstock.wire.arena import Arena, make_arena
+from penstock.wire.arena import Arena, ArenaSearch, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
 from penstock.wire.messages import Snapshot
 from penstock.wire.process import EXIT_DEFECT, Watchdog, check_descriptor_limit, fields, measure, notify
@@ -89,7 +89,11 @@ def url_of(listener: socket.socket) -> str:
 def _make_arena(settings: GatewaySettings) -> Arena | None:
     if settings.broker.runtime is None:
         return None
-    return make_arena(settings.options.arena_bytes, f"penstock-{settings.name}", "[gateway] arena_bytes")
+    return make_arena(settings.options.arena_bytes, _arena_name(settings), "[gateway] arena_bytes")
+
+
+def _arena_name(settings: GatewaySettings) -> str:
+    return f"penstock-{settings.name}"
 
 
 class GatewayProcess:
@@ -175,9 +179,11 @@ class Coupling:
     def __init__(self, loop: asyncio.AbstractEventLoop, settings: GatewaySettings, arena: Arena | None) -> None:
         self._loop = loop
         self.introduced = asyncio.Event()  # a broker has said what models there are
-        self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena)
+        wanted = settings.broker.runtime is not None and settings.options.arena_bytes != 0
+        search = ArenaSearch(settings.options.arena_bytes, _arena_name(settings), wanted and arena is None)
+        self._link = Link(settings.broker, settings.name, lambda metrics: reports.arrived(metrics), arena, search)
         self._link.measure = self._measure
-        self._wants_arena = settings.broker.runtime is not None and settings.options.arena_bytes != 0
+        self._wants_arena = wanted
         reports = Reports(loop, self._ask_broker, self._snapshot, settings.options.report_timeout_s)
         self._steady = Steady()
         self._models: object = None  # what readiness follows from, when it was last looked at

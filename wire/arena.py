@@ -14,11 +14,13 @@ so an owner could not end while a result is still being written to a connection.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import mmap
 import os
+import threading
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -34,6 +36,10 @@ _READERS_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE
 _SEALS: Final = _READERS_SEALS | fcntl.F_SEAL_SEAL
 
 _DEFAULT_MAX_BYTES: Final = 256 << 20
+_AGAIN_S: Final = 1.0  # after which memory that was not there is looked for again; doubled up to
+_AGAIN_MAX_S: Final = 60.0
+_LOOK_S: Final = 0.05  # between two looks at whether the kernel has allocated it
+_NEVER: Final = float("inf")
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/proc/self/cgroup")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
@@ -178,10 +184,57 @@ def make_arena(asked: int, name: str, key: str) -> Arena | None:
         return Arena(size, name)
     except ArenaError as error:
         log.warning(
-            "no shared memory; large tensors travel in messages, which costs more, until this process starts anew",
+            "no shared memory; large tensors travel in messages, which costs more, until there is some",
             extra=fields(reason=f"{error} ({key} in the configuration)"),
         )
         return None
+
+
+class ArenaSearch:
+    """Looks again for the memory that ``make_arena`` has not found: first after a second, then after twice as long each
+    time, up to a minute. On a thread, since the kernel takes a tenth of a second for 256 MiB.
+
+    ``due``: when to ``look`` next, in seconds of the monotonic clock; infinite once it was found, and where none is
+    ``wanted``.
+    """
+
+    def __init__(self, asked: int, name: str, wanted: bool) -> None:
+        self._asked = asked
+        self._name = name
+        self._again_s = _AGAIN_S
+        self._thread: threading.Thread | None = None
+        self._found: Arena | None = None
+        self.due = 0.0 if wanted and asked else _NEVER
+
+    def look(self, now: float) -> Arena | None:
+        """The arena, once: then it is the caller's."""
+        if now < self.due:
+            return None
+        if self._thread is None:
+            if self.due:
+                self._begin()
+            else:  # whoever made this has just looked
+                self.due = now + self._again_s
+        elif self._thread.is_alive():
+            self.due = now + _LOOK_S
+        else:
+            self._thread = None
+            if self._found is not None:
+                found, self._found, self.due = self._found, None, _NEVER
+                log.info("shared memory was found; large tensors lie there from now on", extra=fields(bytes=found.size))
+                return found
+            self._again_s = min(2 * self._again_s, _AGAIN_MAX_S)
+            self.due = now + self._again_s
+        return None
+
+    def _begin(self) -> None:
+        self._thread = threading.Thread(target=self._try, name="arena", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no memory for a thread either: it counts as one that found none
+            self._thread.start()
+
+    def _try(self) -> None:
+        with contextlib.suppress(ArenaError, OSError, MemoryError):  # there is none yet, which has been said
+            self._found = Arena(planned_bytes(self._asked, available_bytes()), self._name)
 
 
 def planned_bytes(asked: int, available: int) -> int:

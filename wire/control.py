@@ -3,8 +3,9 @@
 It says what ZeroMQ cannot: that a peer has died, at once, because the kernel closes the connection; since both ends are
 the same user's, whose it is; and where its arena is, as a descriptor. Packets (SOCK_SEQPACKET) keep their borders. Each
 introduces a peer: the protocol's version, its id, the introduction's number and, beside them, its arena's descriptor if
-it has one. A peer sends one, about itself, with the number 0; the broker passes on those of others, and says with the
-number 0, about nobody, that it leaves: what it says over ZeroMQ at its very end is not always delivered.
+it has one. A peer sends one, about itself, with the number 0, and another when it comes to have an arena; the broker
+passes on those of others, and says with the number 0, about nobody, that it leaves: what it says over ZeroMQ at its
+very end is not always delivered.
 """
 
 from __future__ import annotations
@@ -73,6 +74,18 @@ class Introduction(NamedTuple):
 def introduce(connection: socket.socket, peer: bytes, arena: int = NO_ARENA, serial: int = 0) -> None:
     """Raises OSError, BlockingIOError when the other end does not read."""
     socket.send_fds(connection, [_HELLO.pack(_MAGIC, VERSION, peer, serial)], [] if arena == NO_ARENA else [arena])
+
+
+def announce(connection: socket.socket, peer: bytes, arena: int) -> bool:
+    """Say that a peer that had no arena has one now. False when the broker takes nothing at present; when it has gone,
+    which its connection will say, there is nothing to be said."""
+    try:
+        introduce(connection, peer, arena)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def leave(connection: socket.socket) -> None:

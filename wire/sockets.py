@@ -22,7 +22,11 @@ _REFERENCE_MIN_BYTES: Final = 64 * 1024
 # read on until whoever is flooded has caught up, and what the peer sends waits with the peer.
 UNREAD_MAX: Final = 128
 
-MAX_FRAME_BYTES: Final = 2 << 30  # a larger frame closes its connection before it takes memory
+# A frame that is larger than its socket allows closes its connection before it takes memory. Where tensors travel, a
+# frame is all that one request has; where none do, it is the head of a message; a subscription has 9 bytes, and what
+# ZeroMQ says to begin a connection some 50.
+MAX_FRAME_BYTES: Final = 2 << 30
+MAX_SUBSCRIPTION_BYTES: Final = 256
 
 
 class RawSocket(Protocol):
@@ -47,14 +51,21 @@ class Socket:
     the socket has been found empty; a loop sleeps only while nothing is pending.
     """
 
-    def __init__(self, context: zmq.Context[Any], kind: int, high_water: int, identity: bytes = b"") -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        kind: int,
+        high_water: int,
+        identity: bytes = b"",
+        frame_bytes_max: int = MAX_FRAME_BYTES,
+    ) -> None:
         """``high_water``: messages that may wait for each peer; what it must exceed is up to its owner, since a PUB
-        drops beyond it in silence. Nothing lingers."""
+        drops beyond it in silence. ``frame_bytes_max``: of what peers send. Nothing lingers."""
         raw = self.raw = cast(RawSocket, zmq.backend.Socket(context, kind))
         raw.set(zmq.LINGER, 0)
         raw.set(zmq.SNDHWM, high_water)
         raw.set(zmq.RCVHWM, UNREAD_MAX)
-        raw.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        raw.set(zmq.MAXMSGSIZE, frame_bytes_max)
         raw.set(zmq.RECONNECT_IVL, 20)  # milliseconds, at most twice as many: less than a new broker's rejoin_grace
         raw.set(zmq.IPV6, 1)
         if kind == zmq.DEALER:

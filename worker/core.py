@@ -308,6 +308,8 @@ class Core:
             if reads:
                 self._readers.add(caller)
             if shares:
+                self._callers.discard(caller)  # until it is here, though the caller may have been there without one
+                self._arenas.pop(caller, None)
                 self._arena_came(caller, self._arrivals.announced(caller, serial))
             else:
                 self._serve(caller)

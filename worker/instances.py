@@ -44,6 +44,10 @@ class Instances:
     def fileno(self) -> int:
         return self._wake
 
+    def share(self, slots: Slots) -> None:
+        """Large outputs go there from now on."""
+        self._slots = slots
+
     def run(self, model: Model, batch: Batch) -> Executed | None:
         """Have a batch run: on a thread, or here and now (then it is returned) when that costs less."""
         if model.gpu is not None or model.run_s > INLINE_MAX_S:  # whoever waits for a GPU takes little time itself

@@ -21,7 +21,7 @@ from typing import Any, Final, NoReturn
 import zmq
 
 from penstock.wire import control
-from penstock.wire.arena import make_arena
+from penstock.wire.arena import ArenaSearch, make_arena
 from penstock.wire.codec import pack, unpack
 from penstock.wire.doors import Doors
 from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, binding, check_loopback, parse_host_port
@@ -31,7 +31,7 @@ from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat,
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
 from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.slots import Slots
-from penstock.wire.sockets import Socket
+from penstock.wire.sockets import MAX_SUBSCRIPTION_BYTES, Socket
 from penstock.worker.config import CPU, without_effect
 from penstock.worker.core import Core, Identity
 from penstock.worker.cuda import CudaError, find_gpu
@@ -161,6 +161,8 @@ class WorkerProcess:
         self._opened = contextlib.ExitStack()
         self._control: Any = None
         self._control_at = 0.0
+        self._search = ArenaSearch(0, "", False)
+        self._arena_at = 0.0  # when memory for an arena is to be looked for, or the broker to be told of it
         self._give_back = GiveBackRule()
         self._watchdog = Watchdog()
         self._gpu: Watching | None = None
@@ -177,7 +179,9 @@ class WorkerProcess:
         self._doors = Doors([])
         if settings.broker.runtime is not None:
             name = f"penstock-{settings.name or settings.device}"
-            arena = make_arena(settings.options.arena_bytes, name, "[worker] arena_bytes")
+            asked = settings.options.arena_bytes
+            arena = make_arena(asked, name, "[worker] arena_bytes")
+            self._search = ArenaSearch(asked, name, arena is None)
             if arena is not None:
                 opened.callback(arena.close)
                 self._slots = Slots(arena)
@@ -189,7 +193,7 @@ class WorkerProcess:
         opened.callback(self._lose_control)
         self._context: zmq.Context[Any] = zmq.Context()
         opened.callback(self._context.term)
-        self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER)
+        self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER, frame_bytes_max=MAX_SUBSCRIPTION_BYTES)
         opened.callback(self._results.close, _LINGER_MS)
         # Manual: a subscription takes effect only when it is accepted here; so nobody can ask for everything.
         self._results.raw.set(zmq.XPUB_MANUAL, 1)
@@ -306,7 +310,7 @@ class WorkerProcess:
         """Sleep until there is something to do, or until the core or ``until`` says, and do it."""
         if not (self._broker.pending or self._results.pending):
             self._keep_control()
-            self._sleep(min(self._core.due(), until, self._control_at, self._watchdog.due))
+            self._sleep(min(self._core.due(), until, self._control_at, self._arena_at, self._watchdog.due))
         if self._broker.pending or self._results.pending:
             self._read()
         for executed in self._instances.take():
@@ -317,6 +321,8 @@ class WorkerProcess:
             self._end(self._gpu.latest.lost)
         now = time.monotonic()
         self._watchdog.feed(now)
+        if now >= self._arena_at:
+            self._look_for_arena(now)
         if now >= self._core.due():
             self._hear(Tick())
 
@@ -424,8 +430,27 @@ class WorkerProcess:
             self._control_at = time.monotonic() + _CONTROL_AGAIN_S
             return
         self._control_at = float("inf")
+        if self._slots is not None:
+            self._arena_at = float("inf")  # the broker has been told
         self._poll.register(self._control.fileno(), select.POLLIN)
         self._hear(BrokerFound())
+
+    def _look_for_arena(self, now: float) -> None:
+        """For the memory that was not there at the beginning; and tell the broker when it is."""
+        if self._slots is None:
+            arena = self._search.look(now)
+            self._arena_at = self._search.due
+            if arena is None:
+                return
+            self._slots = Slots(arena)
+            self._opened.callback(self._slots.close)
+            if self._settings.device != CPU:
+                _pin(self._slots)
+            self._instances.share(self._slots)
+        told = self._control is None or control.announce(
+            self._control, self._core.identity.id, self._slots.arena.fd
+        )  # else when it is connected
+        self._arena_at = float("inf") if told else now + _CONTROL_AGAIN_S
 
     def _read_control(self) -> None:
         """Take in the arenas that the broker passes on, and its end."""

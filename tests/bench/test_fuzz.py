@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 
-from bench import fuzz, fuzzlive, fuzzmutate, fuzzrun, fuzztargets
+from bench import fuzz, fuzzlive, fuzzmutate, fuzzrun, fuzzwire
+from bench.fuzzbroker import Broker
+from bench.fuzzcaller import CallerCore
+from bench.fuzzexamples import Examples
+from bench.fuzzfiles import Files
 from bench.fuzzhttp import HttpTarget, statuses
-from bench.fuzztargets import Broker, CallerCore, Codec, Control, Files, Target, Worker, Zmtp
+from bench.fuzztarget import Target
+from bench.fuzzwire import Codec, Control, Zmtp
+from bench.fuzzworker import Worker
 from penstock.broker.core import Core
 from penstock.gateway import inference
 from penstock.wire.codec import unpack
@@ -101,7 +107,7 @@ def test_shares_are_of_all_inputs() -> None:
 
 def test_a_defect_is_found_made_smaller_and_fed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as planted:
-        planted.setattr(fuzztargets, "unpack", brittle)
+        planted.setattr(fuzzwire, "unpack", brittle)
         finding, *_ = fuzzrun.run(Codec, 1, 1000).findings
         assert finding.what == "ValueError: it is caller 1"
         assert "b'caller01'" in finding.each, "all else has been left out"
@@ -185,7 +191,7 @@ def test_answers_are_read_one_behind_the_other() -> None:
 
 def test_what_has_been_changed_fits_its_payloads_again() -> None:
     random = Random(1)
-    examples = fuzztargets.Examples(random)
+    examples = Examples(random)
     message = examples.carry(Submit, [examples.requests(1)])
     tree = fuzzmutate.tree_of(message)
     tree[3][0][0][5] = 24

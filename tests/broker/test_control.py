@@ -127,6 +127,36 @@ def test_a_peer_says_who_it_is_once(server: ControlServer, join: Callable[[bytes
     assert fileno not in server
 
 
+def test_a_peer_that_had_no_arena_may_show_one_once(server: ControlServer, path: Path) -> None:
+    arena = Arena(1 << 16, "test")
+    peer = control.connect(path, PEER)
+    assert peer is not None
+    [fileno] = server.accept()
+    assert server.read(fileno) == Came(PEER, 0)
+    assert control.announce(peer, PEER, arena.fd)
+    assert server.read(fileno) == Came(PEER, arena.size)
+    arena.view(5, 1)[:] = b"x"
+    assert bytes(server.view(PEER, 5, 1)) == b"x"
+    assert control.announce(peer, PEER, arena.fd)
+    assert server.read(fileno) == Garbage("control", "a second packet on a control connection", PEER)
+    assert fileno not in server
+    assert control.announce(peer, PEER, arena.fd), "nobody is there to be told"
+    peer.close()
+    arena.close()
+
+
+def test_an_arena_is_shown_for_oneself_alone(server: ControlServer, path: Path) -> None:
+    arena = Arena(1 << 16, "test")
+    peer = control.connect(path, PEER)
+    assert peer is not None
+    [fileno] = server.accept()
+    assert server.read(fileno) == Came(PEER, 0)
+    assert control.announce(peer, PEER[::-1], arena.fd)
+    assert server.read(fileno) == Garbage("control", "a second packet on a control connection", PEER)
+    peer.close()
+    arena.close()
+
+
 def test_connections_that_never_say_who_they_are_are_few(
     server: ControlServer, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,41 @@ def test_an_arena_lasts_as_long_as_the_control_connection() -> None:
     assert caller.take(Welcome) == [Welcome(EPOCH, "", True)]
 
 
+def test_an_arena_that_is_found_later_is_passed_on_to_all_who_may_read_it() -> None:
+    talk = Conversation()
+    near, far = talk.worker(connected=True), talk.worker(endpoints=["tcp://10.0.0.1:1"])
+    caller = talk.caller(connected=True)
+    near.hear(caller)
+    far.hear(caller)
+    talk.tick()
+    talk.forget()
+    talk.handle(Came(caller.id, ARENA))
+    assert caller.take(Welcome) == [Welcome(EPOCH, "", True)]
+    assert talk.shared == [(caller.id, near.id)]
+    assert (expected(near), expected(far)) == ([[(caller.id, True, False)]], [])
+    assert talk.core.workers[near.id].callers == set(), "until it has mapped it"
+    assert talk.core.workers[far.id].callers == {caller.id}
+    near.hear(caller)
+    caller.submit(size=LARGE, places=[0])
+    talk.tick()
+    assert caller.refused() == {}
+
+
+def test_a_workers_arena_that_is_found_later_is_given_to_its_callers() -> None:
+    talk = Conversation()
+    worker = talk.worker(connected=True)
+    caller, far = talk.caller(connected=True), talk.caller()
+    caller.take(Workers)
+    far.take(Workers)
+    worker.take(Expect)
+    talk.handle(Came(worker.id, ARENA))
+    assert expected(worker) == [[(caller.id, False, True)]]
+    assert talk.shared == [(worker.id, caller.id)]
+    [told] = caller.take(Workers)
+    assert [each.arena for each in told.workers] == [talk.serials[worker.id, caller.id]]
+    assert far.take(Workers) == []
+
+
 def test_who_says_hello_again_is_passed_on_again() -> None:
     talk = Conversation()
     worker = talk.worker(connected=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
@@ -108,7 +108,11 @@ class Play:
             assert whom is not None
             whom.stopped = False
         elif deed == "start":
-            start = {"broker": world.start_broker, "worker": world.start_worker, "gateway": world.start_caller}
+            start: dict[str, Callable[[], object]] = {
+                "broker": world.start_broker,
+                "worker": world.start_worker,
+                "gateway": world.start_caller,
+            }
             start[role]()
         elif deed == "flood":
             if self.callers:

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from penstock.worker.config import ModelConfig
 from penstock.worker.model import Model, load
-from tests.cores.world import LARGE, SMALL, CallerLife, WorkerLife, World
+from tests.cores.world import LARGE, SMALL, CallerLife, Peer, WorkerLife, World
 
 SILENCE_S = 7  # after which a process that says nothing is taken for gone
 
@@ -113,6 +113,41 @@ def test_a_request_that_is_cancelled_while_it_runs(world: World) -> None:
     caller.let_go(0)
     world.settle()
     assert used(caller, worker) == [0, 0]
+
+
+@pytest.mark.parametrize("when", ["before", "queued", "assigned", "computed"])
+def test_memory_that_is_found_later_is_used_and_nothing_is_lost(model: Model, when: str) -> None:
+    """Whatever is under way meanwhile. ``when``: what has become of a request by then."""
+    world = World(model)
+    world.start_broker()
+    worker, caller = world.start_worker(late=True), world.start_caller(late=True)
+    world.pass_time(0.3)
+    world.settle()
+    assert not any(each.caller.shares for each in world.of(CallerLife))
+    if when != "before":
+        caller.ask(model, 1.0, LARGE, 60.0)
+    if when in ("assigned", "computed"):
+        deliver_to(world.broker)
+        deliver_to(worker)
+    if when == "computed":
+        assert worker.compute()
+    caller.find_arena()
+    worker.find_arena()
+    caller.ask(model, 2.0, LARGE, 60.0)
+    world.settle()
+    assert caller.caller.shares
+    caller.ask(model, 3.0, LARGE, 60.0)
+    assert used(caller) != [0]
+    world.settle()
+    assert [request.ends for request in caller.requests] == [["result"]] * len(caller.requests)
+    assert used(worker) != [0], "it is read there"
+    while caller.reading:
+        caller.let_go(0)
+    world.settle()
+    assert used(caller, worker) == [0, 0]
+    assert world.broker is not None
+    assert (world.broker.core.ledger.requests, len(world.broker.core.workers)) == (0, 1)
+    world.close()
 
 
 @pytest.mark.parametrize("heard", ["", "done", "result", "both"])
@@ -420,12 +455,12 @@ class Interleavings(RuleBasedStateMachine):
         self.world = World(model)
         self.value = 0.0
 
-    @initialize(settled=st.booleans())
-    def begin(self, settled: bool) -> None:
+    @initialize(settled=st.booleans(), late=st.tuples(*[st.booleans()] * 4))
+    def begin(self, settled: bool, late: tuple[bool, ...]) -> None:
         self.world.start_broker()
-        for _ in range(2):
-            self.world.start_worker()
-            self.world.start_caller()
+        for at in range(2):
+            self.world.start_worker(late[at])
+            self.world.start_caller(late[2 + at])
         self.world.pass_time(0.3)
         if settled:
             self.world.settle()
@@ -433,6 +468,12 @@ class Interleavings(RuleBasedStateMachine):
     def pick(self, kind: type[Any], at: int) -> Any:
         found = self.world.of(kind)
         return found[at % len(found)] if found else None
+
+    @rule(at=st.integers(0, 9))
+    def find_arena(self, at: int) -> None:
+        peer = self.pick(Peer, at)
+        if peer is not None:
+            peer.find_arena()
 
     @rule(at=st.integers(0, 3), width=st.sampled_from([LARGE, LARGE, SMALL]), count=st.integers(1, 4))
     def ask(self, at: int, width: int, count: int) -> None:

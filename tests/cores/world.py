@@ -119,6 +119,20 @@ class Peer(Process, ABC):
         super().__init__(world, number.decode())
         self.id = number
         self.slots = Slots(Arena(ARENA_BYTES, "test"))
+        self.late = False  # there was no memory for it at the beginning,
+        self.has_arena = True  # nor is there yet
+
+    def do_without(self) -> None:
+        """It comes without an arena."""
+        self.late, self.has_arena = True, False
+
+    def find_arena(self) -> None:
+        """Of one that had found no memory before."""
+        broker = self.world.broker
+        if not self.has_arena:
+            self.has_arena = True
+            if broker is not None:
+                broker.send(self.name, lambda: broker.hear(Came(self.id, self.slots.arena.size)))
 
     @abstractmethod
     def hear(self, event: Any) -> None:
@@ -135,7 +149,8 @@ class Peer(Process, ABC):
 
     def meet(self, broker: BrokerLife) -> None:
         """Make a control connection; the broker reads it before anything that this peer says."""
-        broker.send(self.name, lambda: broker.hear(Came(self.id, self.slots.arena.size)))
+        nbytes = self.slots.arena.size if self.has_arena else 0
+        broker.send(self.name, lambda: broker.hear(Came(self.id, nbytes)))
         self.send("control", lambda: self.hear(BrokerFound()))
 
     def end(self) -> None:
@@ -197,7 +212,7 @@ class WorkerLife(Peer):
             self.world.kill(self)
             self.world.start_worker()
             return True
-        self.hear(execute(run.model, run.batch, self.slots))
+        self.hear(execute(run.model, run.batch, self.slots if self.has_arena else None))
         return True
 
     def tick(self) -> None:
@@ -282,7 +297,8 @@ class CallerLife(Peer):
     def ask(self, model: Model, value: float, width: int, timeout_s: float) -> None:
         payload = np.full((1, width), value, np.float32).tobytes()
         form = make_form(model.spec, Layout((Tensor("x", "FP32", (1, width), 0, len(payload)),), ()), len(payload))
-        slot = self.slots.take(len(payload)) if width == LARGE else None
+        shares = self.caller.shares or not self.late
+        slot = self.slots.take(len(payload)) if width == LARGE and shares else None
         if slot is not None:
             slot.view[:] = payload
         request = Request(self, value, width, slot)
@@ -371,17 +387,20 @@ class World:
                 peer.inbox.pop("broker", None)
             peer.send("control", partial(peer.hear, BrokerLost("its process ended")))
 
-    def start_caller(self) -> CallerLife:
-        return self._start(CallerLife(self, self._name("c")))
+    def start_caller(self, late: bool = False) -> CallerLife:
+        """``late``: without an arena."""
+        return self._start(CallerLife(self, self._name("c")), late)
 
-    def start_worker(self) -> WorkerLife:
-        return self._start(WorkerLife(self, self._name("w"), self.model))
+    def start_worker(self, late: bool = False) -> WorkerLife:
+        return self._start(WorkerLife(self, self._name("w"), self.model), late)
 
     def _name(self, kind: str) -> bytes:
         self._made += 1
         return f"{kind}{self._made:07}".encode()
 
-    def _start(self, peer: P) -> P:
+    def _start(self, peer: P, late: bool) -> P:
+        if late:
+            peer.do_without()
         self.peers[peer.id] = peer
         if self.broker is not None:
             peer.meet(self.broker)

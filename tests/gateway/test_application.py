@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import re
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ import pytest
 
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Event, Fail, FromWorker
+from penstock.gateway import application
 from penstock.gateway.application import STATUSES, Application
+from penstock.gateway.compression import decompress
 from penstock.gateway.connection import Connection, Exchange
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reader import Budget, Head, Reader, Request
@@ -50,7 +53,7 @@ from penstock.wire.messages import (
 from penstock.wire.metrics import Sample
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelSpec, ModelState, Tensor, TensorSpec
 from penstock.wire.slots import Slot, Slots
-from tests.gateway.serving import Loop
+from tests.gateway.serving import DEADLINE_S, Loop
 
 EPOCH = 5
 
@@ -841,11 +844,66 @@ def test_large_damaged_request_is_400(joined: Desk) -> None:
 
 def test_client_that_leaves_while_its_request_is_expanded_is_forgotten(joined: Desk) -> None:
     exchange, other = squeezed(joined, 40_000), squeezed(joined, 40_000)
-    exchange._connection = None  # as a connection does when it ends
-    joined.loop.run(joined.loop.loop.shutdown_default_executor())
+    leave(exchange)
     joined.loop.until(lambda: joined.caller.calls)
+    joined.loop.run(joined.loop.loop.shutdown_default_executor())
+    joined.loop.settle()
     assert (len(joined.caller.calls), joined.flushes) == (1, 1)
     assert waits(other)
+
+
+def leave(exchange: Exchange) -> None:
+    """As its connection does when it ends."""
+    exchange._connection = None
+    assert exchange.gone is not None
+    exchange.gone()
+
+
+def test_what_only_expands_to_much_is_expanded_aside(joined: Desk) -> None:
+    """Small as it comes, and more than is done at once."""
+    rows = 40_000
+    tensor = {"name": "x", "shape": [rows, 2], "datatype": "FP32", "parameters": {"binary_data_size": rows * 8}}
+    text = json.dumps({"inputs": [tensor]}).encode()
+    body, length = gzip.compress(text + bytes(rows * 8)), str(len(text))
+    assert len(body) < 10_000
+    exchange = joined.begin(
+        "POST", "/v2/models/double/infer", body, Content_Encoding="gzip", Inference_Header_Content_Length=length
+    )
+    assert joined.caller.calls == {}, "not at once"
+    joined.loop.until(lambda: joined.caller.calls)
+    assert waits(exchange)
+    assert bytes(joined.sent().frames[0]) == bytes(rows * 8)
+
+
+def test_many_large_bodies_are_expanded_two_at_a_time_while_others_are_answered(
+    joined: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, running, most = threading.Event(), 0, 0
+    lock = threading.Lock()
+
+    def slow(*arguments: Any) -> memoryview:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        assert gate.wait(DEADLINE_S)
+        with lock:
+            running -= 1
+        return decompress(*arguments)
+
+    monkeypatch.setattr(application, "decompress", slow)
+    large = [squeezed(joined, 40_000) for _ in range(4)]
+    joined.loop.until(lambda: running == 2)
+    assert joined.ask("GET", "/v2").status == 200
+    small = gzip.compress(json.dumps(INFER).encode())
+    joined.begin("POST", "/v2/models/double/infer", small, Content_Encoding="gzip")
+    assert len(joined.caller.calls) == 1, "a small one waits for nobody"
+    for exchange in large[2:]:
+        leave(exchange)
+    gate.set()
+    joined.loop.until(lambda: len(joined.caller.calls) == 3)
+    assert most == 2
+    assert all(waits(exchange) for exchange in large[:2])
 
 
 @pytest.mark.parametrize("rows", [100, 40_000])

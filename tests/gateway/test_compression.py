@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.gateway.compression import choose, compress, decompress
-from penstock.wire.errors import BAD_INPUT, TOO_LARGE, UNSUPPORTED, PenstockError
+from penstock.gateway.compression import SMALL_BYTES, choose, compress, decompress, decompress_small
+from penstock.wire.errors import BAD_INPUT, CANCELLED, TOO_LARGE, UNSUPPORTED, PenstockError
 
 
 def raw_deflate(body: bytes) -> bytes:
@@ -28,8 +29,12 @@ FORMATS: list[tuple[str, Callable[[bytes], bytes]]] = [
 
 
 def refusal(body: bytes, encoding: str, bytes_max: int = 1000) -> PenstockError:
+    """What both ways say to it."""
     with pytest.raises(PenstockError) as raised:
         decompress(body, encoding, bytes_max)
+    with pytest.raises(PenstockError) as small:
+        decompress_small(body, encoding, bytes_max)
+    assert (small.value.code, small.value.message) == (raised.value.code, raised.value.message)
     return raised.value
 
 
@@ -38,6 +43,7 @@ def refusal(body: bytes, encoding: str, bytes_max: int = 1000) -> PenstockError:
 def test_body_comes_out_as_it_was(encoding: str, squeeze: Callable[[bytes], bytes], body: bytes) -> None:
     assert decompress(squeeze(body), encoding, len(body)) == body
     assert decompress(memoryview(squeeze(body)), encoding.upper(), len(body)) == body
+    assert decompress_small(memoryview(squeeze(body)), encoding.upper(), len(body)) == body
 
 
 @pytest.mark.parametrize(("encoding", "squeeze"), FORMATS)
@@ -52,7 +58,8 @@ def test_small_bomb_takes_no_memory(encoding: str, squeeze: Callable[[bytes], by
     bomb = squeeze(bytes(limit + 10_000))
     tracemalloc.start()
     try:
-        assert refusal(bomb, encoding, limit).code == TOO_LARGE
+        with pytest.raises(PenstockError, match="expands to more than the limit of"):
+            decompress(bomb, encoding, limit)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -77,6 +84,41 @@ def test_damaged_body_is_refused(encoding: str, squeeze: Callable[[bytes], bytes
     for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:1], b"", whole + b"x", whole + whole, b"hello"):
         error = refusal(damaged, encoding)
         assert (error.code, error.message) == (BAD_INPUT, f"the body is not valid {encoding} data")
+
+
+@pytest.mark.parametrize(("encoding", "squeeze"), FORMATS)
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_what_is_not_small_is_left_to_a_thread(encoding: str, squeeze: Callable[[bytes], bytes], more: int) -> None:
+    body = bytes(SMALL_BYTES + more)
+    assert decompress_small(squeeze(body), encoding, 2 * SMALL_BYTES) == (None if more > 0 else body)
+    assert decompress(squeeze(body), encoding, len(body)) == body
+
+
+@pytest.mark.parametrize(("encoding", "squeeze"), FORMATS)
+def test_large_body_comes_out_as_it_was_and_damage_is_noticed_wherever_it_is(
+    encoding: str, squeeze: Callable[[bytes], bytes]
+) -> None:
+    """In pieces: of what expands much and little, and ends inside of a piece and at its end."""
+    noise = random.Random(0).randbytes(3 << 17)
+    for body in (noise, bytes(3 << 18), bytes((3 << 18) + 258), noise + bytes(1 << 20) + noise):
+        whole = squeeze(body)
+        assert decompress(whole, encoding, len(body)) == body
+        for damaged in (whole[:-1], whole[: len(whole) // 2], whole + b"x"):
+            with pytest.raises(PenstockError, match=f"the body is not valid {encoding} data"):
+                decompress(damaged, encoding, len(body))
+
+
+def test_it_stops_when_it_is_not_wanted_any_more() -> None:
+    looks = 0
+
+    def wanted() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks < 3
+
+    with pytest.raises(PenstockError) as raised:
+        decompress(gzip.compress(bytes(64 << 20)), "gzip", 64 << 20, wanted)
+    assert (raised.value.code, looks) == (CANCELLED, 3)
 
 
 def test_checksum_counts() -> None:

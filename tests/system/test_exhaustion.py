@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import os
+import re
+import resource
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -276,19 +278,56 @@ def test_who_finds_no_memory_for_an_arena_sends_tensors_in_messages(
         assert line["level"] == "warning"
         assert why in str(line["reason"])
         assert "arena_bytes in the configuration" in str(line["reason"])
-    head = {"name": "x", "shape": [2, 50_000], "datatype": "FP32", "parameters": {"binary_data_size": 400_000}}
-    text = json.dumps({"inputs": [head], "parameters": {"binary_data_output": True}}).encode()
-    length = {"Inference-Header-Content-Length": str(len(text))}
     for _ in range(3):
-        status, _, answer = server.request("POST", "/v2/models/wide/infer", text + WIDE["x"].tobytes(), length)
-        assert status == 200
-        assert answer.endswith(WIDE["x"].tobytes())
+        assert ask_wide(server) == WIDE["x"].tobytes()
     with Client(server.runtime) as client:
         assert np.array_equal(client.infer("wide", WIDE)["y"], WIDE["x"])
     wait_for(lambda: missing(server) == {"cpu-0": 1, "gateway-0": 1}, "the metrics to say so")
     assert len(events(server, "no shared memory")) == 2, "each says it once"
     assert not any("memfd:penstock" in Path(f"/proc/{pid}/maps").read_text() for pid in server.children("gateway"))
     server.check_clean_end()  # while what limits it is still there
+
+
+def ask_wide(server: Server) -> bytes:
+    """The output for a large input, over HTTP."""
+    head = {"name": "x", "shape": [2, 50_000], "datatype": "FP32", "parameters": {"binary_data_size": 400_000}}
+    text = json.dumps({"inputs": [head], "parameters": {"binary_data_output": True}}).encode()
+    length = {"Inference-Header-Content-Length": str(len(text))}
+    status, _, answer = server.request("POST", "/v2/models/wide/infer", text + WIDE["x"].tobytes(), length)
+    assert status == 200
+    return answer[-400_000:]
+
+
+def maps(pid: int) -> set[str]:
+    """Whose arenas a process has mapped."""
+    return set(re.findall(r"memfd:(penstock-[a-z]+-\d)", Path(f"/proc/{pid}/maps").read_text()))
+
+
+def test_memory_that_comes_later_is_found_and_used(start_server: StartServer, repository: Path) -> None:
+    """By processes that serve on meanwhile."""
+    by = ["env", "PYTHONDONTWRITEBYTECODE=1", "prlimit", f"--fsize={1 << 20}:unlimited"]
+    server = start_server(str(repository), by=by)
+    with Client(server.runtime) as client:
+        assert np.array_equal(client.infer("wide", WIDE)["y"], WIDE["x"])
+        assert missing(server) == {"cpu-0": 1, "gateway-0": 1}
+        [worker], [gateway] = server.children("worker"), server.children("gateway")
+        for pid in (worker, gateway):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        def found() -> bool:
+            assert np.array_equal(client.infer("wide", WIDE)["y"], WIDE["x"])
+            return missing(server) == {"cpu-0": 0, "gateway-0": 0}
+
+        wait_for(found, "the memory to be found")
+        both = {"penstock-cpu-0", "penstock-gateway-0"}
+        wait_for(lambda: both == maps(worker) == maps(gateway), "each to have mapped the other's")
+        for _ in range(3):
+            assert ask_wide(server) == WIDE["x"].tobytes()
+            assert np.array_equal(client.infer("wide", WIDE)["y"], WIDE["x"])
+    assert server.children("worker") + server.children("gateway") == [worker, gateway]
+    said = [str(line["process"]) for line in events(server, "shared memory was found")]
+    assert sorted(said) == ["cpu-0", "gateway-0"], "each says it once"
+    assert [line for line in server.log() if line["event"].startswith("worker lost")] == []
 
 
 def missing(server: Server) -> dict[str, float]:

@@ -400,7 +400,7 @@ def test_a_peer_that_sends_garbage_as_fast_as_it_can(serve: Callable[[str], Serv
 # --- clients of the gateway ---
 
 EACH = 100
-BOMBS = 8  # each takes the gateway a tenth of a second
+BOMBS = 8  # each takes a thread of the gateway's a tenth of a second
 SHORT = """[gateway]
 head_timeout_s = 1.0
 body_timeout_s = 1.0
@@ -467,3 +467,21 @@ def test_slow_clients_and_bombs_all_at_once(serve: Callable[[str], Server]) -> N
     assert counted(metrics, "penstock_http_responses_total", 'code="413"') == BOMBS
     # One bomb at a time is looked into, in small pieces; and one answer of a connection waits to be read.
     grown.check(gateway=64, broker=16, worker=16)
+
+
+def test_small_requests_are_answered_while_large_bodies_are_expanded(serve: Callable[[str], Server]) -> None:
+    """On the gateway's loop they would be answered after all that came before them."""
+    server = serve("")
+    bodies = [gzip.compress(bytes(60 * MB), 9)[:-1], gzip.compress(bytes(65 * MB), 9)] * 4
+    head = "POST /v2/models/same/infer HTTP/1.1\r\nHost: h\r\nContent-Encoding: gzip\r\nContent-Length: "
+    ask = ask_http(server)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connect(server, b"")) for _ in bodies]
+        for client, body in zip(clients, bodies, strict=True):
+            client.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
+        assert server.request("GET", "/v2/health/live")[0] == 200
+        answered, _, _ = select.select(clients, [], [], 0)
+        assert len(answered) < len(clients), "it has waited for all of them"
+        assert ask(3.0) == 3.0
+        for client, status in zip(clients, [b"400", b"413"] * 4, strict=True):
+            assert client.recv(4096).startswith(b"HTTP/1.1 " + status)

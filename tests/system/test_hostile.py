@@ -13,9 +13,12 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from penstock.client import Client
 from penstock.wire.control import HELLO_BYTES
+from penstock.wire.messages import MAX_HEAD_BYTES
+from penstock.wire.sockets import MAX_SUBSCRIPTION_BYTES
 from tests.system.servers import Server, wait_for
 
 ROW = {"x": np.ones((1, 4), np.float32)}
@@ -103,6 +106,33 @@ def test_garbage_to_the_control_socket(server: Server) -> None:
             peer.settimeout(30)
             assert peer.recv(1) == b"", "the broker closes it"
     still_serves(server)
+
+
+@pytest.mark.parametrize("where", ["workers", "results"])
+def test_who_sends_more_than_may_come_there_is_cut_off(
+    server: Server, context: zmq.Context[zmq.Socket[bytes]], where: str
+) -> None:
+    """Before it takes memory, and nobody else notices."""
+    if where == "workers":
+        path, peer, frames = server.runtime / "workers.sock", context.socket(zmq.DEALER), [bytes(MAX_HEAD_BYTES + 1)]
+    else:
+        [path] = server.runtime.glob("worker-*.sock")
+        peer, frames = context.socket(zmq.XSUB), [b"\x02" + bytes(MAX_SUBSCRIPTION_BYTES)]
+    before = server.children("broker") + server.children("worker")
+    events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+    with peer, peer.get_monitor_socket(events) as watch, Client(server.runtime) as client:
+        client.infer("dense", ROW)
+        peer.set(zmq.RECONNECT_IVL, -1)
+        peer.connect(f"ipc://{path}")
+        assert watch.poll(30_000), "no connection"
+        assert recv_monitor_message(watch)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        peer.send_multipart(frames, copy=False)
+        assert watch.poll(30_000), "it is not cut off"
+        assert recv_monitor_message(watch)["event"] == zmq.EVENT_DISCONNECTED
+        client.infer("dense", ROW)
+        peer.disable_monitor()
+    still_serves(server)
+    assert server.children("broker") + server.children("worker") == before
 
 
 def test_the_runtime_directory_is_closed_to_others(server: Server) -> None:

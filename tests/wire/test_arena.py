@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.wire import arena as module
-from penstock.wire.arena import Arena, ArenaError, Mapping, make_arena, planned_bytes
+from penstock.wire.arena import Arena, ArenaError, ArenaSearch, Mapping, make_arena, planned_bytes
 from penstock.wire.errors import BadMessage
 
 PAGE = mmap.PAGESIZE
@@ -632,3 +633,62 @@ def test_an_arena_that_is_made_is_as_large_as_was_planned(caplog: pytest.LogCapt
     assert said.getMessage().startswith("no shared memory; large tensors travel in messages")
     reason = said.__dict__["fields"]["reason"]
     assert re.search(r"does not fit into .* \(\[x\] arena_bytes in the configuration\)$", reason)
+
+
+def attempt(search: ArenaSearch) -> tuple[Arena | None, float]:
+    """What the next attempt finds, and the time at which it ends."""
+    now = search.due
+    assert search.look(now) is None, "nothing is allocated on the thread that looks"
+    assert search._thread is not None
+    search._thread.join(20)
+    now = max(now, search.due)
+    return search.look(now), now
+
+
+def test_memory_is_looked_for_ever_less_often_until_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    available = 0
+    monkeypatch.setattr(module, "available_bytes", lambda: available)
+    search = ArenaSearch(100_000, "found", True)
+    assert search.look(0.0) is None
+    assert search.due == 1.0
+    pauses = []
+    for _ in range(8):
+        found, now = attempt(search)
+        assert found is None
+        pauses.append(search.due - now)
+    assert pauses == [2, 4, 8, 16, 32, 60, 60, 60]
+    assert search.look(now) is None, "it is not time yet"
+    assert caplog.records == [], "that it is missing has been said"
+    available = 1 << 30
+    with caplog.at_level("INFO"):
+        arena, now = attempt(search)
+    assert arena is not None
+    assert arena.size == planned_bytes(100_000, 0)
+    [said] = caplog.records
+    assert said.getMessage().startswith("shared memory was found")
+    assert search.due == float("inf")
+    assert search.look(now) is None
+    arena.close()
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [(100_000, False), (0, True)])
+def test_where_none_is_wanted_nothing_is_looked_for(asked: int, wanted: bool) -> None:
+    assert ArenaSearch(asked, "none", wanted).due == float("inf")
+
+
+def test_no_thread_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    search = ArenaSearch(100_000, "none", True)
+    search.look(5.0)
+    with monkeypatch.context() as without:
+        without.setattr(threading.Thread, "start", no_thread)
+        assert search.look(search.due) is None
+    assert search.look(search.due) is None
+    assert search.due == 8.0
+    arena, _ = attempt(search)
+    assert arena is not None
+    arena.close()

@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from penstock.wire.messages import MAX_REQUESTS, Payload
-from penstock.wire.sockets import Socket
+from penstock.wire.sockets import MAX_SUBSCRIPTION_BYTES, Socket
 
 WAIT_S = 10.0
 MakeSocket: TypeAlias = Callable[..., Socket]
@@ -23,8 +23,8 @@ def make_socket() -> Iterator[MakeSocket]:
     context: zmq.Context[Any] = zmq.Context()
     made: list[Socket] = []
 
-    def make(kind: int, high_water: int = 1000, identity: bytes = b"") -> Socket:
-        made.append(Socket(context, kind, high_water, identity))
+    def make(kind: int, high_water: int = 1000, identity: bytes = b"", frame_bytes_max: int = 1 << 30) -> Socket:
+        made.append(Socket(context, kind, high_water, identity, frame_bytes_max))
         return made[-1]
 
     yield make
@@ -44,13 +44,13 @@ def ends(request: pytest.FixtureRequest, make_socket: MakeSocket, tmp_path: Path
     return router, dealer
 
 
-def join(router: Socket, dealer: Socket) -> None:
+def join(router: Socket, dealer: Socket, name: bytes = b"peer") -> None:
     """Wait until the two are connected: an IMMEDIATE DEALER takes nothing before."""
     poller = zmq.Poller()
     poller.register(dealer.fileno(), select.POLLIN)
     while dealer.send([b"hello"]) == "full":
         assert poller.poll(int(WAIT_S * 1000)), "no connection"
-    assert receive(router) == [([b"peer", b"hello"], [])]
+    assert receive(router) == [([name, b"hello"], [])]
 
 
 def wait(socket: Socket) -> None:
@@ -198,3 +198,39 @@ def test_what_was_sent_last_is_delivered_within_the_time_to_linger(make_socket: 
     dealer.send([b"last"], [bytes(1_000_000)])
     dealer.close(linger_ms=10_000)
     assert receive(router) == [([b"peer", b"last"], [bytes(1_000_000)])]
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_a_frame_beyond_the_limit_ends_its_connection_and_no_other(
+    make_socket: MakeSocket, tmp_path: Path, transport: str
+) -> None:
+    router = make_socket(zmq.ROUTER, frame_bytes_max=1000)
+    router.raw.bind({"ipc": f"ipc://{tmp_path}/s", "tcp": "tcp://127.0.0.1:*"}[transport])
+    address = router.raw.get(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+    good, bad = make_socket(zmq.DEALER, identity=b"peer"), make_socket(zmq.DEALER, identity=b"peer too")
+    good.raw.connect(address)
+    join(router, good)
+    bad.raw.set(zmq.RECONNECT_IVL, -1)
+    bad.raw.connect(address)
+    join(router, bad, b"peer too")
+    assert bad.send([b"most"], [bytes(1000)]) == "sent"
+    assert receive(router) == [([b"peer too", b"most"], [bytes(1000)])]
+    assert bad.send([b"more"], [bytes(1001)]) == "sent"
+    for _ in range(10_000):
+        if router.send([b"peer too", b"head"]) == "gone":
+            break
+        assert good.send([b"meanwhile"]) == "sent"
+        assert receive(router) == [([b"peer", b"meanwhile"], [])]
+    assert router.send([b"peer too", b"head"]) == "gone"
+    assert good.send([b"afterwards"]) == "sent"
+    assert receive(router) == [([b"peer", b"afterwards"], [])], "nothing of the message came"
+
+
+def test_a_subscription_is_within_its_limit(make_socket: MakeSocket, tmp_path: Path) -> None:
+    """And so is all that ZeroMQ says to begin a connection."""
+    publisher = make_socket(zmq.XPUB, frame_bytes_max=MAX_SUBSCRIPTION_BYTES)
+    publisher.raw.bind(f"ipc://{tmp_path}/s")
+    hearer = make_socket(zmq.SUB, identity=bytes(range(1, 256)))
+    hearer.raw.set(zmq.SUBSCRIBE, bytes(8))
+    hearer.raw.connect(f"ipc://{tmp_path}/s")
+    assert receive(publisher, heads=1) == [([b"\x01" + bytes(8)], [])]
