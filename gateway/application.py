@@ -257,14 +257,14 @@ class Application:
         if not target.encoding:
             self._submit(exchange, target, body)
             return
-        expand = partial(decompress, body, target.encoding, self.options.body_bytes_max)
+        expand = partial(decompress, encoding=target.encoding, bytes_max=self.options.body_bytes_max)
 
         def expanded(whole: bytes) -> None:
             if not exchange.expanded(whole):
                 raise PenstockError(OVERLOADED, "too many bytes of request bodies are under way; try again shortly")
             self._submit(exchange, target, whole)
 
-        self._aside(exchange, len(body), expand, expanded)
+        self._aside(exchange, body, expand, expanded)
 
     def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:
@@ -340,7 +340,7 @@ class Application:
                 extra += b"Inference-Header-Content-Length: %d\r\n" % len(json)
             exchange.answer(200, body, b"application/octet-stream" if binary else b"application/json", extra)
 
-        self._aside(exchange, len(json) + len(binary), partial(compress, json + binary, encoding), compressed)
+        self._aside(exchange, json + binary, partial(compress, encoding=encoding), compressed)
 
     def release(self, held: int) -> None:
         self.caller.release(held, time.monotonic())
@@ -352,11 +352,10 @@ class Application:
         else:
             exchange.send(200, head, tail)
 
-    def _aside(self, exchange: Exchange, size: int, work: Callable[[], T], then: Callable[[T], None]) -> None:
-        """Do work on ``size`` bytes and then something with its result: on a thread, when it would keep others
-        waiting."""
-        if size <= _ASIDE_MIN_BYTES:
-            then(work())
+    def _aside(self, exchange: Exchange, data: Buffer, work: Callable[[Buffer], T], then: Callable[[T], None]) -> None:
+        """Do work on data and then something with its result: on a thread, when it would keep others waiting."""
+        if len(data) <= _ASIDE_MIN_BYTES:
+            then(work(data))
             return
 
         def done(future: asyncio.Future[T]) -> None:
@@ -365,7 +364,11 @@ class Application:
             else:
                 self._later(exchange, lambda done: then(done.result()), future)
 
-        self._loop.run_in_executor(None, work).add_done_callback(done)
+        # What waits for a thread leaves with its client, whose place in the budget is another's then: else clients
+        # that send and hang up would fill the memory, as what stands in the executor's queue stays there.
+        waiting = [data]
+        exchange.gone = waiting.clear
+        self._loop.run_in_executor(None, lambda: work(waiting.pop())).add_done_callback(done)
 
     def _later(self, exchange: Exchange, handler: Callable[[T], None], argument: T) -> None:
         """Go on with a request: errors answer it, as in ``handle``."""

@@ -6,9 +6,12 @@ import gzip
 import json
 import logging
 import re
+import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any, NamedTuple, cast
 
@@ -50,7 +53,7 @@ from penstock.wire.messages import (
 from penstock.wire.metrics import Sample
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelSpec, ModelState, Tensor, TensorSpec
 from penstock.wire.slots import Slot, Slots
-from tests.gateway.serving import Loop
+from tests.gateway.serving import DEADLINE_S, Loop
 
 EPOCH = 5
 
@@ -846,6 +849,25 @@ def test_client_that_leaves_while_its_request_is_expanded_is_forgotten(joined: D
     joined.loop.until(lambda: joined.caller.calls)
     assert (len(joined.caller.calls), joined.flushes) == (1, 1)
     assert waits(other)
+
+
+def test_what_waits_for_a_thread_leaves_with_its_client(joined: Desk) -> None:
+    """Its bytes count no more then, so others have their place: they must not stay in the executor's queue."""
+    loop, free = joined.loop.loop, threading.Event()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    busy = loop.run_in_executor(None, free.wait, DEADLINE_S)
+    try:
+        exchange = squeezed(joined, 40_000)
+        body = weakref.ref(exchange.request.body)
+        # As a connection does when it ends.
+        joined.budget.release(exchange.request)
+        exchange._connection = None
+        if exchange.gone is not None:
+            exchange.gone()
+        assert body() is None
+    finally:
+        free.set()
+        joined.loop.run(busy)
 
 
 @pytest.mark.parametrize("rows", [100, 40_000])
