@@ -508,8 +508,8 @@ class Caller:
             latest = now - _LATE_S
             for call in [call for call in self.calls.values() if call.deadline < latest]:
                 self._expire(call)
-            if not self.membership.joined:
-                self._waiting = [call for call in self._waiting if call.state != ENDED]
+            # They wait while there is no broker, and while it takes nothing (see Link.flush).
+            self._waiting = [call for call in self._waiting if call.state != ENDED]
         match self.membership.say(now):
             case "hello":
                 identity = self.identity
