@@ -81,8 +81,10 @@ def test_series_that_are_too_many_count_together(monkeypatch: pytest.MonkeyPatch
         meters.value("penstock_requests", f"m{number}", "1").value += 1
     meters.value("penstock_workers").value = 1
     told = {(sample.family, sample.labels): sample.value for sample in meters.samples()}
-    own = {("penstock_requests", (f"m{number}", "1")): 1 for number in range(3)}
-    assert told == {**own, ("penstock_requests", ("", "")): 97, ("penstock_workers", ()): 1}
+    wanted: dict[tuple[str, tuple[str, ...]], Any] = {
+        ("penstock_requests", (f"m{number}", "1")): 1 for number in range(3)
+    }
+    assert told == wanted | {("penstock_requests", ("", "")): 97, ("penstock_workers", ()): 1}
 
 
 def test_there_is_room_in_a_snapshot_for_all_series() -> None:
