@@ -115,7 +115,9 @@ class Caller:
         self._arenas: dict[bytes, Arena] = {}  # by worker
         self._arrivals: Arrivals[Arena] = Arrivals()
         self._sharing: dict[bytes, int] = {}  # workers whose arena this broker gives, and as which introduction
-        self._held: dict[int, bytes] = {}  # results that are still read in their worker's memory, and whose that is
+        # Results that are still read in their worker's memory, and whose that is. The broker gives no more to a worker
+        # that keeps unacknowledged_bytes_max for this caller.
+        self._held: dict[int, bytes] = {}
         self._commands: list[Command] = []
 
     # --- what the shell asks for ---
