@@ -40,6 +40,8 @@ log = logging.getLogger("penstock.launcher")
 
 _STOP_MORE_S: Final = 10.0  # than its drain_max_s a process may take to end before it is killed
 _KILL_MAX_S: Final = 5.0  # for the kernel to end a process that is killed; one that waits for a broken disk stays
+_START_MAX_S: Final = 30.0  # for the successor of a broker or a gateway to be ready
+_LOAD_MAX_S: Final = 3600.0  # for that of a worker: to prepare one model may take half an hour
 _PROBE_S: Final = 0.05  # between two looks whether HTTP answers
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 
@@ -465,8 +467,12 @@ class Launcher:
 
     def _wait_for(self, child: Child) -> None:
         """Until it is ready. Raises RestartError."""
+        limit_s = _LOAD_MAX_S if child.role == "worker" else _START_MAX_S
+        until = time.monotonic() + limit_s
         while not child.ready:
-            self._step(float("inf"))
+            self._step(until)
+            if time.monotonic() >= until:
+                raise RestartError(f"the new process was not ready within {limit_s:g} s")
             if self._stop_signal.received:
                 raise RestartError("the server is told to stop")
             if child.exit_code is not None:

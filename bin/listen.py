@@ -82,6 +82,8 @@ def parse(lines: Iterable[bytes]) -> Iterator[View]:
     for line in lines:
         if line.startswith(b"data:"):
             data += line[5:]
+            if len(data) > _LINE_MAX:
+                raise ListenError(f"the gateway tells more than {_LINE_MAX >> 20} MB at once")
         elif not line.rstrip(b"\r\n") and data:
             try:
                 yield msgspec.json.decode(data, type=View)

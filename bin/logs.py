@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
+import select
+import socket
+import stat
 import sys
 import time
+from collections.abc import Callable
 from threading import Timer
 from typing import Any, Final, TextIO, TypeAlias
 
@@ -17,6 +22,7 @@ _INTERVAL_S: Final = 10.0  # after it, too, it is told how many those are
 _KINDS_MAX: Final = 10_000  # that are known
 
 _STDERR: Final = 2
+_ROOM_MAX_S: Final = 0.2  # for who reads the log to make room in a pipe
 _LOST: Final = "log lines could not be written"
 
 _Kind: TypeAlias = tuple[str, str, int, object]  # logger, event, level, and the code, of what has one
@@ -36,10 +42,14 @@ def set_up(role: str, form: str, level: str) -> None:
 class Unbroken(io.RawIOBase):
     """A descriptor to write to that never fails: on a full disk, or with nobody who reads, lines are lost and counted
     in ``lost``. What is written goes out at once, so that nothing old is in the way later; what comes behind a line
-    that could only be begun begins a new one."""
+    that could only be begun begins a new one. Whoever reads slowly is waited for a little; whoever has stopped, as a
+    pager does and a terminal after Ctrl-S, once, and then not until there is room again."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._opened = contextlib.ExitStack()
+        self._send = _sender(fd, self._opened)
+        self._stuck = False
         self._torn = False
         self.lost = 0
 
@@ -57,15 +67,53 @@ class Unbroken(io.RawIOBase):
         size = len(left)
         try:
             if self._torn:
-                os.write(self._fd, b"\n")
+                self._write(memoryview(b"\n"))
                 self._torn = False
             while left:
-                written = os.write(self._fd, left)
+                written = self._write(left)
                 left = left[written:]
         except OSError:
             self.lost += bytes(left).count(b"\n")
             self._torn |= 0 < len(left) < size
         return size
+
+    def close(self) -> None:
+        self._opened.close()
+        super().close()
+
+    def _write(self, data: memoryview) -> int:
+        """Raises OSError."""
+        until = 0.0
+        while True:
+            try:
+                written = self._send(data)
+            except BlockingIOError:
+                if self._stuck:
+                    raise
+                until = until or time.monotonic() + _ROOM_MAX_S
+                self._stuck = not self._has_room(until - time.monotonic())
+            else:
+                self._stuck = False
+                return written
+
+    def _has_room(self, limit_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return limit_s > 0 and bool(poll.poll(limit_s * 1000))
+
+
+def _sender(fd: int, opened: contextlib.ExitStack) -> Callable[[memoryview], int]:
+    """What writes to a descriptor, and raises BlockingIOError where it would wait, as far as it can be had. The
+    descriptor itself stays as it is: other processes have it too. ``opened``: what is to be closed in the end."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            channel = opened.enter_context(socket.socket(fileno=os.dup(fd)))
+            return lambda data: channel.send(data, socket.MSG_DONTWAIT)
+        if stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd):
+            own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            opened.callback(os.close, own)
+            return lambda data: os.write(own, data)
+    return lambda data: os.write(fd, data)
 
 
 def never_fail() -> None:

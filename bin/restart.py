@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -41,9 +42,17 @@ class Asker:
 
     def hear(self) -> Ask:
         """Raises RestartError for what is no such line."""
+        until, line = time.monotonic() + _HEAR_S, b""
         try:
-            with self._connection.makefile("rb") as lines:
-                asked = json.loads(lines.readline(_LINE_MAX_BYTES))
+            # The time is that of all of it: meanwhile the launcher does nothing else.
+            while not line.endswith(b"\n") and len(line) < _LINE_MAX_BYTES and (left_s := until - time.monotonic()) > 0:
+                self._connection.settimeout(left_s)
+                more = self._connection.recv(_LINE_MAX_BYTES - len(line))
+                if not more:
+                    break
+                line += more
+            self._connection.settimeout(_HEAR_S)
+            asked = json.loads(line)
             return Ask(tuple(role for role in ROLES if role in asked["roles"]), bool(asked["in_place"]))
         except (OSError, ValueError, KeyError, TypeError):
             raise RestartError("it was not said what to restart") from None

@@ -25,6 +25,7 @@ _PLACES: Final = {
     ".sysusers.conf": "sysusers.d",
     ".tmpfiles.conf": "tmpfiles.d",
 }
+_RUN_MAX_S: Final = 60.0  # for one of systemd's commands
 _STEPS_SINCE: Final = 254  # the first systemd that lengthens the time between restarts
 
 
@@ -68,8 +69,8 @@ def systemd(to: Path | None, install: bool, models: Path) -> None:
         ["systemctl", "daemon-reload"],
     ):
         try:
-            subprocess.run(arguments, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            subprocess.run(arguments, check=True, timeout=_RUN_MAX_S)
+        except (OSError, subprocess.SubprocessError) as error:
             raise click.ClickException(f"'{' '.join(arguments)}' failed: {error}") from None
     click.echo("now: systemctl enable --now penstock.target penstock-gateway@1 penstock-worker@cpu")
 
@@ -119,8 +120,9 @@ def _hidden(*paths: Path) -> str:
 def _version() -> int:
     """systemd's; 0 where there is none."""
     try:
-        shown = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        asked = ["systemctl", "--version"]
+        shown = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=_RUN_MAX_S).stdout
+    except (OSError, subprocess.SubprocessError):
         return 0
     match = re.match(r"systemd (\d+)", shown)
     return int(match[1]) if match else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import select
 import signal
 import socket
@@ -71,7 +70,7 @@ class _Hearing:
         self.woken, self.wake = socket.socketpair()
         self.woken.setblocking(False)
         self.wake.setblocking(False)
-        self.heard: queue.SimpleQueue[View | str] = queue.SimpleQueue()
+        self.heard: deque[View | str] = deque(maxlen=_HISTORY)  # while a terminal is stopped, nobody takes them
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -85,7 +84,7 @@ class _Hearing:
             self._closing.wait(_AGAIN_S)
 
     def _say(self, said: View | str) -> None:
-        self.heard.put(said)
+        self.heard.append(said)
         self.nudge()
 
     def nudge(self) -> None:
@@ -125,16 +124,15 @@ def _watch(listener: Listener) -> None:
                     pressed = os.read(keys[0], 64)
                     if not pressed or any(key in _QUIT for key in pressed):
                         return
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        said = hearing.heard.get_nowait()
-                        if isinstance(said, str):
-                            lost = said
-                            continue
-                        view, lost = said, ""
-                        if view.seconds:
-                            rates.append(view.rate)
-                            queues.append(view.queue)
+                while hearing.heard:
+                    said = hearing.heard.popleft()
+                    if isinstance(said, str):
+                        lost = said
+                        continue
+                    view, lost = said, ""
+                    if view.seconds:
+                        rates.append(view.rate)
+                        queues.append(view.queue)
     finally:
         signal.signal(signal.SIGWINCH, before)
         hearing.close()

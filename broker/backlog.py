@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 
 class Backlog:
@@ -34,6 +34,11 @@ class Backlog:
     def drop(self, peer: bytes) -> None:
         self._left.pop(peer, None)
         self._waiting.pop(peer, None)
+
+    def keep(self, peers: Container[bytes]) -> None:
+        """Drop what waits for any others."""
+        for peer in [peer for peer in self._waiting if peer not in peers]:
+            self.drop(peer)
 
     def send(self, send: Callable[[bytes, bytes], str]) -> Iterator[bytes]:
         """Try again, see ``Socket.send``. Yields the peers that are not there any more; what waited for them is

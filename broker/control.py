@@ -31,6 +31,7 @@ class ControlServer:
         self._poll = poll
         poll.register(self._listener, select.POLLIN)
         self._outboxes: dict[int, deque[tuple[bytes, int]]] = {}  # whose arenas wait for room, and as which serial
+        # Of those that have said who they are there are as many as there are descriptors, see ``resume``.
         self._connections: dict[int, socket.socket] = {}
         self._peers: dict[int, bytes] = {}
         self._filenos: dict[bytes, int] = {}  # by peer

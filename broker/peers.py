@@ -103,11 +103,16 @@ class WorkerPeer:
 
     def learn(self, costs: Sequence[Cost]) -> None:
         """What its models take here."""
-        self.costs |= {(cost.model, cost.version): cost for cost in costs}
+        self.costs |= {key: cost for cost in costs if (key := (cost.model, cost.version)) in self.models}
         self._resize()
 
     def _resize(self) -> None:
         self._left_us = -1
+        # Of what it declares or still runs, and of nothing that it ever declared: names are its own to choose.
+        known = self.models.keys() | self._rows.keys()
+        self.costs = {key: cost for key, cost in self.costs.items() if key in known}
+        self._sizes = {key: size for key, size in self._sizes.items() if key in known}
+        self._windows = {key: window for key, window in self._windows.items() if key in known}
         for key, state in self.models.items():
             if state.spec is not None:
                 size, cost = state.spec.max_batch_size, self.costs.get(key)

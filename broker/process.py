@@ -285,6 +285,8 @@ class BrokerProcess:
 
     def _send_backlog(self, now: float) -> None:
         self._backlog_at = now + _CALLER_AGAIN_S
+        # Who was silent for too long may stay connected: of such there may be more than callers_max.
+        self._backlog.keep(self._core.callers)
         for caller in self._backlog.send(lambda peer, packed: self._callers.send((peer, packed))):
             self._obey(self._core.handle(Gone(caller, "it is not connected"), now))
 

@@ -115,7 +115,9 @@ class Caller:
         self._arenas: dict[bytes, Arena] = {}  # by worker
         self._arrivals: Arrivals[Arena] = Arrivals()
         self._sharing: dict[bytes, int] = {}  # workers whose arena this broker gives, and as which introduction
-        self._held: dict[int, bytes] = {}  # results that are still read in their worker's memory, and whose that is
+        # Results that are still read in their worker's memory, and whose that is. The broker gives no more to a worker
+        # that keeps unacknowledged_bytes_max for this caller.
+        self._held: dict[int, bytes] = {}
         self._commands: list[Command] = []
 
     # --- what the shell asks for ---
@@ -508,8 +510,8 @@ class Caller:
             latest = now - _LATE_S
             for call in [call for call in self.calls.values() if call.deadline < latest]:
                 self._expire(call)
-            if not self.membership.joined:
-                self._waiting = [call for call in self._waiting if call.state != ENDED]
+            # They wait while there is no broker, and while it takes nothing (see Link.flush).
+            self._waiting = [call for call in self._waiting if call.state != ENDED]
         match self.membership.say(now):
             case "hello":
                 identity = self.identity

@@ -281,7 +281,7 @@ class Client:
         first time, and while the inputs that are under way leave no room in shared memory for more, first come, first
         served; never in a callback of a future. Raises PenstockError when the request does not fit the model, no server
         is reached in time, or there is no room: OVERLOADED at the end of the timeout or after 10 seconds, TOO_LARGE
-        when there never will be.
+        when there never will be; and OVERLOADED at once while as many as may be under way wait to be sent.
         """
         start = time.monotonic()
         limit_s = check_timeout(self._timeout_s if timeout is None else timeout)
@@ -293,7 +293,11 @@ class Client:
         form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs, priority, tenant)
         payload = self._gather(talk, link, parts, form.nbytes, start + limit_s)
         call = _Call(talk, link, payload, copy)
-        talk.submit(link, call, form, payload, limit_s - (time.monotonic() - start))
+        try:
+            talk.submit(link, call, form, payload, limit_s - (time.monotonic() - start))
+        except PenstockError:
+            give_back(payload)
+            raise
         if self._closed and talk.thread is not threading.current_thread():
             talk.thread.join(END_S)  # closed meanwhile: the thread may have looked for the last time
             call.end(None, PenstockError(CANCELLED, "the client was closed"))

@@ -58,7 +58,7 @@ class Connection:
         self._socket: socket.socket | None = None
         self._connecting = False
         self._watched = 0  # what epoll has been told to look for
-        self._out: deque[Payload] = deque()
+        self._out: deque[Payload] = deque()  # bounded by whoever sends, who asks whether it is ``full``
         self.out_bytes = 0
         self._received = 0  # bytes that ``glance`` has received, and that have not been taken in
 
@@ -194,7 +194,8 @@ class Connection:
                 raise Broken("the peer has closed it")
         messages = self._zmtp.received(size)
         if self._zmtp.replies:
-            self._queue((self._zmtp.replies,))
+            if not self.full:  # who pings on and reads nothing is not answered for ever
+                self._queue((self._zmtp.replies,))
             self._zmtp.replies = b""
         if self._zmtp.ready and not self.ready:
             self.ready = True
@@ -208,9 +209,12 @@ class Connection:
         if self._socket is not None and self.ready:
             poll = select.poll()
             poll.register(self._socket, select.POLLOUT)
+            until, left_s = time.monotonic() + linger_s, linger_s
             try:
-                while self._out and poll.poll(linger_s * 1000):
+                # The time is that of all: who takes a little now and then would hold this up as long as it likes.
+                while self._out and left_s >= 0 and poll.poll(left_s * 1000):
                     self._flush()
+                    left_s = until - time.monotonic()
             except OSError:
                 pass  # the peer has gone
         self._drop()

@@ -28,7 +28,7 @@ from typing import Any, Final, Protocol
 from penstock.client.events import Complete
 from penstock.client.link import EVENTS_MAX, Link
 from penstock.client.short import Plan
-from penstock.wire.errors import CANCELLED, INTERNAL, LOST, PenstockError
+from penstock.wire.errors import CANCELLED, INTERNAL, LOST, OVERLOADED, PenstockError
 from penstock.wire.messages import Form, Payload
 from penstock.wire.slots import Slot
 
@@ -127,7 +127,8 @@ class Talk:
         self._under_way: set[_Sink] = set()  # of futures
         self._ended: deque[tuple[Future, Complete | None, PenstockError | None]] = deque()
         self._asked = 0  # by waiters, ever
-        self._todo: deque[Task] = deque()  # for the keeper
+        # For the keeper: requests, bounded by ``submit``, and at most a cancel and a release of each.
+        self._todo: deque[Task] = deque()
         self._awake = False  # the keeper will look at _todo before it sleeps
         self._inside = False  # the core is at work. Found so by who has the lock: a thread was interrupted there
         self._stopped = False  # nothing can be asked: it is being closed or made anew
@@ -290,7 +291,11 @@ class Talk:
         self._leave()
 
     def submit(self, link: Link, future: Future, form: Form, payload: Payload, limit_s: float) -> None:
-        """Have the keeper send a request that was made for this link; its future ends."""
+        """Have the keeper send a request that was made for this link; its future ends. Raises PenstockError when too
+        many wait for the keeper already, as they do while a callback keeps it."""
+        if len(self._todo) >= link.caller.identity.calls_max:
+            sentence = f"{len(self._todo)} requests wait to be sent; does a callback of a future not return?"
+            raise PenstockError(OVERLOADED, sentence, 1.0)
         self.enqueue(self._submit, link, future, form, payload, limit_s)
 
     def cancel(self, future: Future) -> None:

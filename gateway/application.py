@@ -351,7 +351,7 @@ class Application:
                 extra += b"Inference-Header-Content-Length: %d\r\n" % len(json)
             exchange.answer(200, body, b"application/octet-stream" if binary else b"application/json", extra)
 
-        self._aside(exchange, len(json) + len(binary), partial(compress, json + binary, encoding), compressed)
+        self._compress(exchange, json + binary, encoding, compressed)
 
     def release(self, held: int) -> None:
         self.caller.release(held, time.monotonic())
@@ -363,20 +363,23 @@ class Application:
         else:
             exchange.send(200, head, tail)
 
-    def _aside(self, exchange: Exchange, size: int, work: Callable[[], T], then: Callable[[T], None]) -> None:
-        """Do work on ``size`` bytes and then something with its result: on a thread, when it would keep others
-        waiting."""
-        if size <= _ASIDE_MIN_BYTES:
-            then(work())
+    def _compress(self, exchange: Exchange, data: bytes, encoding: str, then: Callable[[bytes], None]) -> None:
+        """Compress an answer, on a thread if it is large, and then do something with it."""
+        if len(data) <= _ASIDE_MIN_BYTES:
+            then(compress(data, encoding))
             return
 
-        def done(future: asyncio.Future[T]) -> None:
+        def done(future: asyncio.Future[bytes]) -> None:
             if exchange.abandoned:
                 future.exception()
             else:
                 self._later(exchange, lambda done: then(done.result()), future)
 
-        self._loop.run_in_executor(None, work).add_done_callback(done)
+        # What waits for a thread leaves with its client: else those that ask and hang up would fill the memory, as what
+        # stands in the executor's queue stays there.
+        waiting = [data]
+        exchange.gone = waiting.clear
+        self._loop.run_in_executor(None, lambda: compress(waiting.pop(), encoding)).add_done_callback(done)
 
     def _later(self, exchange: Exchange, handler: Callable[[T], None], argument: T) -> None:
         """Go on with a request: errors answer it, as in ``handle``."""

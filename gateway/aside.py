@@ -27,6 +27,11 @@ class Work:
     def leave(self) -> None:
         self.wanted = False
         self._aside.forget(self)
+        self.do = _nothing  # what it was to work on is held by nobody else now
+
+
+def _nothing(work: Work) -> None:
+    """What is left to do."""
 
 
 class Aside:

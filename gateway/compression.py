@@ -117,5 +117,5 @@ def choose(accepted: str) -> str:
     return best if wish > 0 and wish >= weights.get("identity", 0.0) else ""
 
 
-def compress(body: bytes, encoding: str) -> bytes:
+def compress(body: Buffer, encoding: str) -> bytes:
     return gzip.compress(body, _LEVEL, mtime=0) if encoding == "gzip" else zlib.compress(body, _LEVEL)

@@ -412,15 +412,17 @@ class Reader:
     def on_body(self, data: bytes) -> None:
         if "content-length" in self._headers:
             self.body_left -= len(data)
-            self._body.append(data)
-            return
-        self._charge(len(data))
-        if self._charged > self._options.body_bytes_max:
-            limit = self._options.body_bytes_max
-            raise HttpError(413, f"the body is over the limit of {limit} bytes (body_bytes_max)")
-        # Chunks may be of two bytes each: as objects they would take far more memory than is charged for them.
-        if not self._body:
-            self._body.append(bytearray())
+            if not self._body:
+                self._body.append(data)  # as nearly always, all of it
+                return
+        else:
+            self._charge(len(data))
+            if self._charged > self._options.body_bytes_max:
+                limit = self._options.body_bytes_max
+                raise HttpError(413, f"the body is over the limit of {limit} bytes (body_bytes_max)")
+        # Reads and chunks may be of two bytes each: as objects they would take far more memory than is charged for.
+        if not self._body or type(self._body[0]) is bytes:
+            self._body = [bytearray().join(self._body)]
         self._body[0] += data
 
     def on_message_complete(self) -> None:

@@ -14,6 +14,7 @@ OTEL_SERVICE_NAME). A request that is refused before it is asked has none.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from penstock.gateway.reader import Head
 from penstock.wire.errors import PenstockError
 
 _SECOND_NS: Final = 1_000_000_000
-_SHUTDOWN_MS: Final = 2000  # for spans that have not been sent when the gateway ends
+_SHUTDOWN_S: Final = 2.0  # for spans that have not been sent when the gateway ends
 
 
 class TracingError(Exception):
@@ -133,6 +134,8 @@ class Tracing:
         return self._extract(carrier)
 
     def close(self) -> None:
-        """Send what is left, within a limit."""
-        self._provider.force_flush(_SHUTDOWN_MS)
-        self._provider.shutdown()
+        """Send what is left, within a limit, which OpenTelemetry's own calls do not keep: where nobody answers they
+        take the time of several exports."""
+        ending = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
+        ending.start()
+        ending.join(_SHUTDOWN_S)

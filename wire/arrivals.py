@@ -13,7 +13,8 @@ A = TypeVar("A")
 
 
 class Arrivals(Generic[A]):
-    """Pairs arenas with the messages that announce them. Holds the newest of each owner at most."""
+    """Pairs arenas with the messages that announce them. Holds the newest of each owner at most; owners are those that
+    a broker introduces, who are at most MAX_PEERS at a time, and whom it says to ``forget``."""
 
     def __init__(self) -> None:
         self._came: Final[dict[bytes, tuple[int, A]]] = {}

@@ -25,6 +25,7 @@ SECONDS: Final = (
 ROWS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
 MAX_SAMPLES: Final = 100_000  # series in one process's snapshot
+MAX_SERIES: Final = MAX_SAMPLES - 100  # of one process with labels; beside them, one of each family
 MAX_NUMBER: Final = 1 << 49  # so that those of all peers together are whole numbers of 64 bits
 MAX_LABEL: Final = 256
 # Of a request, beside the label's own name: OpenMetrics allows 128 characters for both.
@@ -217,6 +218,10 @@ class Meters:
     def _find(self, family: str, labels: tuple[str, ...]) -> Value | Histogram:
         series = self._series.get((family, labels))
         if series is None:
+            # Models come and go, and each has series of its own. Those that would be too many for a snapshot, which
+            # nobody would take, count together under no names.
+            if len(self._series) >= MAX_SERIES and any(labels):
+                return self._find(family, ("",) * len(labels))
             about = FAMILIES[family]
             assert len(labels) == len(about.labels), f"{family} has the labels {about.labels}"
             series = Histogram(about.bounds) if about.kind == HISTOGRAM else Value()

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 from pathlib import Path
 from types import FrameType
 from typing import Final, Literal, TypeAlias
@@ -22,6 +23,8 @@ SPARE_DESCRIPTORS: Final = 64  # the highest numbers, which are for what a proce
 SHORT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # of accept(2)
 Descriptors: TypeAlias = Literal["none", "short", "enough"]
 WATCHDOG_FD: Final = "PENSTOCK_WATCHDOG_FD"  # an eventfd to feed instead of NOTIFY_SOCKET: it wakes nobody
+_NOTIFY_MAX_US: Final = 5_000_000  # for whoever started this process to hear of it
+_FEED_MAX_US: Final = 100_000  # likewise, while others wait for this process
 _FEEDINGS: Final = 3  # of a watchdog in the time after which it bites
 _EARLY_S: Final = 2.0  # it is fed so long before it is due, by who is awake: an idle process wakes for its beat alone
 
@@ -72,12 +75,17 @@ def notify(state: str, channel: socket.socket | None = None) -> None:
         if channel is not None:
             channel.sendto(state.encode(), address)
             return
-        with _channel() as opened:
+        with _channel(_NOTIFY_MAX_US) as opened:
             opened.sendto(state.encode(), address)
 
 
-def _channel() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+def _channel(limit_us: int) -> socket.socket:
+    """``limit_us``: how long to wait when the other end does not read and its queue is full."""
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    # The kernel's own time, since for poll(2) there is always room in a socket that is not connected.
+    limit = struct.pack("@ll", limit_us // 1_000_000, limit_us % 1_000_000)
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    return channel
 
 
 def end_before_others(score: int) -> None:
@@ -104,7 +112,7 @@ class Watchdog:
             if os.environ.get(WATCHDOG_FD, "").isdecimal():
                 self._counter = int(os.environ[WATCHDOG_FD])
             else:
-                self._channel = _channel()  # kept: who has no descriptor left is not stuck
+                self._channel = _channel(_FEED_MAX_US)  # kept: who has no descriptor left is not stuck
 
     def feed(self, now: float) -> None:
         if now < self._from:

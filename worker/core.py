@@ -140,7 +140,9 @@ class Core:
         self._limits_s: dict[ModelKey, float] = {}  # what models say themselves
         self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
         self._again: dict[bytes, dict[int, int]] = {}  # by caller: what runs and was assigned anew, as which attempt
-        self._kept: dict[bytes, dict[int, Kept]] = {}  # by caller
+        # By caller. The broker gives a caller no more of whom unacknowledged_bytes_max are kept, or who has
+        # caller_requests_max.
+        self._kept: dict[bytes, dict[int, Kept]] = {}
         self._callers: set[bytes] = set()  # those that the broker knows, and whose arena is here if they share one
         self._expected: dict[bytes, int] = {}  # those and others that the broker knows, and as which introduction
         self._readers: set[bytes] = set()  # those that read this worker's arena

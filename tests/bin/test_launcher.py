@@ -7,11 +7,15 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from penstock.bin import launcher
 from penstock.bin.devices import CPU, Device
-from penstock.bin.launcher import plan_workers
+from penstock.bin.launcher import Child, Launcher, Plan, plan_workers
+from penstock.bin.restart import RestartError
+from penstock.wire.endpoints import RuntimeDir
 from tests.system.models import dense, slow, write
 from tests.system.servers import Process, Server, wait_for
 
@@ -74,6 +78,36 @@ def test_a_process_that_dies_again_and_again_is_started_again_more_and_more_slow
     wait_for(lambda: len(restarts()) == 2, "the second end to be noticed")
     assert restarts() == [("cpu-0", -signal.SIGKILL, 0.2), ("cpu-0", 0, 0.4)]
     server.check_clean_end()
+
+
+def test_a_successor_that_is_never_ready_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_START_MAX_S", 0.1)
+    plan = Plan(
+        models=tmp_path,
+        http="127.0.0.1:0",
+        workers=1,
+        gateways=1,
+        devices=[],
+        shares=[],
+        bind="",
+        config=None,
+        runtime=RuntimeDir(tmp_path),
+        log_format="text",
+        log_level="info",
+    )
+    one = Launcher(plan, print)
+    one._stop_signal = one._notify = SimpleNamespace(received=False, fileno=lambda: -1)  # type: ignore[assignment]
+    successor = Child("gateway-0", "gateway", ["tail", "-f", "/dev/null"], held=True)
+    one._children.append(successor)
+    one._spawn(successor)
+    try:
+        with pytest.raises(RestartError, match="was not ready within"):
+            one._wait_for(successor)
+    finally:
+        one._stop([successor], one._turn)
+        one._forget(successor)
 
 
 # --- who starts ---

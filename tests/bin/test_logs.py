@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -403,3 +405,26 @@ def test_standard_output_that_is_full_is_a_sentence() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("penstock: there is no room for what is to be written (standard output, ")
     assert done.stderr.endswith(": No space left on device\n")
+
+
+@pytest.mark.parametrize("pair", [os.pipe, lambda: [each.detach() for each in socket.socketpair()]])
+def test_who_stops_reading_the_log_holds_nobody_up(pair: Callable[[], Sequence[int]]) -> None:
+    """A pager, or a terminal after Ctrl-S: lines are lost until it reads again."""
+    reader, writer = pair()
+    try:
+        log = logs.Unbroken(writer)
+        for number in range(1000):
+            log.write(b"%4d %b\n" % (number, bytes(1000)))
+        assert 0 < log.lost < 1000
+        assert os.get_blocking(writer), "others that write there are not changed"
+        os.set_blocking(reader, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(reader, 1 << 20):
+                pass
+        lost = log.lost
+        log.write(b"again\n")
+        assert log.lost == lost
+        assert os.read(reader, 1 << 20).endswith(b"again\n")
+    finally:
+        os.close(reader)
+        os.close(writer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -77,3 +78,12 @@ def test_words_are_quoted_as_units_have_them(word: str, quoted: str) -> None:
 
 def test_no_variable_is_expanded_in_a_command() -> None:
     assert command("/opt/$HOME/python") == "/opt/$$HOME/python -m penstock.bin"
+
+
+def test_a_systemctl_that_does_not_end_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "systemctl"
+    command.write_text("#!/bin/sh\nexec tail -f /dev/null\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(systemd, "_RUN_MAX_S", 0.05)
+    assert systemd._version() == 0

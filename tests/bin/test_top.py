@@ -345,6 +345,13 @@ def test_silence_has_an_end() -> None:
             next(listener.views())
 
 
+def test_what_a_gateway_tells_without_an_end_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.bin.listen._LINE_MAX", 1 << 20)
+    lines = (b"data: %b\n" % bytes(1000) for _ in range(2000))
+    with pytest.raises(ListenError, match="more than 1 MB at once"):
+        list(parse(lines))
+
+
 def test_a_listener_that_is_closed_hears_nothing_more(server: Server) -> None:
     listener = Listener(server.url)
     views = listener.views()

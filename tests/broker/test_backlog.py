@@ -58,3 +58,14 @@ def test_a_peer_that_has_gone_is_told_and_forgotten() -> None:
     assert backlog.add(ONE, b"1")
     assert backlog.add(OTHER, b"2")
     assert (list(backlog.send(taker.send)), taker.took, len(backlog)) == ([ONE], [b"2"], 0)
+
+
+def test_what_waits_for_who_is_no_caller_any_more_is_dropped() -> None:
+    backlog, taker = Backlog(100), Taker(9)
+    for peer in ONE, OTHER:
+        backlog.add(peer, peer)
+    backlog.keep({OTHER})
+    assert (ONE in backlog, OTHER in backlog) == (False, True)
+    assert list(backlog.send(taker.send)) == []
+    assert taker.took == [OTHER]
+    assert backlog.add(ONE, bytes(100)), "nothing is counted of what was dropped"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from penstock.broker.lots import Lot
 from penstock.broker.peers import WorkerPeer
-from penstock.wire.messages import MAX_REQUESTS
+from penstock.wire.messages import MAX_REQUESTS, Cost
 from penstock.wire.models import LOADING
 from tests.broker.conversation import model
 from tests.broker.parts import KEY, give, make_caller, make_lot, make_queue, make_worker
@@ -68,6 +68,18 @@ def test_a_worker_whose_models_change_counts_its_batches_anew() -> None:
     assert worker.batches == 3
     count(worker, KEY, -6)
     assert worker.batches == 0
+
+
+def test_a_worker_that_declares_ever_other_models_is_not_remembered_for_all_of_them() -> None:
+    worker = make_worker(models=[model(batch=4)])
+    count(worker, KEY, 6)
+    for number in range(100):
+        name = f"m{number}"
+        worker.set_models([model(name)])
+        worker.learn([Cost(each, "1", 1, 4, 1000, (1,), (100,)) for each in (name, "undeclared")])
+    here = {KEY, ("m99", "1")}  # the first still runs
+    assert [set(known) for known in (worker.costs, worker._sizes, worker._windows)] == [{("m99", "1")}, here, here]
+    count(worker, KEY, -6)
 
 
 def test_a_worker_serves_what_is_ready_until_it_leaves() -> None:

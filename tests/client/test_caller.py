@@ -315,6 +315,17 @@ def test_what_has_ended_while_there_was_no_broker_is_not_kept(conversation: Conv
     assert [reference() for reference in kept] == [None, None]
 
 
+def test_what_has_ended_while_the_broker_takes_nothing_is_not_kept(joined: Conversation, form: MakeForm) -> None:
+    end = joined.submit(form())[1]
+    kept = weakref.ref(end)
+    joined.caller.cancel(1)
+    del end
+    joined.now += 1.0
+    joined.hear(Tick())
+    gc.collect()
+    assert kept() is None
+
+
 def test_request_ends_at_its_deadline_although_the_broker_is_there(joined: Conversation, form: MakeForm) -> None:
     [end] = joined.send(form(), timeout_s=0.25)
     joined.pass_time(0.25 + 0.4)

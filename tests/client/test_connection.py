@@ -7,6 +7,8 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,6 +263,37 @@ def test_pings_are_answered(drive: Any, deaf: Deaf) -> None:
         return heard.endswith(b"\x04\x08\x04PONGabc")
 
     driven.until(heard_pong)
+
+
+def test_who_pings_and_reads_nothing_fills_no_memory(drive: Any, deaf: Deaf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OUT_MAX_BYTES", 100_000)
+    driven = drive(deaf.endpoint)
+    driven.connection.connect(time.monotonic())
+    deaf.accept(GREETING, READY)
+    driven.until(lambda: driven.connection.ready)
+    pings = b"\x04\x0a\x04PING\0\1abc" * 1000
+    assert deaf.channel is not None
+    for _ in range(50):
+        deaf.channel.sendall(pings)
+        driven.connection.handle(select.EPOLLIN)
+    assert 90_000 < driven.connection.out_bytes < 200_000
+
+
+def test_who_reads_slowly_at_the_end_has_the_time_that_there_is(
+    drive: Any, deaf: Deaf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driven = drive(deaf.endpoint)
+    driven.connection.connect(time.monotonic())
+    deaf.accept(GREETING, READY)
+    driven.until(lambda: driven.connection.ready)
+    driven.connection.send((bytes(50_000_000),))
+    hours = count(step=3600)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(hours)))
+    assert deaf.channel is not None
+    with ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(deaf.channel.makefile("rb").read)
+        driven.connection.close(5.0)
+        assert len(heard.result(DEADLINE_S)) < 50_000_000
 
 
 def test_what_was_seen_of_another_descriptor_of_this_number_does_no_harm(drive: Any, deaf: Deaf) -> None:

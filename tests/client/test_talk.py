@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from penstock.client import Client, PenstockError, Result
 from penstock.client.talk import Talk
-from penstock.wire.errors import CANCELLED, DEADLINE, LOST
+from penstock.wire.errors import CANCELLED, DEADLINE, LOST, OVERLOADED
 
 if TYPE_CHECKING:
     from tests.client.serving import Server
@@ -129,6 +130,28 @@ def test_callback_may_ask_and_cancel(client: Client) -> None:
     assert called.wait(DEADLINE_S)
     assert len(told[0]) == 1
     assert other.cancelled()
+
+
+def test_no_more_wait_for_a_callback_that_does_not_return_than_may_be_under_way(client: Client, talk: Talk) -> None:
+    caller = talk.link.caller
+    caller.identity = replace(caller.identity, calls_max=8)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def stay(future: Future[Any]) -> None:
+        inside.set()
+        go_on.wait(DEADLINE_S)
+
+    client.submit("digits", {"image": IMAGE}).add_done_callback(stay)
+    assert inside.wait(DEADLINE_S)
+    try:
+        futures = [client.submit("digits", {"image": IMAGE}) for _ in range(8)]
+        with pytest.raises(PenstockError, match="does a callback of a future not return") as refused:
+            client.submit("digits", {"image": IMAGE})
+        assert refused.value.code == OVERLOADED
+    finally:
+        go_on.set()
+    for future in futures:
+        assert future.result(DEADLINE_S)
 
 
 def test_closing_ends_leader_and_followers(server: Server, pool: ThreadPoolExecutor) -> None:

@@ -8,6 +8,7 @@ import logging
 import re
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -893,6 +894,7 @@ def test_many_large_bodies_are_expanded_two_at_a_time_while_others_are_answered(
 
     monkeypatch.setattr(application, "decompress", slow)
     large = [squeezed(joined, 40_000) for _ in range(4)]
+    bodies = [weakref.ref(exchange.request.body) for exchange in large]
     joined.loop.until(lambda: running == 2)
     assert joined.ask("GET", "/v2").status == 200
     small = gzip.compress(json.dumps(INFER).encode())
@@ -900,6 +902,8 @@ def test_many_large_bodies_are_expanded_two_at_a_time_while_others_are_answered(
     assert len(joined.caller.calls) == 1, "a small one waits for nobody"
     for exchange in large[2:]:
         leave(exchange)
+        joined.budget.release(exchange.request)
+    assert [body() is None for body in bodies] == [False, False, True, True], "who leaves the line leaves nothing there"
     gate.set()
     joined.loop.until(lambda: len(joined.caller.calls) == 3)
     assert most == 2

@@ -619,12 +619,19 @@ def test_chunks_over_the_limit_are_refused_when_they_are_too_many() -> None:
     assert "over the limit of 1000 bytes" in said.sentence
 
 
-def test_small_chunks_take_no_more_memory_than_they_are_charged() -> None:
-    raw = CHUNKED + b"2\r\nab\r\n" * 20_000
+@pytest.mark.parametrize(
+    ("head", "part"),
+    [(CHUNKED, b"2\r\nab\r\n"), (b"POST /v2 HTTP/1.1\r\nHost: a\r\nContent-Length: 40000\r\n\r\n", b"ab")],
+)
+def test_small_parts_take_no_more_memory_than_they_are_charged(head: bytes, part: bytes) -> None:
     said = Conversation()
     tracemalloc.start()
     try:
-        said.hear(raw)
+        said.hear(head)
+        for _ in range(20_000 - 1):
+            said.hear(part)
+        if head is CHUNKED:
+            said.hear(part)
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,3 +32,19 @@ def test_parts_lie_inside_one_another_whatever_clocks_say(
     assert parts.batch[0] <= parts.model[0] <= parts.model[1] <= parts.batch[1]
     for (begin, until), took in ((parts.queue, queue), (parts.batch, compute), (parts.model, model)):
         assert until - begin <= 1000 * took
+
+
+def test_a_collector_that_does_not_answer_does_not_keep_a_gateway_from_ending() -> None:
+    code = """if True:
+        from penstock.gateway.reader import Head
+        from penstock.gateway.tracing import Tracing
+
+        tracing = Tracing("gateway")
+        for _ in range(2000):  # in several exports, each of which would wait for its answer
+            tracing.ended(Head(b"POST", b"/", {}, 0, True, False), ("m", "1"), 0.1, 200, "")
+        tracing.close()
+    """
+    with socket.create_server(("127.0.0.1", 0)) as collector:
+        endpoint = f"http://127.0.0.1:{collector.getsockname()[1]}"
+        environment = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_TIMEOUT": "3600"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=30)

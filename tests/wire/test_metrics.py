@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 
 from penstock.wire.errors import BadMessage
-from penstock.wire.metrics import FAMILIES, HISTOGRAM, ROWS, SECONDS, Histogram, Meters, Sample, check_samples
+from penstock.wire.metrics import (
+    FAMILIES,
+    HISTOGRAM,
+    MAX_SAMPLES,
+    MAX_SERIES,
+    ROWS,
+    SECONDS,
+    Histogram,
+    Meters,
+    Sample,
+    check_samples,
+)
 
 
 def test_a_series_is_found_again_by_its_labels() -> None:
@@ -61,6 +72,23 @@ def test_an_exemplar_that_is_too_long_is_left_out() -> None:
     histogram = Histogram(SECONDS)
     histogram.exemplify(0.002, "x" * 101)
     assert (histogram.exemplars, histogram.observe_one(0.002)) == ({}, True)
+
+
+def test_series_that_are_too_many_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.wire.metrics.MAX_SERIES", 3)
+    meters = Meters()
+    for number in range(100):
+        meters.value("penstock_requests", f"m{number}", "1").value += 1
+    meters.value("penstock_workers").value = 1
+    told = {(sample.family, sample.labels): sample.value for sample in meters.samples()}
+    wanted: dict[tuple[str, tuple[str, ...]], Any] = {
+        ("penstock_requests", (f"m{number}", "1")): 1 for number in range(3)
+    }
+    assert told == wanted | {("penstock_requests", ("", "")): 97, ("penstock_workers", ()): 1}
+
+
+def test_there_is_room_in_a_snapshot_for_all_series() -> None:
+    assert MAX_SERIES + len(FAMILIES) <= MAX_SAMPLES
 
 
 def test_series_are_used_as_their_family_says() -> None:

@@ -100,6 +100,25 @@ def test_nobody_has_to_want_to_know(address: str, monkeypatch: pytest.MonkeyPatc
     notify("READY=1")
 
 
+def test_a_supervisor_that_does_not_read_holds_nobody_up(
+    supervisor: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "3000000")
+    monkeypatch.setattr("penstock.wire.process._NOTIFY_MAX_US", 1000)
+    monkeypatch.setattr("penstock.wire.process._FEED_MAX_US", 1000)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, contextlib.suppress(BlockingIOError):
+        other.setblocking(False)
+        while True:
+            other.sendto(b"STATUS=", str(tmp_path / "notify"))
+    notify("READY=1")
+    Watchdog().feed(0.0)
+    supervisor.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while said := supervisor.recv(100):
+            assert said == b"STATUS=", "there was no room for more"
+
+
 def test_a_process_measures_itself() -> None:
     meters = Meters()
     measure(meters)
