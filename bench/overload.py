@@ -71,6 +71,7 @@ WARM_UP_S: Final = 1.0  # before each measurement, of the same load
 SETTLE_S: Final = 2.0  # after a turn: what waits still is done, and processes tell their last figures
 MEMORY_EVERY_S: Final = 0.5
 REFUSALS: Final = frozenset({"HTTP 429", "HTTP 503", "HTTP 504"})
+SIMULATED: Final = "heavy"  # the model of the scenario
 SCENARIO: Final = Path(__file__).parent / "scenarios" / "overload.toml"  # of the results that are kept
 _METRICS_S: Final = 10.0
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -419,7 +420,7 @@ def run(courses: Sequence[Course], arguments: argparse.Namespace) -> None:
         seen: list[float] = []
         assert course.memory is not None
         with watching(server.root, seen):
-            if server.key == OWN:
+            if server.key == OWN and arguments.model == SIMULATED:
                 course.seen += explained(server, course.capacity, seconds, deadline_s, number)
             for at, times in enumerate(arguments.times):
                 seed = number * len(arguments.times) + at + 1
@@ -504,7 +505,7 @@ def main(given: Iterable[str] | None = None) -> None:
         "seconds": arguments.seconds,
         "repeats": arguments.repeats,
         "servers": found,
-        "simulated": simulated(own, arguments) if arguments.model == "heavy" and not own.why else None,
+        "simulated": simulated(own, arguments) if arguments.model == SIMULATED and not own.why else None,
         "failed": [{"server": key, "why": each} for key, each in why.items()],
         "installed": {key: packages_of(path) for key, path in environments.items()},
     }

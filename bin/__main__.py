@@ -14,15 +14,14 @@ def main() -> None:
     """The console script. Without the server's packages, or with a full disk, it says so in a sentence."""
     try:
         from penstock.bin.cli import cli
+        from penstock.bin.logs import never_fail
+
+        never_fail()
+        cli(prog_name="penstock")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("penstock"):
             raise
         sys.exit(f"penstock: {error.name} is missing; this command needs: pip install 'penstock[server]'")
-    from penstock.bin.logs import never_fail
-
-    never_fail()
-    try:
-        cli(prog_name="penstock")
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

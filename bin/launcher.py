@@ -30,7 +30,7 @@ from penstock.bin.options import EXIT_CANNOT_SERVE, Options
 from penstock.bin.restart import IN_PLACE, SOCKET, Ask, Asker, RestartError, rss_bytes
 from penstock.bin.supervision import LOOK_S, STUCK_S, Breaker, Pulse
 from penstock.broker.options import RECORD_MAX_BYTES
-from penstock.gateway.process import listen, url_of
+from penstock.gateway.listening import listen, url_of
 from penstock.wire.arena import available_bytes
 from penstock.wire.endpoints import EndpointError, Guard, InUseError, RuntimeDir, binding
 from penstock.wire.process import SHORT_OF_DESCRIPTORS, WATCHDOG_FD, StopSignal, fields

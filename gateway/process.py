@@ -18,12 +18,13 @@ from penstock.client.link import Link
 from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
+from penstock.gateway.listening import listen, url_of
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import Reports
 from penstock.gateway.steady import Steady
 from penstock.gateway.tracing import Tracing
 from penstock.wire.arena import Arena, ArenaSearch, make_arena
-from penstock.wire.endpoints import BrokerAddress, EndpointError, parse_host_port
+from penstock.wire.endpoints import BrokerAddress, EndpointError
 from penstock.wire.messages import Snapshot
 from penstock.wire.process import EXIT_DEFECT, Watchdog, check_descriptor_limit, fields, measure, notify
 
@@ -37,7 +38,6 @@ _BESIDE: Final = 256  # descriptors beside those of HTTP: workers, the broker, t
 # An exception that nobody expected has come out of the core: the event loop would go on with one that is in the middle
 # of something. Whoever started this process starts it again.
 _DEFECT: Final = "defect; what this process knows cannot be relied on any more, and it ends"
-_SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,40 +50,6 @@ class GatewaySettings:
     name: str = "gateway"
     options: GatewayOptions = field(default_factory=GatewayOptions)
     tracing: Tracing | None = None
-
-
-def listen(http: str) -> socket.socket:
-    """A bound socket, which listens once it is told to; or one that was inherited. Raises EndpointError."""
-    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
-        return _inherited(str(_SYSTEMD_FD))
-    if http.startswith("fd://"):
-        return _inherited(http.removeprefix("fd://"))
-    host, port = parse_host_port(http)
-    with contextlib.ExitStack() as undo:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, address = found[0]
-            listener = undo.enter_context(socket.socket(family, kind, protocol))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError as error:
-            raise EndpointError(
-                f"cannot listen on {http}: {error.strerror}; choose another with --http HOST:PORT"
-            ) from None
-        undo.pop_all()
-    return listener
-
-
-def _inherited(number: str) -> socket.socket:
-    try:
-        return socket.socket(fileno=int(number))
-    except (OSError, ValueError) as error:
-        raise EndpointError(f"the inherited descriptor {number!r} is no socket: {error}") from None
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _make_arena(settings: GatewaySettings) -> Arena | None:

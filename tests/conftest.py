@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import re
@@ -14,6 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.system.shared import SharedMemory
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import it themselves; see penstock.worker
 # Where nothing is to be compiled and kept, thousands of processes here would compile the same again, and so would we
@@ -23,6 +25,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A shell without job control has what it runs in the background ignore Ctrl-C, and that is inherited.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# What an example takes depends on who else works on the machine, other tests among them; pytest-timeout has the limit.
+settings.register_profile("shared", settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]))
+settings.load_profile("shared")
 
 
 def pytest_collection_finish() -> None:
@@ -49,6 +54,14 @@ def require_command() -> Callable[[str, str], str]:
     return require
 
 
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pytest's own, with less of the test's name: sockets lie in it, and Linux allows 107 bytes for their paths, of
+    which a process among several (pytest-xdist) and a long user's name take some, too."""
+    name = re.sub(r"\W", "_", request.node.name.removeprefix("test_"))[:12]
+    return tmp_path_factory.mktemp(name)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where models are prepared unless a test says otherwise, also by processes that it starts: never for the user
@@ -66,28 +79,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """When all tests are done there is no process, thread or shared memory more than before."""
-    shared = set(os.listdir("/dev/shm"))
+    shared = SharedMemory()
     threads = set(threading.enumerate())
     yield
     assert _children() == [], "tests left processes behind"
     left = [thread for thread in threading.enumerate() if thread not in threads and thread.is_alive()]
     assert [thread.name for thread in left if not thread.daemon] == [], "tests left threads behind"
-    assert _unused(set(os.listdir("/dev/shm")) - shared) == set(), "tests left shared memory behind"
-
-
-def _unused(names: set[str]) -> set[str]:
-    """Those in /dev/shm that no process has mapped: with all of ours ended, what is mapped is of whoever else works on
-    this machine."""
-    mapped = set()
-    for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
-        with contextlib.suppress(OSError):
-            mapped |= set(re.findall(r" (\d+) +/dev/shm/", maps.read_text()))
-    found = set()
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            if str(os.stat(f"/dev/shm/{name}").st_ino) not in mapped:
-                found.add(name)
-    return found
+    shared.check("tests left shared memory behind")
 
 
 def _children() -> list[str]:

@@ -57,6 +57,24 @@ def test_a_file_of_its_own_that_is_missing_is_no_missing_package(tmp_path: Path)
     assert "pip install" not in ended.stderr
 
 
+@pytest.mark.parametrize("role", ["up", "broker"])
+def test_a_command_imports_no_other_and_what_it_needs_alone(role: str) -> None:
+    """As each process of a server does: importing all of them would be most of what its start takes."""
+    code = """
+import sys
+from penstock.bin.cli import cli
+cli.main([sys.argv[1], "--help"], standalone_mode=False)
+import penstock.bin.launcher, penstock.broker.process
+print(*(name for name in ("numpy", "rich", "penstock.bin.bench", "penstock.bin.infer") if name in sys.modules))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, role], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(f"Usage: -c {role} ")
+    assert ended.stdout.splitlines()[-1] == ""
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_names_every_command(option: str) -> None:
     shown = CliRunner().invoke(cli, [option], prog_name="penstock")

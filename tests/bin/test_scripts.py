@@ -263,12 +263,13 @@ def test_all_checks_come_before_the_tests_which_get_the_arguments(checkout: Chec
     (checkout.root / "bench" / "http.py").touch()
     (checkout.root / "bench" / "peer_servers" / "one.py").touch()
     ended = checkout.run(str(checkout.root / "bin" / "test"), "tests/wire", "-k", "fifo")
-    assert (ended.returncode, ended.stdout) == (0, "ran -m pytest tests/wire -k fifo\n")
+    beside = "-n auto --maxprocesses 4 --dist worksteal"  # first, so that the arguments may say otherwise
+    assert (ended.returncode, ended.stdout) == (0, f"ran -m pytest {beside} tests/wire -k fifo\n")
     assert checkout.calls() == [
         "ruff check .",
         "ruff format --check .",
         "mypy namespace/penstock tests examples/digits/train.py bench/http.py bench/peer_servers/one.py",
-        "python3 -m pytest tests/wire -k fifo",
+        f"python3 -m pytest {beside} tests/wire -k fifo",
     ]
 
 

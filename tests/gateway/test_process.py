@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from penstock.gateway.listening import listen, url_of
 from penstock.gateway.options import GatewayOptions
-from penstock.gateway.process import GatewaySettings, _make_arena, listen, url_of
+from penstock.gateway.process import GatewaySettings, _make_arena
 from penstock.wire.arena import Arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError, RuntimeDir
 
@@ -95,7 +96,7 @@ def test_inherited_file_is_no_socket(tmp_path: Path) -> None:
 
 LISTEN = """
 import os
-from penstock.gateway.process import listen, url_of
+from penstock.gateway.listening import listen, url_of
 os.dup2({fd}, 3)
 os.environ |= {{"LISTEN_PID": str({pid}), "LISTEN_FDS": "{count}"}}
 print(url_of(listen("127.0.0.1:0")))

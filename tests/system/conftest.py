@@ -27,6 +27,8 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
     for server in servers:
         if server.process.poll() is None:
             server.check_clean_end()
+        else:
+            server.wait()  # its pipes are closed, also where it ended before its time
 
 
 @pytest.fixture
@@ -43,6 +45,8 @@ def start_process(tmp_path: Path) -> Iterator[StartProcess]:
     for process in reversed(processes):
         if process.process.poll() is None:
             assert process.end() == 0, process.errors
+        else:
+            process.wait()
 
 
 @pytest.fixture(scope="session")

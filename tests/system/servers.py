@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import json
 import os
 import queue
 import re
+import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,14 +26,14 @@ PENSTOCK = [sys.executable, "-m", "penstock.bin"]
 DEADLINE_S = 30.0
 
 
-def wait_for(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S, tick_s: float = 0.02) -> Any:
     """What ``condition`` returns as soon as it is true. The state of another process has no event to wait for here,
     so it is asked for again and again, with a deadline."""
     until = time.monotonic() + deadline_s
     tick = threading.Event()
     while not (value := condition()):
         assert time.monotonic() < until, f"waited {deadline_s:.0f} s in vain for {what}"
-        tick.wait(0.02)
+        tick.wait(tick_s)
     return value
 
 
@@ -50,7 +53,8 @@ class Process:
             env=os.environ | (environment or {}),
         )
         self.lines: queue.Queue[str] = queue.Queue()
-        self.errors: list[str] = []
+        self._errors: list[str] = []
+        self._reading = True
         self._readers = [
             threading.Thread(target=self._read_output, daemon=True),
             threading.Thread(target=self._read_errors, daemon=True),
@@ -66,8 +70,37 @@ class Process:
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.errors.append(line.rstrip("\n"))
+        pipe, begun = self.process.stderr.fileno(), b""
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        while True:
+            self._reading = False
+            poll.poll()
+            self._reading = True
+            data = os.read(pipe, 1 << 16)
+            *lines, begun = (begun + data).split(b"\n")
+            if not data and begun:
+                lines.append(begun)
+            self._errors.extend(line.decode() for line in lines)
+            if not data:
+                return
+
+    def _has_all(self) -> bool:
+        """Whether all that has been written to its standard error has been read. Whoever reads says so first."""
+        assert self.process.stderr is not None
+        unread = fcntl.ioctl(self.process.stderr, termios.FIONREAD, bytes(4))
+        return not any(unread) and not self._reading
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines of its standard error, with all that it has written by now."""
+        if self._readers[1].is_alive():
+            wait_for(
+                lambda: not self._readers[1].is_alive() or self._has_all(),
+                "its standard error to be read",
+                tick_s=0.001,
+            )
+        return self._errors
 
     @property
     def pid(self) -> int:

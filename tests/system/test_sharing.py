@@ -31,6 +31,7 @@ from penstock.wire.messages import TO_CALLER, CallerHello, Message, Refusals, Re
 from penstock.wire.models import Layout, Tensor
 from penstock.wire.tensors import Array
 from tests.system.servers import Server, StartProcess, StartServer, wait_for
+from tests.system.shared import SharedMemory
 
 WIDE = np.arange(100_000, dtype=np.float32).reshape(2, 50_000)
 USED = "penstock_arena_used_bytes"
@@ -353,7 +354,7 @@ def test_a_killed_client_leaves_no_memory_behind(start_server: StartServer, repo
 @pytest.mark.parametrize("role", ["broker", "worker", "gateway"])
 def test_large_tensors_after_any_process_was_killed(role: str, start_server: StartServer, repository: Path) -> None:
     server = start_server(str(repository))
-    before = sorted(os.listdir("/dev/shm"))
+    shared = SharedMemory()
     with Client(server.runtime) as client:
         client.infer("wide", {"x": WIDE})
         [pid] = server.children(role)
@@ -363,7 +364,7 @@ def test_large_tensors_after_any_process_was_killed(role: str, start_server: Sta
         np.testing.assert_array_equal(ask(server), WIDE)
         np.testing.assert_array_equal(client.infer("wide", {"x": WIDE})["y"], WIDE)
     wait_for(lambda: gauge(server, USED) == 0, "slots to be given back")
-    assert sorted(os.listdir("/dev/shm")) == before
+    shared.check("a killed process left shared memory behind")
 
 
 class Liar:

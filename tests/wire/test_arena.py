@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from penstock.wire import arena as module
 from penstock.wire.arena import Arena, ArenaError, ArenaSearch, Mapping, make_arena, planned_bytes
 from penstock.wire.errors import BadMessage
+from tests.system.shared import SharedMemory
 
 PAGE = mmap.PAGESIZE
 SIZE = 16 * PAGE
@@ -204,7 +205,7 @@ parent.recv(1)
 
 
 def test_the_owners_death_leaves_readers_their_memory_and_nothing_else() -> None:
-    shared = set(os.listdir("/dev/shm"))
+    shared = SharedMemory()
     with process(OWNER) as (owner, connection):
         mapping = Mapping(received(connection))
         owner.send_signal(signal.SIGKILL)
@@ -213,7 +214,7 @@ def test_the_owners_death_leaves_readers_their_memory_and_nothing_else() -> None
     assert bytes(mapping.view(0, 1 << 20)).count(0) == (1 << 20) - 4
     mapping.close()
     assert mapped("penstock-doomed") == 0
-    assert set(os.listdir("/dev/shm")) <= shared
+    shared.check("a dead owner left shared memory behind")
 
 
 def test_onnx_runtime_reads_a_view_without_a_copy(arena: Arena, mapping: Mapping) -> None:
