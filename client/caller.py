@@ -226,12 +226,14 @@ class Caller:
         return self._names.get(worker) or worker.hex()
 
     def is_ready(self) -> bool:
-        """Whether every model of the server can be asked."""
+        """Whether every model of the server can be asked, in one version at least."""
         return (
             self.membership.joined
             and self._fresh
             and bool(self.models)
-            and all(state.state == READY for versions in (self.models or {}).values() for state in versions.values())
+            and all(
+                any(state.state == READY for state in versions.values()) for versions in (self.models or {}).values()
+            )
         )
 
     def flush(self, now: float) -> list[Submit]:

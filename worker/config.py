@@ -12,11 +12,14 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 import msgspec.inspect
 
+from penstock.worker.versions import VersionPolicy
+
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s)")
 _LONGEST_S: Final = {"max_queue_delay": 60.0, "latency_target": 60.0, "max_compute": 3600.0}
 _SIZES_MAX: Final = 32  # preferred ones
 MAX_BATCH_SIZE: Final = 4096  # rows
+_FORMS: Final = {"version_policy": '"latest", "all", {latest = 2} or [3, 5]'}  # of keys that have several
 
 CPU: Final = "cpu"  # the device that every worker has; others are cuda:0, cuda:1, ...
 _GPU_INSTANCES: Final = 2
@@ -35,6 +38,8 @@ _Rows = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH_SIZE)]
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The keys of a model.toml, with Triton's names. Durations are text with a unit, such as "2ms"."""
 
+    # Which versions are served: "latest", {latest = 2}, "all", or [3, 5].
+    version_policy: VersionPolicy = "latest"
     max_batch_size: _Rows | None = None  # None: the largest of the preferred, or DEFAULT_BATCH_SIZE
     max_queue_delay: str = "0ms"
     # Within which requests are done once they are here: batch size and delay are picked for it. None: they are not.
@@ -208,5 +213,7 @@ def convert(values: dict[str, Any], kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at `$.")
-        raise ConfigError(f"{where}: key '{path.rstrip('`')}': {what}") from None
+        what, _, path = str(error).replace(" - at `key` in `$.", " - at `$.").partition(" - at `$.")
+        path = path.rstrip("`")
+        forms = _FORMS.get(re.split(r"[.\[]", path)[0])
+        raise ConfigError(f"{where}: key '{path}': {what}{f'; write {forms}' if forms else ''}") from None

@@ -1,4 +1,7 @@
-"""Where models lie on disk: ``MODELS/<name>/<version>/model.onnx``, with ``MODELS/<name>/model.toml``, or one file."""
+"""Where models lie on disk: ``MODELS/<name>/<version>/model.onnx``, with ``MODELS/<name>/model.toml``, or one file.
+
+Which of a model's versions are served is a matter of its ``version_policy`` (see versions.py).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from penstock.wire.messages import MAX_NAME
-from penstock.wire.models import newest
 from penstock.worker.config import CPU, ConfigError, ModelConfig, default_config, load_config
+from penstock.worker.versions import is_version, wanted
 
 _DEFAULTS: Final = ModelConfig()
 
@@ -19,7 +22,7 @@ class RepositoryError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A model to be served, or (with ``problem``, a sentence) one that cannot be."""
+    """A version of a model to be served, or (with ``problem``, a sentence) one that cannot be."""
 
     name: str
     version: str
@@ -29,8 +32,8 @@ class ModelFile:
 
 
 def find_models(path: Path, device: str = CPU) -> list[ModelFile]:
-    """The highest version of each model in a repository, or the model in a file, as they run on a device. Raises
-    RepositoryError."""
+    """What a repository has to serve: of each model the versions that its policy asks for, the newest first; or the
+    model in a file; as they run on a device. Raises RepositoryError."""
     try:
         if path.is_dir():
             return _find_in_directory(path, device)
@@ -50,32 +53,49 @@ def _find_in_directory(path: Path, device: str) -> list[ModelFile]:
         if loose := sorted(path.glob("*.onnx")):
             hint = f"; {loose[0].name} lies beside it: move it to {path}/{loose[0].stem}/1/model.onnx, or give the file"
         raise RepositoryError(f"{path} holds no models: a repository has the form NAME/VERSION/model.onnx{hint}")
-    if all(entry.name.isdecimal() for entry in entries) and any((entry / "model.onnx").exists() for entry in entries):
+    if all(is_version(entry.name) for entry in entries) and any((entry / "model.onnx").exists() for entry in entries):
         raise RepositoryError(f"{path} is one model, not a repository; give {path.resolve().parent} instead")
-    return [_find_model(entry, device) for entry in entries]
+    return [file for entry in entries for file in _find_model(entry, device)]
 
 
-def _find_model(directory: Path, device: str) -> ModelFile:
+def _find_model(directory: Path, device: str) -> list[ModelFile]:
     name = directory.name
     problem = _check_name(name)
     if problem:
-        return ModelFile(_shown(name), "1", directory, problem=problem)
+        return [ModelFile(_shown(name), "1", directory, problem=problem)]
     try:
-        versions = [entry.name for entry in directory.iterdir() if entry.is_dir() and entry.name.isdecimal()]
+        entries = [entry.name for entry in directory.iterdir() if entry.is_dir()]
     except OSError as error:
-        return ModelFile(name, "1", directory, problem=f"cannot read {directory}: {error.strerror}")
-    if not versions:
-        return ModelFile(
-            name, "1", directory, problem=f"{directory} has no version directory; put the model at {name}/1/model.onnx"
-        )
-    version = newest(versions)
-    path = directory / version / "model.onnx"
+        return [ModelFile(name, "1", directory, problem=f"cannot read {directory}: {error.strerror}")]
+    there = list(filter(is_version, entries))
+    strays = [_stray(name, directory / entry) for entry in sorted(entries) if _is_stray(directory / entry)]
+    if not there:
+        problem = f"{directory} has no version directory; put the model at {name}/1/model.onnx"
+        return strays or [ModelFile(name, "1", directory, problem=problem)]
     try:
         config = load_config(directory / "model.toml", device)
     except ConfigError as error:
-        return ModelFile(name, version, path, problem=str(error))
-    missing = "" if path.is_file() else f"{path} does not exist"
-    return ModelFile(name, version, path, config, missing)
+        version = wanted("latest", there)[0]
+        return [ModelFile(name, version, directory / version / "model.onnx", problem=str(error))]
+    return [
+        _find_version(name, directory / version, config) for version in wanted(config.version_policy, there)
+    ] + strays
+
+
+def _find_version(name: str, directory: Path, config: ModelConfig) -> ModelFile:
+    path = directory / "model.onnx"
+    return ModelFile(name, directory.name, path, config, "" if path.is_file() else f"{path} does not exist")
+
+
+def _is_stray(directory: Path) -> bool:
+    """Whether it holds a model that its name keeps from being a version."""
+    name = directory.name
+    return not is_version(name) and not name.startswith(".") and (directory / "model.onnx").is_file()
+
+
+def _stray(name: str, directory: Path) -> ModelFile:
+    problem = f"{directory} is no version: its name is no whole number without leading zeros; rename it"
+    return ModelFile(name, _shown(directory.name), directory / "model.onnx", problem=problem)
 
 
 def _shown(name: str) -> str:

@@ -121,9 +121,9 @@ def test_unknown_key_suggests_the_one_that_was_meant(path: Path, key: str, near:
 def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
     text = complaint(path, "[zebra]\nx = 1")
     assert text == (
-        "unknown key 'zebra'; known keys are max_batch_size, max_queue_delay, latency_target, preferred_batch_sizes, "
-        "weight, instances, intra_op_threads, intra_op_spinning, max_compute, providers, gpu_memory_limit, gpu_arena, "
-        "cudnn_search, tf32, fp16, cuda_graphs"
+        "unknown key 'zebra'; known keys are version_policy, max_batch_size, max_queue_delay, latency_target, "
+        "preferred_batch_sizes, weight, instances, intra_op_threads, intra_op_spinning, max_compute, providers, "
+        "gpu_memory_limit, gpu_arena, cudnn_search, tf32, fp16, cuda_graphs"
     )
 
 
@@ -267,3 +267,21 @@ def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
     except ValueError:
         seconds = 0.0
     assert 0 <= seconds <= 1e8
+
+
+@pytest.mark.parametrize(
+    ("value", "policy"),
+    [('"latest"', "latest"), ('"all"', "all"), ("{latest = 2}", {"latest": 2}), ("[3, 5]", (3, 5)), ("[0]", (0,))],
+)
+def test_a_version_policy_is_read(path: Path, value: str, policy: object) -> None:
+    path.write_text(f"version_policy = {value}\n")
+    assert load_config(path).version_policy == policy
+
+
+@pytest.mark.parametrize(
+    "value", ['"newest"', "3", "[]", "[-1]", "[1.5]", '["1"]', "{latest = 0}", "{newest = 1}", "{}", "true"]
+)
+def test_what_is_no_version_policy(path: Path, value: str) -> None:
+    text = complaint(path, f"version_policy = {value}")
+    assert text.startswith("key 'version_policy")
+    assert text.endswith('; write "latest", "all", {latest = 2} or [3, 5]')

@@ -42,9 +42,35 @@ def test_highest_version_is_the_highest_number(tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_no_version(tmp_path: Path) -> None:
-    put(tmp_path, "m/1/model.onnx", "m/2.old/model.onnx", "m/latest/model.onnx", "m/-3/model.onnx", "m/3")
+    put(tmp_path, "m/1/model.onnx", "m/warmup/one.npz", "m/.2/model.onnx", "m/3")
     [file] = find_models(tmp_path)
     assert (file.version, file.problem) == ("1", "")
+
+
+@pytest.mark.parametrize("name", ["latest", "2.old", "-3", "007"])
+def test_a_model_that_lies_where_no_version_can_be_is_a_problem_of_its_own(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "m/1/model.onnx", f"m/{name}/model.onnx")
+    one, stray = find_models(tmp_path)
+    assert (one.version, one.problem) == ("1", "")
+    words = "is no version: its name is no whole number without leading zeros; rename it"
+    assert (stray.version, stray.problem) == (name, f"{tmp_path}/m/{name} {words}")
+
+
+def test_the_policy_says_which_versions_are_served(tmp_path: Path) -> None:
+    put(tmp_path, "m/1/model.onnx", "m/2/model.onnx", "m/3/model.onnx")
+    (tmp_path / "m/model.toml").write_text("version_policy = {latest = 2}")
+    assert [(file.version, file.path) for file in find_models(tmp_path)] == [
+        ("3", tmp_path / "m/3/model.onnx"),
+        ("2", tmp_path / "m/2/model.onnx"),
+    ]
+
+
+def test_a_version_that_is_named_and_not_there_is_a_problem(tmp_path: Path) -> None:
+    put(tmp_path, "m/1/model.onnx")
+    (tmp_path / "m/model.toml").write_text("version_policy = [1, 4]")
+    four, one = find_models(tmp_path)
+    assert (four.version, four.problem) == ("4", f"{tmp_path}/m/4/model.onnx does not exist")
+    assert (one.version, one.problem) == ("1", "")
 
 
 def test_configuration_lies_beside_the_versions(tmp_path: Path) -> None:
