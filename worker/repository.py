@@ -51,7 +51,7 @@ def find_models(path: Path, device: str = CPU) -> list[ModelFile]:
             raise RepositoryError(f"{path} is neither a directory nor an .onnx file")
     except OSError as error:
         raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
-    return [ModelFile(_shown(path.stem), "1", path, default_config(device), _check_name(path.stem))]
+    return [ModelFile(_shown(path.stem), "1", path, default_config(device), check_name(path.stem))]
 
 
 def _find_in_directory(path: Path, device: str) -> list[ModelFile]:
@@ -68,7 +68,7 @@ def _find_in_directory(path: Path, device: str) -> list[ModelFile]:
 
 def _find_model(directory: Path, device: str) -> list[ModelFile]:
     name = directory.name
-    problem = _check_name(name)
+    problem = check_name(name)
     if problem:
         return [ModelFile(_shown(name), "1", directory, problem=problem)]
     try:
@@ -124,7 +124,7 @@ def _shown(name: str) -> str:
     return name.encode("utf-8", "replace").decode()[:MAX_NAME]
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
     """Why a name cannot be used, or ""."""
     try:
         name.encode()
