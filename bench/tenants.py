@@ -1,10 +1,11 @@
 """What the flood of one tenant costs another: ``python bench/tenants.py``.
 
-A server with one worker and the compute-bound model of models.py. What 64 connections are answered a second is its
-capacity. Two tenants, each with a generator of its own, ask for the same part of that; then one of them asks for a
-multiple of the capacity beside. All have a deadline, which they tell. Requests arrive independently of each other
-(Poisson), over HTTP. Times without and with the flood alternate, and the medians of their figures are told: latencies
-of the tenant that does not flood, from when each request was to start. `penstock simulate
+A server with one worker and the compute-bound model of models.py. What it answers in time while it is flooded, which
+takes something of the machine, is its capacity. Two tenants, each with a generator of its own, ask for the same part of
+that, which is less than the half that each may have; then one of them asks for a multiple of the capacity beside. All
+have a deadline, which they tell. Requests arrive independently of each other (Poisson), over HTTP. Times without and
+with the flood alternate, and the medians of their figures are told: latencies of the tenant that does not flood, from
+when each request was to start. `penstock simulate
 bench/scenarios/noisy-tenant.toml` asks the same of two workers in virtual time.
 
 The generators run on the same machine: what a flood takes of it is lost to everybody, beside what the scheduler can do.
@@ -38,7 +39,7 @@ from bench import models as bench_models
 from penstock.load.job import LATE, OK, HttpTarget, Job, Tally
 from penstock.load.run import run_load
 
-CONNECTIONS: Final = 64  # of the closed loop that measures the capacity
+CONNECTIONS: Final = 64  # of the closed loop that measures what the server can do while nothing floods it
 OPENED: Final = 128  # connections of an open loop before it begins
 OUTSTANDING_MAX: Final = 16_384
 FLOODING: Final = 1024  # connections of the flood: so many that those which wait for an answer do not slow it down
@@ -132,10 +133,12 @@ def make_job(asked: HttpTarget, rate: float, seconds: float, warmup_s: float, de
     )
 
 
-def measure_capacity(url: str, seconds: float) -> float:
-    """Answers a second."""
+def measure_capacity(directory: Path, url: str, flood: float, seconds: float, deadline_s: float) -> tuple[float, float]:
+    """Answers a second: of a closed loop, and in time to a flood of ``flood`` times that."""
     tally = run_load([make_job(target(url, "capacity", 0.0), 0.0, seconds, min(1.0, seconds), 0.0, 0)])
-    return sum(each.answered for each in tally.slices) / seconds
+    most = sum(each.answered for each in tally.slices) / seconds
+    with Flood(directory, target(url, "noisy", deadline_s), flood * most, seconds) as running:
+        return most, running.ended()[1]
 
 
 def measure(directory: Path, url: str, part: float, flood: float, seconds: float, deadline_s: float, seed: int) -> Turn:
@@ -197,7 +200,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=bench_http.whole_number, default=5)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each turn")
     parser.add_argument("--part", type=float, default=0.42, help="of the capacity that each tenant asks for")
-    parser.add_argument("--flood", type=float, default=2.0, help="times the capacity, beside its part")
+    parser.add_argument("--flood", type=float, default=2.0, help="times what a closed loop is answered")
     parser.add_argument("--deadline", type=float, default=0.25, help="seconds")
     parser.add_argument("--out", type=Path, default=bench_http.RESULTS / "tenants.json")
     arguments = parser.parse_args()
@@ -205,20 +208,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
         repository = bench_models.make_repository(Path(name) / "models", [_MODEL])
         with bench_http.Server(repository, Path(name) / "run", "--workers=1") as server:
-            capacity = measure_capacity(server.url, arguments.seconds)
-            part = arguments.part * capacity
+            seconds, deadline_s = arguments.seconds, arguments.deadline
+            most, capacity = measure_capacity(Path(name), server.url, arguments.flood, seconds, deadline_s)
+            part, more = arguments.part * capacity, arguments.flood * most
             for seed in range(2 * arguments.repeats):
-                flood = arguments.flood * capacity if seed % 2 else 0.0
-                turns.append(
-                    measure(Path(name), server.url, part, flood, arguments.seconds, arguments.deadline, seed // 2)
-                )
+                flood = more if seed % 2 else 0.0
+                turns.append(measure(Path(name), server.url, part, flood, seconds, deadline_s, seed // 2))
     machine = bench_http.about_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    more = arguments.flood * capacity
-    print(f"capacity {capacity:.0f}/s; each tenant asks for {part:.0f}/s, the flood is {more:.0f}/s more")
+    print(f"capacity {most:.0f}/s, and {capacity:.0f}/s in a flood; each tenant asks for {part:.0f}/s,")
+    print(f"the flood is {more:.0f}/s more")
     print(f"deadline {arguments.deadline * 1e3:.0f} ms")
     print_table(turns)
-    content = {"machine": machine, "capacity": capacity, "part": arguments.part, "flood": arguments.flood}
+    content = {"machine": machine, "most": most, "capacity": capacity, "part": arguments.part, "flood": arguments.flood}
     content |= {"deadline_s": arguments.deadline, "turns": [asdict(turn) for turn in turns]}
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 

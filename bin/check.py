@@ -107,9 +107,8 @@ def _check_bodies(body_bytes_max: int, room: int) -> None:
 
 def _check_model(file: ModelFile, arenas: dict[str, int], seconds: float) -> list[str]:
     """Why a model cannot be served, if so. ``seconds``: for a report; 0: none."""
-    from penstock.worker.config import without_effect
     from penstock.worker.model import LoadError
-    from penstock.worker.probe import load_and_probe
+    from penstock.worker.probe import load_and_probe, unheeded
 
     try:
         model = load_and_probe(file, warm=False)
@@ -117,7 +116,7 @@ def _check_model(file: ModelFile, arenas: dict[str, int], seconds: float) -> lis
         return [str(error)]
     for line in _describe(model.spec, arenas["gateway"], arenas["worker"]):
         click.echo(line)
-    if sentence := without_effect(file.config, model.why_alone):
+    for sentence in unheeded(file, model):
         click.echo(f"warning: model {model.spec.name}: {sentence}")
     if seconds:
         _report(file, model, seconds)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def models(context: click.Context, runtime_dir: Path | None, server: str | None, timeout: float) -> None:
     """List what the server serves, and why what is not served is not.
 
-    With a command: prepare models before a server does, or remove what was prepared.
+    With a command: prepare models before a server does, remove what was prepared, or import what another server has.
     """
     if context.invoked_subcommand is not None:
         return
@@ -122,6 +122,51 @@ def prune(models: Sequence[Path], config: Path | None, dry_run: bool) -> None:
             removed += 0 if found.kept else found.nbytes
             click.echo(f"{verb} {found.name} ({found.nbytes / 1e6:.1f} MB): {found.reason}")
         click.echo(f"{removed / 1e6:.1f} MB {'would be ' if dry_run else ''}removed from {store.root}")
+
+
+@models.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--into", type=click.Path(file_okay=False, path_type=Path), required=True, help="The model repository.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+def import_tfserving(file: Path, into: Path, dry_run: bool) -> None:
+    """Make a model repository of FILE, a model_config_list of TensorFlow Serving: links to the models where they lie,
+    and their version policies.
+
+    Only ONNX files are served: each version has to have a model.onnx, beside its saved_model.pb or without. Nothing
+    that is there is replaced; importing again adds what is new. Exit code 2, with a sentence each: what cannot be
+    served.
+    """
+    from penstock.bin.tfserving import find_versions, perform, plan, read_list
+    from penstock.worker.config import ConfigError
+
+    problems = 0
+    with _Complaints() as complain:
+        try:
+            served = read_list(file)
+        except ConfigError as error:
+            complain(str(error))
+            sys.exit(options.EXIT_CANNOT_SERVE)
+        for model in served:
+            try:
+                found = plan(model, find_versions(model.base), into)
+                for line in perform(found.steps, dry_run):
+                    click.echo(f"{model.name}: {line}")
+            except OSError as error:
+                complain(f"model {model.name}: {_say(error)}")
+                problems += 1
+                continue
+            for sentence in found.warnings:
+                click.echo(f"warning: model {model.name}: {sentence}")
+            for sentence in found.problems:
+                complain(f"model {model.name}: {sentence}")
+            problems += len(found.problems)
+    sys.exit(options.EXIT_CANNOT_SERVE if problems else 0)
+
+
+def _say(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} does not exist; if it is a path in a container, name the one on this machine"
+    return f"{error.filename}: {error.strerror}" if error.strerror else str(error)
 
 
 class _Complaints:

@@ -1,17 +1,41 @@
-"""Changes to a model.toml that keep all else in it: comments, order, spaces."""
+"""A model.toml: what one has to say to mean a configuration, and changes to one that keep all else in it: comments,
+order, spaces."""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from penstock.worker.config import ModelConfig
 
 _VALUE: Final = r"""(?:"[^"\n]*"|'[^'\n]*'|[^\s#"']+)"""
 
 
 class EditError(Exception):
     """A file that cannot be changed line by line; the message is a sentence."""
+
+
+def to_toml(config: ModelConfig) -> str:
+    """A model.toml that means this configuration: what is not the default, a line each."""
+    plain = type(config)()
+    keys = [key for key in config.__struct_fields__ if getattr(config, key) != getattr(plain, key)]
+    return "".join(f"{key} = {_value(getattr(config, key))}\n" for key in keys)
+
+
+def _value(value: object) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case tuple():
+            return f"[{', '.join(map(_value, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{key} = {_value(each)}' for key, each in value.items())}}}"
+    return f'"{value}"'  # no text in a configuration has what would have to be escaped
 
 
 def edit(text: str, values: Mapping[str, int | str]) -> str:

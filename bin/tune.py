@@ -21,7 +21,7 @@ from penstock.bin import bench, options
 from penstock.bin.cpus import usable_cpus
 from penstock.bin.files import write_whole
 from penstock.bin.infer import InputError
-from penstock.bin.modeltoml import EditError, edit
+from penstock.bin.modeltoml import EditError, edit, to_toml
 from penstock.bin.search import (
     Point,
     Setting,
@@ -99,14 +99,16 @@ def tune(
     from penstock.worker.config import ConfigError, load_config
 
     file = find_model(model)
-    own = model / "model.toml" if model.is_dir() else None
+    # A model.toml beside a config.pbtxt would have that one not read any more: whoever wants this says --to.
+    own = model / "model.toml" if model.is_dir() and file.config_name == "model.toml" else None
     target, base = to or own, own or to  # what is written, and what it is made from
     wish = Wish(model, file, latency, load_s, time.monotonic() + budget, rows, inputs)
     tried: dict[Setting, list[Point]] = {}
     try:
-        config = load_config(base) if base is not None else file.config
+        config = load_config(base) if base is not None and base.exists() else file.config
         start = setting_of(config)
-        text = _read(base)
+        otherwise = to_toml(config) if file.config_name != "model.toml" else ""
+        text = _read(base, otherwise)
         why = _try_all(wish, text, start, tried, not picks_batches(config))
     except (TuneError, ConfigError, EditError, InputsError, InputError, ServerError, LoadError, PenstockError) as error:
         click.echo(f"penstock: {error}", err=True)
@@ -125,7 +127,7 @@ def tune(
             err=True,
         )
         sys.exit(1)
-    finish(best, start, why, base, target, dry_run)
+    finish(best, start, why, base, target, dry_run, otherwise)
 
 
 def find_model(path: Path) -> ModelFile:
@@ -150,10 +152,10 @@ def find_model(path: Path) -> ModelFile:
     return found[0]
 
 
-def _read(path: Path | None) -> str:
-    """Raises TuneError."""
+def _read(path: Path | None, otherwise: str) -> str:
+    """A model.toml, or ``otherwise`` where there is none. Raises TuneError."""
     if path is None or not path.exists():
-        return ""
+        return otherwise
     try:
         return path.read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
@@ -405,8 +407,15 @@ def _blocks() -> bool:
 
 
 def finish(
-    best: tuple[Setting, Point], start: Setting, why: str, base: Path | None, target: Path | None, dry_run: bool
+    best: tuple[Setting, Point],
+    start: Setting,
+    why: str,
+    base: Path | None,
+    target: Path | None,
+    dry_run: bool,
+    otherwise: str = "",
 ) -> None:
+    """Say what is best, and write it. ``otherwise``: what is changed for it where ``base`` is not."""
     setting, point = best
     reached = f"{point.requests_per_s:,.0f} requests/s with p99 {bench.milliseconds(point.p99_s)} ms"
     click.echo(f"best: {describe(setting)}: {reached} ({why})")
@@ -421,7 +430,7 @@ def finish(
         click.echo(f"not written{'' if dry_run else ', since no --to says where'}:\n{lines}", nl=False)
         return
     try:
-        write_whole(target, edit(_read(base), values))
+        write_whole(target, edit(_read(base, otherwise), values))
     except (OSError, EditError, TuneError) as error:
         click.echo(f"penstock: cannot write {target}: {error}", err=True)
         sys.exit(1)

@@ -40,7 +40,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     # Which versions are served: "latest", {latest = 2}, "all", or [3, 5].
     version_policy: VersionPolicy = "latest"
-    max_batch_size: _Rows | None = None  # None: the largest of the preferred, or DEFAULT_BATCH_SIZE
+    # 0: requests run alone, whatever the model could; None: the largest of the preferred, or DEFAULT_BATCH_SIZE.
+    max_batch_size: Annotated[int, msgspec.Meta(ge=0, le=MAX_BATCH_SIZE)] | None = None
     max_queue_delay: str = "0ms"
     # Within which requests are done once they are here: batch size and delay are picked for it. None: they are not.
     latency_target: str | None = None
@@ -80,8 +81,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def rows_max(self) -> int:
         """That a batch, or a request, has."""
+        if self.max_batch_size is not None:
+            return max(self.max_batch_size, 1)
         sizes = self.preferred_batch_sizes
-        return self.max_batch_size or (sizes[-1] if sizes else DEFAULT_BATCH_SIZE)
+        return sizes[-1] if sizes else DEFAULT_BATCH_SIZE
 
     @property
     def batch_keys(self) -> list[str]:
@@ -100,6 +103,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 DEFAULT_BATCH_SIZE: Final = 32
+_TRITON_FIELDS: Final = {"max_queue_delay": "dynamic_batching.max_queue_delay_microseconds"}
 
 
 def parse_duration(text: str) -> float:
@@ -140,18 +144,21 @@ def load_config(path: Path, device: str = CPU) -> ModelConfig:
     return config
 
 
-def without_effect(config: ModelConfig, why_alone: str) -> str:
+def without_effect(config: ModelConfig, why_alone: str, file_name: str = "model.toml") -> str:
     """That keys of a configuration change nothing, why, and the way out, as a sentence; or "". ``why_alone``: why the
-    model's requests run alone; "": they need not. Only the loaded model tells, so it is no ConfigError."""
-    keys = config.batch_keys
+    model's requests run alone; "": they need not. Only the loaded model tells, so it is no ConfigError. ``file_name``:
+    what the configuration was read from."""
+    keys = [_TRITON_FIELDS.get(key, key) if file_name != "model.toml" else key for key in config.batch_keys]
     if not keys or not why_alone:
         return ""
     named = ", ".join(f"'{key}'" for key in keys)
     several = len(keys) > 1
+    otherwise = "export the model with independent rows along a symbolic first dimension"
+    if config.max_batch_size == 0:
+        otherwise = "make max_batch_size 1 or more"
     return (
-        f"{'keys' if several else 'key'} {named} in model.toml {'have' if several else 'has'} no effect: requests of "
-        f"this model run alone, since {why_alone}; leave {'them' if several else 'it'} out, or export the model with "
-        "independent rows along a symbolic first dimension"
+        f"{'keys' if several else 'key'} {named} in {file_name} {'have' if several else 'has'} no effect: requests of "
+        f"this model run alone, since {why_alone}; leave {'them' if several else 'it'} out, or {otherwise}"
     )
 
 

@@ -118,7 +118,7 @@ class Model:
         if max(len(inputs), len(outputs)) > MAX_TENSORS:
             raise LoadError(f"it has {len(inputs)} inputs and {len(outputs)} outputs; {MAX_TENSORS} are allowed")
         self.dims: list[list[int | str | None]] = [list(each.shape) for each in inputs]
-        self.why_alone = _why_alone(inputs, outputs)
+        self.why_alone = "its max_batch_size is 0" if config.max_batch_size == 0 else _why_alone(inputs, outputs)
         self.spec = ModelSpec(
             name,
             version,

@@ -16,12 +16,13 @@ import numpy as np
 from penstock.wire.datatypes import element_count
 from penstock.wire.process import fields
 from penstock.wire.tensors import DTYPES, Array, from_bf16, to_bf16
-from penstock.worker.config import CPU
+from penstock.worker.config import CPU, without_effect
 from penstock.worker.costs import batch_sizes
 from penstock.worker.memory import give_back, heap_bytes
 from penstock.worker.model import RUN_ERRORS, LoadError, Model, brief, load
 from penstock.worker.repository import ModelFile
 from penstock.worker.store import Store
+from penstock.worker.tritonconfig import contradictions
 
 log = logging.getLogger("penstock.worker")
 
@@ -47,6 +48,12 @@ def load_and_probe(file: ModelFile, store: Store | None = None, warm: bool = Tru
     if size:
         warm_up(model, size)
     return model
+
+
+def unheeded(file: ModelFile, model: Model) -> list[str]:
+    """What a loaded model's configuration asks for and does not get, a sentence each."""
+    said = [without_effect(file.config, model.why_alone, file.config_name), *contradictions(file.declared, model.spec)]
+    return [*file.unheeded, *filter(None, said)]
 
 
 def probe(model: Model) -> int:

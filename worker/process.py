@@ -32,7 +32,7 @@ from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
 from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.slots import Slots
 from penstock.wire.sockets import MAX_SUBSCRIPTION_BYTES, Socket
-from penstock.worker.config import CPU, without_effect
+from penstock.worker.config import CPU
 from penstock.worker.core import Core, Identity
 from penstock.worker.cuda import CudaError, find_gpu
 from penstock.worker.events import Command, DeviceLost, Event, GiveUp, Loaded, Publish, Run, Subscribed, Unsubscribed
@@ -41,7 +41,7 @@ from penstock.worker.instances import Instances
 from penstock.worker.memory import GiveBackRule, give_back, heap_bytes, share_arena
 from penstock.worker.model import LoadError
 from penstock.worker.options import EXIT_HUNG, WorkerOptions
-from penstock.worker.probe import load_and_probe
+from penstock.worker.probe import load_and_probe, unheeded
 from penstock.worker.repository import ModelFile, find_models
 from penstock.worker.store import Store, StoreError, Weights, find_store
 
@@ -117,8 +117,10 @@ def _load(file: ModelFile, store: Store | None, device: str) -> Loaded:
             seconds=round(time.monotonic() - start, 3),
         ),
     )
-    if reason := without_effect(file.config, model.why_alone):
-        log.warning("settings have no effect", extra=fields(model=file.name, version=file.version, reason=reason))
+    if said := unheeded(file, model):
+        # In one line, since of each kind only some a second are written.
+        about = fields(model=file.name, version=file.version, reason=". ".join(said))
+        log.warning("settings have no effect", extra=about)
     return Loaded(ModelState(file.name, file.version, READY, model.why_alone, model.spec), model)
 
 

@@ -1,5 +1,7 @@
 """Where models lie on disk: ``MODELS/<name>/<version>/model.onnx``, with ``MODELS/<name>/model.toml``, or one file.
 
+Where there is no model.toml, Triton's ``MODELS/<name>/config.pbtxt`` is read, if it is there (see tritonconfig.py).
+
 Which of a model's versions are served is a matter of its ``version_policy`` (see versions.py).
 """
 
@@ -11,6 +13,7 @@ from typing import Final
 
 from penstock.wire.messages import MAX_NAME
 from penstock.worker.config import CPU, ConfigError, ModelConfig, default_config, load_config
+from penstock.worker.tritonconfig import FILE_NAME, MODEL_FILE_NAME, Declared, TritonConfig, load_triton
 from penstock.worker.versions import is_version, wanted
 
 _DEFAULTS: Final = ModelConfig()
@@ -22,13 +25,18 @@ class RepositoryError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A version of a model to be served, or (with ``problem``, a sentence) one that cannot be."""
+    """A version of a model to be served, or (with ``problem``, a sentence) one that cannot be. ``config_name``: of the
+    file that ``config`` is from, if it is from one; ``unheeded``: what that asks for and does not get, a sentence each;
+    ``declared``: the inputs and outputs that it names."""
 
     name: str
     version: str
     path: Path
     config: ModelConfig = _DEFAULTS
     problem: str = ""
+    config_name: str = "model.toml"
+    unheeded: tuple[str, ...] = ()
+    declared: tuple[Declared, ...] = ()
 
 
 def find_models(path: Path, device: str = CPU) -> list[ModelFile]:
@@ -43,7 +51,7 @@ def find_models(path: Path, device: str = CPU) -> list[ModelFile]:
             raise RepositoryError(f"{path} is neither a directory nor an .onnx file")
     except OSError as error:
         raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
-    return [ModelFile(_shown(path.stem), "1", path, default_config(device), _check_name(path.stem))]
+    return [ModelFile(_shown(path.stem), "1", path, default_config(device), check_name(path.stem))]
 
 
 def _find_in_directory(path: Path, device: str) -> list[ModelFile]:
@@ -60,7 +68,7 @@ def _find_in_directory(path: Path, device: str) -> list[ModelFile]:
 
 def _find_model(directory: Path, device: str) -> list[ModelFile]:
     name = directory.name
-    problem = _check_name(name)
+    problem = check_name(name)
     if problem:
         return [ModelFile(_shown(name), "1", directory, problem=problem)]
     try:
@@ -69,22 +77,35 @@ def _find_model(directory: Path, device: str) -> list[ModelFile]:
         return [ModelFile(name, "1", directory, problem=f"cannot read {directory}: {error.strerror}")]
     there = list(filter(is_version, entries))
     strays = [_stray(name, directory / entry) for entry in sorted(entries) if _is_stray(directory / entry)]
-    if not there:
-        problem = f"{directory} has no version directory; put the model at {name}/1/model.onnx"
-        return strays or [ModelFile(name, "1", directory, problem=problem)]
     try:
-        config = load_config(directory / "model.toml", device)
+        found, config_name = _configuration(directory, device)
     except ConfigError as error:
-        version = wanted("latest", there)[0]
-        return [ModelFile(name, version, directory / version / "model.onnx", problem=str(error))]
-    return [
-        _find_version(name, directory / version, config) for version in wanted(config.version_policy, there)
-    ] + strays
+        version = wanted("latest", there)[0] if there else "1"
+        return [ModelFile(name, version, directory / version / MODEL_FILE_NAME, problem=str(error))]
+    if not there:
+        problem = f"{directory} has no version directory; put the model at {name}/1/{found.file_name}"
+        return strays or [ModelFile(name, "1", directory, problem=problem)]
+    versions = wanted(found.config.version_policy, there)
+    return [_find_version(name, directory / version, found, config_name) for version in versions] + strays
 
 
-def _find_version(name: str, directory: Path, config: ModelConfig) -> ModelFile:
-    path = directory / "model.onnx"
-    return ModelFile(name, directory.name, path, config, "" if path.is_file() else f"{path} does not exist")
+def _configuration(directory: Path, device: str) -> tuple[TritonConfig, str]:
+    """A model's configuration, and the name of the file that it is from. Raises ConfigError."""
+    own = directory / "model.toml"
+    if not own.exists():
+        try:
+            return load_triton(directory / FILE_NAME, directory.name, device), FILE_NAME
+        except FileNotFoundError:
+            pass
+    return TritonConfig(load_config(own, device)), own.name
+
+
+def _find_version(name: str, directory: Path, found: TritonConfig, config_name: str) -> ModelFile:
+    path = directory / found.file_name
+    if path.is_dir():
+        path /= MODEL_FILE_NAME  # as Triton has models whose weights lie in files beside them
+    problem = "" if path.is_file() else f"{path} does not exist"
+    return ModelFile(name, directory.name, path, found.config, problem, config_name, found.unheeded, found.declared)
 
 
 def _is_stray(directory: Path) -> bool:
@@ -103,7 +124,7 @@ def _shown(name: str) -> str:
     return name.encode("utf-8", "replace").decode()[:MAX_NAME]
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
     """Why a name cannot be used, or ""."""
     try:
         name.encode()

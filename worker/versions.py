@@ -12,14 +12,14 @@ from typing import Annotated, Final, Literal, TypeAlias
 from msgspec import Meta
 
 _VERSION: Final = re.compile(r"0|[1-9]\d{0,17}", re.ASCII)
-_NAMED_MAX: Final = 64
+NAMED_MAX: Final = 64
 
-_Count: TypeAlias = Annotated[int, Meta(ge=1, le=_NAMED_MAX)]
+_Count: TypeAlias = Annotated[int, Meta(ge=1, le=NAMED_MAX)]
 _Number: TypeAlias = Annotated[int, Meta(ge=0, lt=10**18)]
 VersionPolicy: TypeAlias = (
     Literal["latest", "all"]
     | Annotated[dict[Literal["latest"], _Count], Meta(min_length=1)]
-    | Annotated[tuple[_Number, ...], Meta(min_length=1, max_length=_NAMED_MAX)]
+    | Annotated[tuple[_Number, ...], Meta(min_length=1, max_length=NAMED_MAX)]
 )
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.bin.files import write_whole
-from penstock.bin.modeltoml import EditError, edit
+from penstock.bin.modeltoml import EditError, edit, to_toml
+from penstock.worker.config import ModelConfig, load_config
 
 COMMENTED = """# Ours.
 max_batch_size   =  16   # more does not help
@@ -83,3 +84,22 @@ def test_a_file_keeps_its_permissions_and_a_link_its_end(tmp_path: Path) -> None
     assert path.read_text() == "a = 2\n"
     assert path.stat().st_mode & 0o777 == 0o640
     assert sorted(os.listdir(tmp_path)) == ["link", "model.toml"]
+
+
+def test_a_configuration_can_be_written_down(tmp_path: Path) -> None:
+    assert to_toml(ModelConfig()) == ""
+    config = ModelConfig(
+        version_policy={"latest": 2},
+        max_batch_size=8,
+        max_queue_delay="100us",
+        preferred_batch_sizes=(4, 8),
+        weight=2.5,
+        providers=("tensorrt", "cuda", "cpu"),
+        tf32=False,
+        fp16=True,
+    )
+    path = tmp_path / "model.toml"
+    path.write_text(to_toml(config) + "instances = 1\n")
+    assert load_config(path) == config
+    assert to_toml(ModelConfig(version_policy=(3, 5))) == "version_policy = [3, 5]\n"
+    assert to_toml(ModelConfig(version_policy="all")) == 'version_policy = "all"\n'

@@ -163,6 +163,9 @@ def test_what_is_written_elsewhere_is_made_from_the_models_own(
     assert (tmp_path / "own.toml").read_text() == CONFIG
     finish(best, START, "enough", None, tmp_path / "new.toml", False)
     assert (tmp_path / "new.toml").read_text() == "max_batch_size = 16\n"
+    new = tmp_path / "beside.toml"
+    finish(best, START._replace(max_batch_size=8), "enough", new, new, False, "max_batch_size = 8\nfp16 = true\n")
+    assert new.read_text() == "max_batch_size = 16\nfp16 = true\n"
     said = capsys.readouterr().out
     assert said.startswith(
         "best: batches of 16, delay 0ms, 1 instance, 1 thread: 1,000 requests/s with p99 20.0 ms (enough)\n"

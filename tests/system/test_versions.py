@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import tritonclient.http as triton
 
 from tests.system.models import dense, write
 from tests.system.servers import StartServer
@@ -54,3 +56,49 @@ def test_what_is_wrong_with_one_version_is_said_and_the_others_serve(start_serve
     ]
     for line, words in zip(lines[1:], ("cannot be loaded", "does not exist", "is no version"), strict=True):
         assert words in line
+
+
+RANKS = """
+# As Triton has it: no model.toml, the names of files its own.
+name: "ranks"
+platform: "onnxruntime_onnx"
+default_model_filename: "net.onnx"
+max_batch_size: 16
+input [ { name: "x" data_type: TYPE_FP32 dims: [ 4 ] } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [ 3 ] } ]
+version_policy: { specific: { versions: [ 1, 3 ] } }
+dynamic_batching { max_queue_delay_microseconds: 100 }
+instance_group [ { count: 2 kind: KIND_CPU } ]
+response_cache { enable: true }
+"""
+WHOLE = """
+backend: "onnxruntime"
+max_batch_size: 0
+input [ { name: "x", data_type: TYPE_FP32, dims: [ -1, 4 ] } ]
+output [ { name: "y", data_type: TYPE_FP32, dims: [ -1, 3 ] } ]
+"""
+
+
+def test_a_repository_of_triton_serves_unchanged(start_server: StartServer, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    for version in (1, 2, 3):
+        (models / "ranks" / str(version)).mkdir(parents=True)
+        onnx.save(dense(version), models / "ranks" / str(version) / "net.onnx")
+    (models / "ranks" / "config.pbtxt").write_text(RANKS)
+    write(models, "whole", dense(7))
+    (models / "whole" / "config.pbtxt").write_text(WHOLE)
+    server = start_server(str(models))
+    rows = np.repeat(ROW, 40, axis=0)  # more than are batched, which is nobody's business where requests run alone
+    with triton.InferenceServerClient(f"{server.host}:{server.port}") as client:
+        assert client.is_server_ready()
+        assert client.get_model_metadata("ranks")["versions"] == ["1", "3"]
+        for name, asked, given, seed in (
+            ("ranks", "", ROW, 3),
+            ("ranks", "3", ROW, 3),
+            ("ranks", "1", ROW, 1),
+            ("whole", "", rows, 7),
+        ):
+            tensor = triton.InferInput("x", list(given.shape), "FP32").set_data_from_numpy(given)
+            answer = client.infer(name, [tensor], model_version=asked).as_numpy("y")
+            np.testing.assert_allclose(answer, np.repeat(expected(seed), len(given), axis=0), rtol=1e-5)
+        assert not client.is_model_ready("ranks", "2")

@@ -74,11 +74,32 @@ def test_every_key_is_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["max_batch_size", "instances", "intra_op_threads"])
-@pytest.mark.parametrize("value", ["0", "-1", "100000", "1e30", '"8"', "true", "2.5", "[8]", "{}", f"1{'0' * 40}"])
+@pytest.mark.parametrize("value", ["-1", "100000", "1e30", '"8"', "true", "2.5", "[8]", "{}", f"1{'0' * 40}"])
 def test_number_out_of_range_or_of_another_type_names_its_key(path: Path, key: str, value: str) -> None:
     text = complaint(path, f"{key} = {value}")
     assert text.startswith(f"key '{key}': ")
     assert "Expected `int" in text or "out of range" in text
+
+
+@pytest.mark.parametrize("key", ["instances", "intra_op_threads"])
+def test_there_is_one_at_least(path: Path, key: str) -> None:
+    assert complaint(path, f"{key} = 0") == f"key '{key}': Expected `int` >= 1"
+
+
+def test_a_batch_size_of_0_has_requests_run_alone(path: Path) -> None:
+    path.write_text('max_batch_size = 0\nmax_queue_delay = "2ms"\n')
+    config = load_config(path)
+    assert (config.max_batch_size, config.rows_max) == (0, 1)
+    assert without_effect(config, "its max_batch_size is 0").endswith("leave it out, or make max_batch_size 1 or more")
+    text = complaint(path, "max_batch_size = 0\npreferred_batch_sizes = [2]")
+    assert text.startswith("keys 'preferred_batch_sizes' and 'max_batch_size': ")
+
+
+def test_keys_have_triton_s_names_in_its_file(path: Path) -> None:
+    path.write_text('max_batch_size = 8\nmax_queue_delay = "2ms"\n')
+    assert without_effect(load_config(path), "why", "config.pbtxt").startswith(
+        "keys 'max_batch_size', 'dynamic_batching.max_queue_delay_microseconds' in config.pbtxt have no effect: "
+    )
 
 
 @pytest.mark.parametrize(("key", "limit"), [("max_batch_size", 4096), ("instances", 64), ("intra_op_threads", 1024)])
