@@ -17,14 +17,8 @@ from penstock.worker.config import ConfigError, ModelConfig, default_config
 from penstock.worker.probe import load_and_probe, unheeded
 from penstock.worker.repository import find_models
 from penstock.worker.textformat import FILE_BYTES_MAX, _classes
-from penstock.worker.tritonconfig import (
-    ACCOUNTED,
-    Declared,
-    TritonConfig,
-    contradictions,
-    load_triton,
-    read_triton,
-)
+from penstock.worker.tritonconfig import Declared, TritonConfig, contradictions, load_triton, read_triton
+from penstock.worker.tritonfields import ACCOUNTED
 from penstock.worker.tritonschema import TRITON
 from tests.system.models import identity, write
 
