@@ -218,9 +218,9 @@ def _fit(tree: list[Any], frames: Frames) -> Frames:
                 places = group[6 if len(group) == 7 else 3]
             else:
                 nbytes, ids, places = group[1], group[4], group[5]
-            if places:
-                continue
             count = len(ids)
+            if places or not count:
+                continue
             if nbytes * count > _TRAVEL_MAX_BYTES:
                 return frames
             if nbytes <= INLINE_MAX_BYTES:

@@ -25,12 +25,13 @@ def integer(low: int, high: int) -> Check:
     return check
 
 
-def text(longest: int) -> Check:
-    """A str of at most ``longest`` characters."""
+def text(longest: int, shortest: int = 0) -> Check:
+    """A str of so many characters."""
+    size = f"{shortest} to {longest}" if shortest else f"at most {longest}"
 
     def check(value: Any) -> str:
-        if type(value) is not str or len(value) > longest:
-            raise BadMessage(f"{brief(value)} is not a text of at most {longest} characters")
+        if type(value) is not str or not shortest <= len(value) <= longest:
+            raise BadMessage(f"{brief(value)} is not a text of {size} characters")
         return value
 
     return check

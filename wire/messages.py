@@ -537,13 +537,13 @@ class Leaving(Message):
 
 @dataclass(slots=True)
 class WorkerHello(Message):
-    """A worker's first words to an epoch. ``endpoints``: where it publishes results. ``instances``: how many batches it
-    runs at once."""
+    """A worker's first words to an epoch. ``device``: by which it goes where it wishes for no ``name``.
+    ``endpoints``: where it publishes results. ``instances``: how many batches it runs at once."""
 
     TAG = 7
     CHECKS = (
         _name,
-        _name,
+        text(MAX_NAME, 1),
         integer(0, 1 << 32),
         sequence(text(MAX_ENDPOINT), 8),
         integer(1, 1 << 16),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -154,6 +156,26 @@ def test_growth_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Planted, "grows", 100)
     [finding] = fuzzrun.run(Planted, 1, 80).findings
     assert finding.what == "750 elements are held where 350 were"
+
+
+def test_what_was_found_keeps_nothing_of_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Target]] = []
+
+    def make() -> Target:
+        target = Planted()
+        made.append(weakref.ref(target))
+        return target
+
+    monkeypatch.setattr(Planted, "check", lambda self: 1 / 0)
+    tally = fuzzrun.run(make, 1, 100)
+    gc.collect()
+    assert tally.findings
+    assert [target() for target in made] == [None] * len(made)
+
+
+def test_a_payload_of_nobody_is_not_made() -> None:
+    tree = [0, 0, 0, [[1 << 60, 0, 0, 0, [], []]], b""]
+    assert fuzzmutate._fit(tree, []) == []
 
 
 def test_memory_that_comes_back_is_no_growth() -> None:

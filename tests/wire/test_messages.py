@@ -25,6 +25,7 @@ from penstock.wire.messages import (
     Refusals,
     Submit,
     Welcome,
+    WorkerHello,
     WorkerModels,
 )
 from penstock.wire.models import READY, UNAVAILABLE, ModelSpec, ModelState, TensorSpec
@@ -91,6 +92,7 @@ def test_a_model_without_inputs_runs_alone() -> None:
         Welcome(1, "n" * MAX_NAME),
         Refusals(1, (Refusal(1, "lost", "s" * MAX_SENTENCE, 0),) * MAX_REQUESTS),
         Submit(1, (), tuple(range(0, 4 * MAX_REQUESTS, 2)), tuple(range(MAX_REQUESTS)), starts=[]),
+        WorkerHello(0, "", "c", 1, (), 1, ()),
     ],
     ids=lambda message: type(message).__name__,
 )
@@ -108,6 +110,7 @@ def test_limits_are_included(message: Message) -> None:
         Submit(1, (), tuple(range(0, 4 * MAX_REQUESTS + 4, 2))),
         Submit(1, (), (), tuple(range(MAX_REQUESTS + 1))),
         Submit(1, (), (), (-1,)),
+        WorkerHello(0, "", "", 1, (), 1, ()),
     ],
     ids=lambda message: type(message).__name__,
 )
