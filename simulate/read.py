@@ -158,12 +158,12 @@ class _Reading:
         config = self._config({key: each for key, each in values.items() if key not in own}, at)
         if not given.batchable and (keys := config.batch_keys):
             raise self._error((*at, keys[0]), "it has no effect where batchable = false: leave one of them out")
-        size = config.rows_max if given.batchable else 1
-        cost = self._cost(given, size, at)
+        batchable = given.batchable and config.max_batch_size != 0
+        cost = self._cost(given, config.rows_max if batchable else 1, at)
         if given.copies == 1:
-            return [ModelPlan(given.name, given.version, config, given.batchable, cost)]
+            return [ModelPlan(given.name, given.version, config, batchable, cost)]
         return [
-            ModelPlan(f"{given.name}-{number}", given.version, config, given.batchable, cost)
+            ModelPlan(f"{given.name}-{number}", given.version, config, batchable, cost)
             for number in range(given.copies)
         ]
 

@@ -37,6 +37,12 @@ def test_what_is_said_is_read_and_the_rest_has_defaults() -> None:
     assert read.delays.hop_s == pytest.approx(Delays().hop_s)
 
 
+@pytest.mark.parametrize(("size", "batchable"), [("1", True), ("0", False)])
+def test_no_batches_at_all_are_none_of_one_row(size: str, batchable: bool) -> None:
+    [plan] = parse(SMALL.replace("max_batch_size = 8", f"max_batch_size = {size}")).models
+    assert plan.batchable is batchable
+
+
 def test_the_other_forms() -> None:
     text = SMALL.replace("fixed_ms = 2.0\nper_row_ms = 0.5", 'batch_ms = { 8 = 4.0, 1 = 2.0 }\nmax_queue_delay = "3ms"')
     text = text.replace('name = "m"', 'name = "m"\ncopies = 3').replace(
@@ -92,7 +98,12 @@ def test_there_are_the_scenarios_that_the_documentation_names() -> None:
             "max_batch_siz = 8",
             "6: key 'models[0].max_batch_siz': unknown key; did you mean 'max_batch_size'?",
         ),
-        ("max_batch_size = 8", "max_batch_size = 0", "6: key 'models[0].max_batch_size': Expected `int` >= 1"),
+        ("max_batch_size = 8", "max_batch_size = -1", "6: key 'models[0].max_batch_size': Expected `int` >= 0"),
+        (
+            "max_batch_size = 8",
+            'jitter_lasts = "5ms"',
+            "6: key 'models[0].jitter_lasts': it has no effect without jitter",
+        ),
         ("max_batch_size = 8", 'max_queue_delay = "2"', "6: key 'models[0].max_queue_delay': '2' is not a duration"),
         (
             "max_batch_size = 8",

@@ -194,7 +194,9 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     Beat: st.builds(Beat, u64, few(samples())),
     Bye: st.builds(Bye, u64),
     Leaving: st.builds(Leaving, u64),
-    WorkerHello: st.builds(WorkerHello, u64, names, names, u32, few(names), st.integers(1, 1 << 16), models),
+    WorkerHello: st.builds(
+        WorkerHello, u64, names, st.text(min_size=1, max_size=8), u32, few(names), st.integers(1, 1 << 16), models
+    ),
     WorkerModels: st.builds(WorkerModels, u64, models),
     Attached: st.builds(Attached, u64, peers, u64, flags),
     Done: st.builds(Done, u64, few(finished)),

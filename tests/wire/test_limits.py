@@ -49,6 +49,7 @@ WITHOUT_BOUND: Final = {
     "load/library.py: queue.SimpleQueue()": "as many as are under way",
     "load/run.py: queue.SimpleQueue()": "a line a second of each generator, for as long as is measured",
     "worker/cuda.py: cache()": "it takes no argument",
+    "worker/textformat.py: functools.cache()": "its schemas are two",
     "worker/instances.py: SimpleQueue()": "the core gives batches to idle instances alone",
 }
 
