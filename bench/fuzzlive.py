@@ -267,7 +267,12 @@ class Flood:
         message, other = (self._example(kinds) for _ in range(2))
         message.epoch = epoch if message.epoch else 0
         head, frames = malformed(random, message, other, 0.7)
-        dealer.send_multipart([head, *frames], zmq.NOBLOCK, copy=True)
+        try:
+            dealer.send_multipart([head, *frames], zmq.NOBLOCK, copy=True)
+        except zmq.Again:  # as many as the broker takes unread of one peer wait: another goes on
+            self._join(end)
+            dealer, _ = self._peers[end]
+            dealer.send_multipart([head, *frames], zmq.NOBLOCK, copy=True)
         with suppress(zmq.Again):
             while True:
                 dealer.recv_multipart(zmq.NOBLOCK)
