@@ -154,7 +154,9 @@ def _settle(target: Target, seed: int, number: int, phase: int, tally: Tally) ->
 
 def _finding(target: Target, seed: int, number: int, error: Exception, each: Any) -> Finding:
     frames = traceback.extract_tb(error.__traceback__)[-4:]
-    where = "".join(f"  {frame.filename}:{frame.lineno} {frame.name}: {frame.line}\n" for frame in frames)
+    where = "".join(
+        f"  {os.path.relpath(frame.filename)}:{frame.lineno} {frame.name}: {frame.line}\n" for frame in frames
+    )
     data = target.bytes_of(each) if each is not None and not isinstance(each, str) else None
     if data is not None:
         each = target.with_bytes(each, shrink(data, lambda less: _fails(target, each, less, type(error))))

@@ -84,7 +84,7 @@ def announce(connection: socket.socket, peer: bytes, arena: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        pass
     return True
 
 
