@@ -17,14 +17,18 @@ from penstock.wire.codec import (
 )
 from penstock.wire.messages import (
     COMPLETE,
+    EXPLICIT,
     FAILED,
     FROM_CALLER,
     FROM_WORKER,
     INLINE_MAX_BYTES,
+    LOAD,
     ON_PUBLICATION,
     PARTIAL,
     TO_CALLER,
     TO_WORKER,
+    UNLOAD,
+    WATCH,
     Answers,
     Ask,
     Assign,
@@ -46,9 +50,12 @@ from penstock.wire.messages import (
     HelloWanted,
     Hung,
     Leaving,
+    Loads,
     Message,
     Metrics,
     Models,
+    Order,
+    Ordered,
     Outcome,
     Ping,
     Pong,
@@ -60,6 +67,9 @@ from penstock.wire.messages import (
     Stuck,
     Submit,
     Tasks,
+    Unload,
+    Version,
+    Wake,
     Welcome,
     WorkerAddress,
     WorkerHello,
@@ -67,7 +77,7 @@ from penstock.wire.messages import (
     Workers,
 )
 from penstock.wire.metrics import Meters
-from penstock.wire.models import LOADING, READY, Layout, ModelSpec, ModelState, Tensor, TensorSpec
+from penstock.wire.models import LOADING, READY, SERVED, Layout, Load, ModelSpec, ModelState, Route, Tensor, TensorSpec
 
 EPOCH: Final = 7
 
@@ -92,7 +102,7 @@ _TENSOR: Final = TensorSpec("x", "FP32", (-1, -1))
 
 def model_state(name: str = "double", version: str = "1", state: str = READY, batch: int = 8) -> ModelState:
     spec = ModelSpec(name, version, "onnx", (_TENSOR,), (TensorSpec("y", "FP32", (-1, -1)),), True, batch)
-    return ModelState(name, version, state, "", spec if state == READY else None)
+    return ModelState(name, version, state, "", spec if state in SERVED else None)
 
 
 def form_of(
@@ -168,8 +178,25 @@ class Examples:
             Beat: lambda: Beat(EPOCH, self._samples),
             Bye: lambda: Bye(EPOCH),
             Leaving: lambda: Leaving(EPOCH),
-            WorkerHello: lambda: WorkerHello(0, "w", "cpu", 1, ["ipc:///run/w"], 2, self.models()),
-            WorkerModels: lambda: WorkerModels(EPOCH, self.models()),
+            WorkerHello: lambda: WorkerHello(
+                0,
+                "w",
+                "cpu",
+                1,
+                ["ipc:///run/w"],
+                2,
+                self.models(),
+                self.routes(),
+                random.choice((WATCH, EXPLICIT)),
+                self.loads(),
+                "/srv/models",
+            ),
+            WorkerModels: lambda: WorkerModels(EPOCH, self.models(), self.versions(), self.routes(), 2, first),
+            Order: lambda: Order(EPOCH, first, random.choice((LOAD, UNLOAD)), "double", random.choice(("", "{}"))),
+            Ordered: lambda: Ordered(EPOCH, first, random.choice((None, Failure("unavailable", "it is not", 0)))),
+            Unload: lambda: Unload(EPOCH, self.versions()),
+            Loads: lambda: Loads(EPOCH, first, self.loads()),
+            Wake: lambda: Wake(EPOCH, *random.choice(self.versions())),
             Attached: lambda: Attached(EPOCH, caller, first, True),
             Done: lambda: Done(EPOCH, [Finished(caller, 1, 8, (first, first + 1), 900)]),
             Costs: lambda: Costs(EPOCH, [Cost("double", "1", 1, 8, 1000, (1, 8), (100, 500))]),
@@ -178,7 +205,7 @@ class Examples:
             Hung: lambda: Hung(EPOCH, [Stuck(caller, 1, (first, first + 1))], "a batch does not end"),
             Welcome: lambda: Welcome(EPOCH, "gateway", True, 3),
             HelloWanted: lambda: HelloWanted(EPOCH),
-            Models: lambda: Models(EPOCH, self.models()),
+            Models: lambda: Models(EPOCH, self.models(), self.routes(), "/srv/models"),
             Workers: lambda: Workers(EPOCH, [WorkerAddress(each, "ipc:///run/w", 0, "w") for each in WORKERS]),
             Refusals: lambda: Refusals(EPOCH, [Refusal(first, "overloaded", "it is full", 1000)]),
             Metrics: lambda: Metrics(EPOCH, 1, [Snapshot("broker", self._samples)]),
@@ -192,6 +219,21 @@ class Examples:
     def models(self) -> list[ModelState]:
         states = [model_state(), model_state("other", "2"), model_state("other", state=LOADING)]
         return self._random.sample(states, self._random.randrange(1, 4))
+
+    def routes(self) -> list[Route]:
+        routes = [
+            Route("double", ("1",)),
+            Route("double", ("2", "1"), (("stable", "1"),), (("stable", 90), ("2", 10))),
+            Route("other", ("2",)),
+            Route("other"),
+        ]
+        return self._random.sample(routes, self._random.randrange(4))
+
+    def versions(self) -> list[Version]:
+        return self._random.sample([Version("double", "1"), Version("other", "2"), Version("gone", "1")], 2)
+
+    def loads(self) -> list[Load]:
+        return self._random.sample([Load("double"), Load("other", '{"max_batch_size": 4}')], self._random.randrange(3))
 
 
 def _saved(nodes: Sequence[Any], kind: int, shape: Sequence[str], constants: Sequence[Any]) -> bytes:

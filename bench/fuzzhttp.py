@@ -9,10 +9,15 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import os
 import re
+import shutil
+import tempfile
 import zlib
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from random import Random
 from typing import Any, Final
 
@@ -21,12 +26,16 @@ import orjson
 from bench.fuzzexamples import EPOCH
 from bench.fuzzmutate import changed_bytes, number
 from bench.fuzztarget import Target, census
+from bench.fuzztfserving import request as tfserving_request
 from penstock.client.caller import Caller, Identity
-from penstock.client.events import Complete, Fail, FromWorker
+from penstock.client.events import Complete, Fail, FromWorker, OrderDone
+from penstock.client.orders import Orders
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Connection, Http
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reports import Reports
+from penstock.gateway.repository import Repository
+from penstock.gateway.tfserving import TensorFlowServing
 from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, pack_outcome, unpack, unpack_layout
 from penstock.wire.events import FromBroker
@@ -36,7 +45,11 @@ from penstock.wire.messages import (
     ON_PUBLICATION,
     Answers,
     Batch,
+    Failure,
+    Message,
     Models,
+    Order,
+    Ordered,
     Outcome,
     Refusal,
     Refusals,
@@ -45,7 +58,7 @@ from penstock.wire.messages import (
     Submit,
     Welcome,
 )
-from penstock.wire.models import READY, ModelSpec, ModelState, TensorSpec
+from penstock.wire.models import IDLE, LOADING, READY, ModelSpec, ModelState, Route, TensorSpec
 from penstock.wire.slots import Slots
 
 _ARENA_BYTES: Final = 1 << 20
@@ -68,14 +81,34 @@ _HEADERS: Final = (
     *(b"Accept-Encoding: gzip", b"Accept-Encoding: deflate;q=nan, *;q=-1", b"Accept: application/openmetrics-text"),
     *(b"Penstock-Timeout: 0.5", b"Penstock-Timeout: 1e9", b"Penstock-Priority: 9", b"Penstock-Priority: \xb2"),
     *(b"Penstock-Tenant: \xff", b"Penstock-Explain: 1", b"X: " + b"y" * 5000, b": none", b"A b: c", b"X:\r\n folded"),
+    *(b"Penstock-Sticky: user 7", b"Penstock-Sticky: \xff\xc3\xa9", b"Penstock-Sticky: " + b"x" * 300),
     *(b"traceparent: 00-0-0-0", b"X\0: y", b"X: \0", b"Content-Length: 5\r\nContent-Length: 6", b"X: y\nZ: a"),
 )
 _TARGETS: Final = (
     *(b"/v2", b"/v2/health/live", b"/v2/health/ready", b"/metrics", b"/", b"/events", b"/v2/models/m0", b"*"),
     *(b"/v2/models/m0/ready", b"/v2/models/none/infer", b"/v2/models/m0/versions/9/infer", b"/%ff", b"/%", b"//"),
+    *(b"/v2/models/m0/versions/canary/infer", b"/v2/models/m0/versions/canary", b"/v2/models/m1/versions/2/ready"),
+    *(b"/v2/repository/index", b"/v2/repository/r/index", b"/v2/repository/models/m0/load", b"/v2/repository/models"),
     *(b"http://a/v2", b"http://a", b"/v2?x=" + b"y" * 3000, b"/v2/models/%00/infer", b"/" + b"a/" * 500, b"a:1", b""),
 )
 
+
+# Names of models, and of versions, as they stand in a path.
+_NAMES: Final = (b"m0", b"m0", b"new", b"%2e%2e", b"..", b"a%2Fb", b"%00", b"a b", b"%20", b"x" * 300, b"%c3%a9" * 200)
+_VERSIONS: Final = (
+    b"1",
+    b"2",
+    b"7",
+    b"canary",
+    b"latest",
+    b"01",
+    b"-1",
+    b"1" * 19,
+    b"..",
+    b"%2e%2e%2f9",
+    b"%00",
+    b"%d9%a3",
+)
 
 _ODD: Final[tuple[Any, ...]] = (
     None,
@@ -144,6 +177,20 @@ class Loop:
                 callback, arguments = handle._callback, handle._args  # type: ignore[attr-defined]
                 callback(*arguments)
         self._now = until
+
+
+class Broker:
+    """Of a link, what orders know. ``ordered``: what waits for an answer."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        self.on_order: Callable[[OrderDone], None] = lambda done: None
+        self.ordered: list[int] = []
+
+    def say(self, message: Message) -> None:
+        assert isinstance(message, Order)
+        pack(message)
+        self.ordered.append(message.serial)
 
 
 class Hangups:
@@ -227,14 +274,25 @@ class HttpTarget(Target):
         loop: Any = self.loop
         self.slots = Slots(Arena(_ARENA_BYTES, "fuzz"))
         # Small, so that they are met: a body may take as long as so many bytes of JSON.
-        options = GatewayOptions(body_bytes_max=256 << 10, bodies_bytes_max=1 << 20, head_bytes_max=8192)
+        options = GatewayOptions(
+            body_bytes_max=256 << 10, bodies_bytes_max=1 << 20, head_bytes_max=8192, model_push=True
+        )
+        self.repository = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
         self.caller = Caller(Identity(b"a caller", "gateway", 1, True, "here", calls_max=8))
         reports = Reports(loop, lambda: None, lambda: Snapshot("gateway", self.caller.meters.samples()), 1.0)
         self.application = Application(loop, self.caller, options, reports, lambda: None)
+        link: Any = Broker(self.caller)
+        self.broker: Broker = link
+        self.application.add(Repository(loop, self.application, Orders(link)).routes)
+        self.application.add(TensorFlowServing(self.application).routes)
         self.http = Http(loop, options, self.application, lambda: self.slots if self.caller.shares else None)
         self.http.hangups = Hangups()  # type: ignore[assignment]
         self._hear(FromBroker(Welcome(EPOCH, "gateway", True)))
-        self._hear(FromBroker(Models(EPOCH, [_model(each) for each in range(len(_TYPES))])))
+        states = [_model(each) for each in range(len(_TYPES))]
+        states += [ModelState("m0", "2", IDLE, "", states[0].spec), ModelState("m0", "3", LOADING, "", None)]
+        labels, traffic = (("canary", "2"), ("stable", "1"), ("odd", "9")), (("stable", 60), ("canary", 39), ("3", 1))
+        routes = [Route("m0", ("1",), labels, traffic), *[Route(each.name, ("1",)) for each in states[1 : len(_TYPES)]]]
+        self._hear(FromBroker(Models(EPOCH, states, routes, str(self.repository))))
 
     # --- what clients say ---
 
@@ -292,8 +350,15 @@ class HttpTarget(Target):
                 command.sink.complete(command)
             elif isinstance(command, Fail):
                 command.sink.fail(command.error)
+            elif isinstance(command, OrderDone):
+                self.broker.on_order(command)
 
     def _answer(self) -> None:
+        ordered, self.broker.ordered = self.broker.ordered, []
+        for serial in ordered:
+            failure = self._answers.choice((None, None, Failure("unavailable", "it is corrupt", 0)))
+            if self._answers.random() < 0.95:  # else its client waits until it leaves
+                self._hear(FromBroker(Ordered(EPOCH, serial, failure)))
         if not self.caller.wants_flush(1.0):
             return
         for message in self.caller.flush(1.0):
@@ -324,6 +389,13 @@ class HttpTarget(Target):
     def settle(self) -> int:
         self.loop.pass_time(100.0)
         self._answer()
+        published = [each.relative_to(self.repository) for each in self.repository.rglob("*")]
+        strange = [each for each in published if each.parts[0].startswith(".") or len(each.parts) > 3]
+        assert not strange, f"these are left in the repository: {strange}"
+        for each in self.repository.iterdir():
+            shutil.rmtree(each)
+        for serial in list(self.caller._orders):  # the broker answers in the end, whoever waits
+            self._hear(FromBroker(Ordered(EPOCH, serial)))
         used = self.slots.arena.allocator.used
         held = self.http.budget.used, used, self.slots.waiting, len(self.http.connections), len(self.caller.calls)
         assert held == (0, 0, 0, 0, 0), f"of the budget, the arena, waits, connections and calls are left: {held}"
@@ -336,6 +408,7 @@ class HttpTarget(Target):
 
     def close(self) -> None:
         self.slots.close()
+        shutil.rmtree(self.repository)
 
     def bytes_of(self, each: tuple[bool, list[bytes]]) -> bytes:
         return b"".join(each[1])
@@ -388,12 +461,11 @@ def statuses(written: bytes, heads: bool, whole: bool = True) -> Iterator[int]:
         if b"Transfer-Encoding" in headers or headers.get(b"Content-Type") == b"text/event-stream":
             yield status
             return  # goes on until the connection ends
+        if status == 204 or (heads and (not written or written.startswith(b"HTTP/1.1 "))):
+            yield status
+            continue  # without a body
         length = int(headers[b"Content-Length"])
         body, written = written[:length], written[length:]
-        if heads and status >= 400 and not body.startswith(b'{"error":'):
-            written = body + written
-            yield status
-            continue
         if len(body) < length and not whole:
             return
         assert len(body) == length, f"{len(body)} of {length} bytes: {head[:200]!r}"
@@ -410,11 +482,24 @@ def _request(random: Random) -> bytes:
     if kind < 0.06:
         return b"GET /v2 HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * random.choice((90, 101, 3000)) + b"\r\n"
     method, target, body, headers = b"GET", random.choice(_TARGETS), b"", [b"Host: a"]
-    if kind < 0.85:
+    if kind < 0.2:
         at = random.randrange(len(_TYPES))
-        method, target = b"POST", b"/v2/models/m%d/infer" % at
+        odd = random.choice((*_ODD, _nested(random.choice((3, 40, 200)))))
+        target, body = tfserving_request(random, _TYPES[at] == "BYTES", at, odd)
+        method = b"POST" if b":" in target or random.random() < 0.2 else b"GET"
+        if random.random() < 0.08:
+            body = changed_bytes(random, body, b'[NaN,-Infinity,1e999,"\\ud800",' + b"[" * 2000)
+    elif kind < 0.75:
+        at = random.randrange(len(_TYPES))
+        version = b"" if random.random() < 0.9 else b"/versions/%b" % random.choice(_VERSIONS)
+        method, target = b"POST", b"/v2/models/m%d%b/infer" % (at, version)
         body, more = _inference(random, at)
         headers += more
+    elif kind < 0.93:
+        method, target, body = _repository(random)
+        if random.random() < 0.2:
+            body = zlib.compress(body) if random.random() < 0.8 else _bomb(31, b"[", 1 << 22)
+            headers.append(b"Content-Encoding: deflate")
     elif random.random() < 0.3:
         method = random.choice((b"POST", b"HEAD", b"PUT", b"OPTIONS", b"CONNECT", b"PRI", b"get", b"", b"\xff"))
     if random.random() < 0.15:
@@ -441,6 +526,34 @@ def _chunks(random: Random, body: bytes) -> bytes:
         parts.append(sign + random.choice((b"\r\n",) * 30 + (b"\n", b"", b"\r")) + part + b"\r\n")
     trailer = b"Host: b\r\nContent-Length: 5\r\n" if random.random() < 0.1 else b""
     return b"".join(parts) + b"0\r\n" + trailer + b"\r\n"
+
+
+def _repository(random: Random) -> tuple[bytes, bytes, bytes]:
+    """Something that is asked of the model repository: method, target and body."""
+    name, version = random.choice(_NAMES), random.choice(_VERSIONS)
+    kind = random.random()
+    if kind < 0.15:
+        json = {"ready": random.choice((True, False, *_ODD))} if random.random() < 0.5 else random.choice(_ODD)
+        return b"POST", random.choice((b"/v2/repository/index", b"/v2/repository/r/index")), orjson.dumps(json)
+    if kind < 0.35:
+        path = b"/versions" if random.random() < 0.4 else b"/versions/%b" % version
+        method = b"PUT" if random.random() < 0.7 else b"POST"
+        return method, b"/v2/repository/models/%b%b" % (name, path), random.randbytes(random.choice((0, 1, 5000)))
+    parameters: dict[str, Any] = {}
+    if random.random() < 0.5:
+        parameters["config"] = random.choice(
+            ("{}", '{"max_batch_size": 8}', "[", "1", '"\\ud800"', " " * 70_000, *_ODD)
+        )
+    for _ in range(random.choice((0, 0, 1, 3, 17))):
+        data = b64encode(random.randbytes(random.choice((1, 100)))).decode()
+        at = random.choice(("1", "2", str(random.randrange(10**6)), "..", "01", "latest"))
+        key = f"file:{at}/{random.choice(('model.onnx',) * 5 + ('x', '../x', 'model.onnx/x'))}"
+        parameters[key] = random.choice((data, data, data, "é", "=", "AAA", *_ODD))
+    if random.random() < 0.2:
+        parameters[random.choice(("unload_dependents", "nonsense"))] = random.choice(_ODD)
+    request = random.choice(({"parameters": parameters},) * 4 + (parameters, {"parameters": random.choice(_ODD)}))
+    action = random.choice((b"load", b"load", b"unload"))
+    return b"POST", b"/v2/repository/models/%b/%b" % (name, action), orjson.dumps(request)
 
 
 def _inference(random: Random, at: int) -> tuple[bytes, list[bytes]]:

@@ -39,10 +39,10 @@ from penstock.wire.models import READY, ModelState
 from penstock.wire.slots import Slots
 from penstock.worker.config import ModelConfig
 from penstock.worker.core import Core as WorkerCore
-from penstock.worker.core import Identity as WorkerIdentity
 from penstock.worker.events import Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import execute
 from penstock.worker.model import Model, load
+from penstock.worker.serving import Identity as WorkerIdentity
 
 
 def _load_models() -> list[Model]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 import click
 
+EXIT_INTERRUPTED: Final = 130  # as shells have it: 128 and the number of SIGINT
 _COMMANDS: Final = {
     *("up", "restart", "check", "broker", "worker", "gateway"),
     *("infer", "bench", "tune", "simulate", "models", "top", "systemd"),
@@ -25,6 +27,13 @@ class _Commands(click.Group):
             return None
         found: click.Command = getattr(import_module(f"penstock.bin.{cmd_name}"), cmd_name)
         return found
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo(err=True)  # behind the ^C of the terminal
+            sys.exit(EXIT_INTERRUPTED)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

@@ -1,5 +1,5 @@
 """``penstock up``: starts the processes of one server, says when they serve, starts again what dies or is stuck,
-replaces all of them one after another when it is asked to, and stops all in order.
+replaces them one after another when it is asked to or their configuration has changed, and stops all in order.
 
 On a server systemd does this instead, with the same commands: processes tell either of them that they are ready in
 the same way (sd_notify(3)), and are stopped by the same signal.
@@ -27,13 +27,15 @@ from typing import Final, NamedTuple, NoReturn
 from penstock.bin.cpus import format_cpus
 from penstock.bin.devices import VISIBLE, Device
 from penstock.bin.options import EXIT_CANNOT_SERVE, Options
-from penstock.bin.restart import IN_PLACE, SOCKET, Ask, Asker, RestartError, rss_bytes
+from penstock.bin.reload import CONFIG_LOOK_S, ConfigFile, changed_roles, mark_of, sweep, with_config
+from penstock.bin.restart import IN_PLACE, SOCKET, Asker, RestartError, rss_bytes
 from penstock.bin.supervision import LOOK_S, STUCK_S, Breaker, Pulse
 from penstock.broker.options import RECORD_MAX_BYTES
 from penstock.gateway.listening import listen, url_of
 from penstock.wire.arena import available_bytes
 from penstock.wire.endpoints import EndpointError, Guard, InUseError, RuntimeDir, binding
 from penstock.wire.process import SHORT_OF_DESCRIPTORS, WATCHDOG_FD, StopSignal, fields
+from penstock.worker.config import ConfigError
 from penstock.worker.gpus import EXIT_GPU_LOST
 
 log = logging.getLogger("penstock.launcher")
@@ -131,6 +133,8 @@ class Launcher:
         self._poll = select.poll()
         self._children: list[Child] = []
         self._look_at = float("inf")
+        self._options = plan.options  # in force
+        self._config = None if plan.config is None else ConfigFile(plan.config, plan.runtime.path)
         self._asked: Asker | None = None
         self._listener: socket.socket | None = None  # for who asks
 
@@ -155,6 +159,7 @@ class Launcher:
         self._poll.register(self._notify, select.POLLIN)
         self._poll.register(self._stop_signal.fileno(), select.POLLIN)
         try:
+            self._keep_config()
             listener = listen(plan.http)
             if self._start_all(listener):
                 self._listen_for_asks()
@@ -172,11 +177,23 @@ class Launcher:
             if self._listener is not None:
                 self._listener.close()
                 (plan.runtime.path / SOCKET).unlink(missing_ok=True)
+            sweep(plan.runtime.path)
             self._notify.close()
             self._stop_signal.restore()
             guard.release()
 
     # --- starting ---
+
+    def _keep_config(self) -> None:
+        """The configuration as it is now is the one in force."""
+        sweep(self._plan.runtime.path)
+        if self._config is None:
+            return
+        try:
+            toml, self._options = self._config.read()
+            self._config.copy = self._config.keep(toml)
+        except ConfigError as error:
+            raise LaunchError(str(error), EXIT_CANNOT_SERVE) from None
 
     def _start_all(self, listener: socket.socket) -> bool:
         """Broker, workers, gateways; HTTP listens when the models are loaded. False: told to stop meanwhile."""
@@ -186,7 +203,7 @@ class Launcher:
             f"--log-format={plan.log_format}",
             f"--log-level={plan.log_level}",
         ]
-        config = [f"--config={plan.config}"] if plan.config else []
+        config = [f"--config={self._config.copy}"] if self._config else []
         bind = [f"--bind={plan.bind}"] if plan.bind else []
         record = (
             [f"--record={plan.record}", f"--record-max-bytes={plan.record_max_bytes}"]
@@ -286,12 +303,17 @@ class Launcher:
 
     def _supervise(self) -> None:
         self._look_at = time.monotonic() + LOOK_S
+        config_at = time.monotonic() if self._config is not None else float("inf")
         while not self._stop_signal.received:
-            self._step(float("inf"))
+            self._step(config_at)
             if self._asked is not None:
                 self._restart(self._asked)
                 self._asked.close()
                 self._asked = None
+            if self._config is not None and time.monotonic() >= config_at:
+                if self._config.watch.changed(mark_of(self._config.path)):
+                    self._reload(self._config)
+                config_at = time.monotonic() + CONFIG_LOOK_S
 
     def _step(self, until: float) -> None:
         """Take in what happens, for at most so long, and start again what has ended."""
@@ -414,21 +436,21 @@ class Launcher:
             log.info("rolling restart begins", extra=fields(roles=" ".join(ask.roles), in_place=ask.in_place))
             for role in ask.roles:
                 for child in [child for child in self._children if child.role == role]:
-                    self._replace(child, ask, asker)
+                    self._replace(child, child.arguments, ask.in_place, asker.say)
             log.info("rolling restart ended")
             asker.end("")
         except RestartError as error:
             log.error("rolling restart broken off", extra=fields(reason=str(error)))
             asker.end(str(error))
 
-    def _replace(self, child: Child, ask: Ask, asker: Asker) -> None:
-        """Raises RestartError."""
+    def _replace(self, child: Child, arguments: list[str], in_place: bool, say: Callable[[str], None]) -> None:
+        """``arguments``: of the new process. Raises RestartError."""
         if self._stop_signal.received:
             raise RestartError("the server is told to stop")
         begin = time.monotonic()
         successor = child
-        if self._beside(child, ask, asker):
-            successor = Child(child.name, child.role, child.arguments, child.inherits, child.environment, held=True)
+        if self._beside(child, in_place, say):
+            successor = Child(child.name, child.role, arguments, child.inherits, child.environment, held=True)
             self._children.append(successor)
             try:
                 self._spawn(successor)
@@ -439,9 +461,9 @@ class Launcher:
                 raise RestartError(f"{child.name} serves on as it was: {error}") from None
         child.held = True
         if not self._stop([child], self._step):
-            asker.say(f"{child.name}: it did not end in time, and was killed")
+            say(f"{child.name}: it did not end in time, and was killed")
         if successor is child:
-            child.held, child.breaker = False, Breaker()
+            child.held, child.breaker, child.arguments = False, Breaker(), arguments
             try:
                 self._spawn(child)
             except OSError as error:  # it is tried again, as ever
@@ -453,16 +475,16 @@ class Launcher:
         assert successor.process is not None
         seconds = time.monotonic() - begin
         log.info("process replaced", extra=fields(process=child.name, by=successor.process.pid, seconds=seconds))
-        asker.say(f"{child.name}: replaced by {successor.process.pid} in {seconds:.1f} s")
+        say(f"{child.name}: replaced by {successor.process.pid} in {seconds:.1f} s")
 
-    def _beside(self, child: Child, ask: Ask, asker: Asker) -> bool:
+    def _beside(self, child: Child, in_place: bool, say: Callable[[str], None]) -> bool:
         """Whether its successor can be started while it serves."""
-        if child.role == "broker" or ask.in_place or child.process is None or child.pidfd < 0:
+        if child.role == "broker" or in_place or child.process is None or child.pidfd < 0:
             return False
         needed = rss_bytes(child.process.pid)
         if needed < available_bytes():
             return True
-        asker.say(f"{child.name}: memory does not suffice for two of it ({needed >> 20} MiB); {IN_PLACE}")
+        say(f"{child.name}: memory does not suffice for two of it ({needed >> 20} MiB); {IN_PLACE}")
         return False
 
     def _wait_for(self, child: Child) -> None:
@@ -482,6 +504,58 @@ class Launcher:
         self._children.remove(child)
         if child.beats >= 0:
             os.close(child.beats)
+
+    # --- another configuration ---
+
+    def _reload(self, config: ConfigFile) -> None:
+        """The file has changed. What cannot be followed, or does not come up, changes nothing."""
+        try:
+            toml, options = config.read()
+            roles = changed_roles(self._options, options)
+            if not roles:
+                log.info("configuration says what is in force already", extra=fields(file=str(config.path)))
+                return
+            old, new = config.copy, config.keep(toml)
+        except ConfigError as error:
+            log.error("configuration cannot be followed; the old one stays in force", extra=fields(reason=str(error)))
+            return
+        log.info("configuration has changed; processes are replaced", extra=fields(roles=" ".join(roles)))
+        try:
+            for child in [child for role in roles for child in self._children if child.role == role]:
+                self._renew(child, with_config(child.arguments, old, new))
+        except RestartError as error:
+            log.error("configuration does not work; the old one stays in force", extra=fields(reason=str(error)))
+            self._go_back(new, old)
+            new.unlink(missing_ok=True)
+            return
+        for child in self._children:
+            child.arguments = with_config(child.arguments, old, new)
+        self._options, config.copy = options, new
+        old.unlink(missing_ok=True)
+        log.info("configuration is in force", extra=fields(file=str(config.path)))
+
+    def _renew(self, child: Child, arguments: list[str]) -> None:
+        """Raises RestartError. What does not serve now, as one whose GPU is lost, is tried at once, and not waited
+        for."""
+        if child.pidfd >= 0 and child.ready:
+            self._replace(child, arguments, False, log.debug)
+            return
+        child.arguments, child.breaker = arguments, Breaker()
+        if child.pidfd >= 0:  # it is starting, with the old one
+            self._signal([child], signal.SIGTERM)
+        else:
+            child.start_at = time.monotonic()
+
+    def _go_back(self, new: Path, old: Path) -> None:
+        """Of those that have been replaced, and of a broker that does not come up."""
+        for child in [child for child in self._children if f"--config={new}" in child.arguments]:
+            if self._stop_signal.received:
+                return
+            try:
+                self._replace(child, with_config(child.arguments, new, old), not child.ready, log.debug)
+            except RestartError as error:
+                child.arguments = with_config(child.arguments, new, old)
+                log.error("process does not come up", extra=fields(process=child.name, reason=str(error)))
 
     # --- stopping ---
 
@@ -521,7 +595,7 @@ class Launcher:
         return not any(child.pidfd >= 0 for child in children)
 
     def _drain_max_s(self, role: str) -> float:
-        limit_s: float = getattr(self._plan.options, role).drain_max_s
+        limit_s: float = getattr(self._options, role).drain_max_s
         return limit_s
 
 

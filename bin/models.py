@@ -4,49 +4,60 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from penstock.bin import options
+from penstock.bin.asking import REACH_S, Server, fail
 from penstock.bin.bundled import BUNDLED_MODELS
-from penstock.client import Client, PenstockError
-from penstock.wire.models import ModelState
+from penstock.bin.modellist import show
+from penstock.client import PenstockError
 
 if TYPE_CHECKING:
     from penstock.worker.repository import ModelFile
     from penstock.worker.store import Store
 
 
-@click.group(invoke_without_command=True)
+_MORE: Final = {  # commands that are files of their own, imported when they are asked for
+    "ls": "modellist",
+    "describe": "modellist",
+    "push": "modelpush",
+    "rollback": "modelroute",
+    "traffic": "modelroute",
+    "load": "modelorder",
+    "unload": "modelorder",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_MORE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _MORE:
+            return super().get_command(ctx, cmd_name)
+        found: click.Command = getattr(import_module(f"penstock.bin.{_MORE[cmd_name]}"), cmd_name)
+        return found
+
+
+@click.group(cls=_Commands, invoke_without_command=True)
 @options.runtime_dir
 @options.server
-@click.option("--timeout", type=float, default=5.0, show_default=True, help="Seconds.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds.  [default: 5, of 'ls']")
 @click.pass_context
-def models(context: click.Context, runtime_dir: Path | None, server: str | None, timeout: float) -> None:
-    """List what the server serves, and why what is not served is not.
+def models(context: click.Context, runtime_dir: Path | None, server: str | None, timeout: float | None) -> None:
+    """List what the server serves, and why what is not served is not: as 'ls', where no command follows.
 
-    With a command: prepare models before a server does, remove what was prepared, or import what another server has.
+    The others publish models, say which of their versions serve, and prepare or import them before a server does.
     """
-    if context.invoked_subcommand is not None:
-        return
-    try:
-        with Client(server or runtime_dir, timeout=timeout) as client:
-            states = client.models()
-    except PenstockError as error:
-        click.echo(f"penstock: {error}", err=True)
-        sys.exit(1)
-    rows = [("NAME", "VERSION", "STATE", "BATCH", ""), *map(_row, states)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip())
-
-
-def _row(state: ModelState) -> tuple[str, str, str, str, str]:
-    spec = state.spec
-    batch = "" if spec is None else str(spec.max_batch_size) if spec.batchable else "alone"
-    return state.name, state.version, state.state, batch, state.reason
+    if context.invoked_subcommand is None:
+        try:
+            show(Server(server or runtime_dir, REACH_S if timeout is None else timeout))
+        except PenstockError as error:
+            fail(str(error))
 
 
 @models.command()
@@ -136,10 +147,10 @@ def import_tfserving(file: Path, into: Path, dry_run: bool) -> None:
     that is there is replaced; importing again adds what is new. Exit code 2, with a sentence each: what cannot be
     served.
     """
-    from penstock.bin.tfserving import find_versions, perform, plan, read_list
+    from penstock.bin.tfserving import Link, find_versions, perform, plan, read_list
     from penstock.worker.config import ConfigError
 
-    problems = 0
+    problems, links = 0, False
     with _Complaints() as complain:
         try:
             served = read_list(file)
@@ -160,6 +171,9 @@ def import_tfserving(file: Path, into: Path, dry_run: bool) -> None:
             for sentence in found.problems:
                 complain(f"model {model.name}: {sentence}")
             problems += len(found.problems)
+            links = links or any(isinstance(step, Link) for step in found.steps)
+    if links:
+        click.echo(f"the links lead out of {into}: serve it with links_out = true in [worker] of penstock.toml")
     sys.exit(options.EXIT_CANNOT_SERVE if problems else 0)
 
 

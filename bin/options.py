@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import difflib
 import math
 import os
 import re
@@ -17,10 +19,11 @@ from penstock.bin import logs
 from penstock.bin.cpus import format_cpus, parse_cpus, usable_cpus
 from penstock.bin.devices import CPU, VISIBLE, Device, DeviceError, choose, choose_one
 from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
+from penstock.gateway.cors import problem_of_origin
 from penstock.gateway.options import GatewayOptions
 from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
 from penstock.wire.messages import MAX_TENANT
-from penstock.worker.config import ConfigError, convert, read_toml
+from penstock.worker.config import ConfigError, Toml, convert, read_toml
 from penstock.worker.gpus import Gpu, Gpus, list_gpus
 from penstock.worker.options import WorkerOptions
 
@@ -198,46 +201,64 @@ class Options(NamedTuple):
 
 
 def load_options(path: Path | None) -> Options:
-    """A configuration file. Raises click.UsageError naming file, key and what is expected."""
-    if path is None:
-        return Options()
+    """A configuration file. Raises click.UsageError naming file, line, key and what is expected."""
     try:
-        values = read_toml(path)
-        for section in values:
-            if section not in Options._fields or not isinstance(values[section], dict):
-                known = ", ".join(f"[{each}]" for each in Options._fields)
-                raise ConfigError(f"{path}: '{section}' is not a section; known are {known}")
-        return Options(
-            _limits(values.get("broker", {}), BrokerOptions, f"{path}: [broker]"),
-            _limits(values.get("worker", {}), WorkerOptions, f"{path}: [worker]"),
-            _limits(values.get("gateway", {}), GatewayOptions, f"{path}: [gateway]"),
-        )
-    except ConfigError as error:
+        return options_of(read_toml(path)) if path is not None else Options()
+    except (ConfigError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from None
 
 
-def _limits(values: dict[str, Any], kind: type[T], where: str) -> T:
+def options_of(toml: Toml) -> Options:
+    """What a configuration file says. Raises ConfigError."""
+    for section, values in toml.values.items():
+        if section not in Options._fields or not isinstance(values, dict):
+            raise toml.error((section,), f"'{section}' is not a section; {_where_else(section)}")
+    return Options(
+        _limits(toml, "broker", BrokerOptions),
+        _limits(toml, "worker", WorkerOptions),
+        _limits(toml, "gateway", GatewayOptions),
+    )
+
+
+def _where_else(key: str) -> str:
+    """What may have been meant by what is no section."""
+    for section, limits in Options()._asdict().items():
+        if key in [each.name for each in dataclasses.fields(limits)]:
+            return f"it is a key of [{section}]"
+    near = difflib.get_close_matches(key, Options._fields, 1)
+    if near and near[0] != key:
+        return f"did you mean [{near[0]}]?"
+    return f"known are {', '.join(f'[{each}]' for each in Options._fields)}"
+
+
+def _limits(toml: Toml, name: str, kind: type[T]) -> T:
     """A section. Raises ConfigError, also for what is no limit."""
-    section = convert(values, kind, where)
-    for key in values:
+    section = convert(toml, name, kind)
+    for key in toml.values.get(name, ()):
         value, lowest = getattr(section, key), -1 if key in ("arena_bytes", "run_bytes_max") else 0
         if isinstance(value, str):
             continue  # a path
-        if isinstance(value, dict):
-            _weights(value, f"{where}: key '{key}'")
+        if isinstance(value, tuple):
+            for at, origin in enumerate(value):
+                if problem := problem_of_origin(origin):
+                    raise toml.error((name, key, at), f"[{name}]: key '{key}': {problem}")
             continue
-        if not lowest <= value < math.inf:
-            raise ConfigError(f"{where}: key '{key}': it is {lowest} or more, not {value}")
+        if isinstance(value, dict):
+            for tenant, weight in value.items():
+                if problem := _problem_of_weight(tenant, weight):
+                    raise toml.error((name, key, tenant), f"[{name}]: key '{key}': {problem}")
+        elif not lowest <= value < math.inf:
+            raise toml.error((name, key), f"[{name}]: key '{key}': it is {lowest} or more, not {value}")
     return section
 
 
-def _weights(weights: dict[str, float], where: str) -> None:
-    """Raises ConfigError for a tenant that no request can name, or a weight that is none."""
-    for tenant, weight in weights.items():
-        if not 0 < len(tenant) <= MAX_TENANT:
-            raise ConfigError(f"{where}: a tenant has 1 to {MAX_TENANT} characters, and not the name {tenant[:80]!r}")
-        if not _WEIGHT_MIN <= weight <= _WEIGHT_MAX:
-            raise ConfigError(f"{where}: the weight of '{tenant}' is from {_WEIGHT_MIN} to {_WEIGHT_MAX}, not {weight}")
+def _problem_of_weight(tenant: str, weight: float) -> str:
+    """A tenant that no request can name, or a weight that is none; or ""."""
+    if not 0 < len(tenant) <= MAX_TENANT:
+        return f"a tenant has 1 to {MAX_TENANT} characters, and not the name {tenant[:80]!r}"
+    if not _WEIGHT_MIN <= weight <= _WEIGHT_MAX:
+        return f"the weight of '{tenant}' is from {_WEIGHT_MIN} to {_WEIGHT_MAX}, not {weight}"
+    return ""
 
 
 def end_with(parent: int) -> None:

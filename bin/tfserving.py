@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from penstock.bin.modeltoml import to_toml
-from penstock.worker.config import ConfigError, ModelConfig
+from penstock.worker.config import ConfigError, ModelConfig, problem_of_label
 from penstock.worker.repository import check_name
 from penstock.worker.textformat import Schema, read_text
-from penstock.worker.versions import NAMED_MAX, VersionPolicy, wanted
+from penstock.worker.versions import NAMED_MAX, VersionPolicy, is_version, wanted
 
 _SCHEMA: Final = Schema(
     "tfserving",
@@ -53,6 +53,7 @@ class Served:
     base: Path
     policy: VersionPolicy
     warnings: tuple[str, ...] = ()
+    labels: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +122,13 @@ def _read_model(config: Any, where: str) -> Served:
     if not base.startswith("/") or not base.isprintable():
         raise ConfigError(f"{where}.base_path: {base[:80]!r} is no absolute path; make it one")
     warnings = []
-    if config.version_labels:
-        labels = ", ".join(f"{label!r}: {number}" for label, number in sorted(config.version_labels.items()))
-        warnings.append(f"version_labels ({labels}) are left out: a model.toml has no labels yet; ask by number")
+    labels = dict(sorted(config.version_labels.items()))
+    for label, number in labels.items():
+        if problem := problem_of_label(label) or ("" if is_version(str(number)) else f"{number} is no version"):
+            raise ConfigError(f"{where}.version_labels: {label!r}: {problem}")
     if config.HasField("logging_config"):
         warnings.append("logging_config is left out: requests are not logged; penstock up --record keeps a trace")
-    return Served(name, Path(base), _policy(config.model_version_policy, where), tuple(warnings))
+    return Served(name, Path(base), _policy(config.model_version_policy, where), tuple(warnings), labels)
 
 
 def _policy(policy: Any, where: str) -> VersionPolicy:
@@ -158,15 +160,15 @@ def plan(model: Served, versions: Sequence[Version], into: Path) -> Plan:
     there = {str(int(each.name)): each for each in versions}
     if not there:
         return Plan(problems=(f"{model.base} has no version directory, such as {model.base}/1",))
-    asked = wanted(model.policy, there)
+    asked = wanted(model.policy, there, model.labels)
     problems = tuple(_lacking(model.base, number, there.get(number)) for number in asked)
     problems = tuple(filter(None, problems))
     if len(problems) == len(asked):
         return Plan(problems=problems, warnings=model.warnings)
     home = into / model.name
-    if model.policy == "latest" and all(number == each.name for number, each in there.items()):
+    if model.policy == "latest" and not model.labels and all(number == each.name for number, each in there.items()):
         return Plan((Link(home, model.base),), problems, model.warnings)
-    text = to_toml(ModelConfig(version_policy=model.policy))
+    text = to_toml(ModelConfig(version_policy=model.policy, labels=dict(model.labels)))
     links = [Link(home / number, model.base / each.name) for number, each in there.items() if each.has_onnx]
     if isinstance(model.policy, tuple):
         links = [each for each in links if each.path.name in asked]

@@ -293,7 +293,9 @@ def _serve(wish: Wish, text: str) -> Iterator[_Server]:
         directory = Path(name)
         lay_out(wish.file, directory / "models", text)
         errors = directory / "errors"
+        (directory / "penstock.toml").write_text("[worker]\nlinks_out = true\n")  # to the model's own files
         command = [sys.executable, "-m", "penstock.bin", "up", str(directory / "models"), "--http=127.0.0.1:0"]
+        command.append(f"--config={directory / 'penstock.toml'}")
         with errors.open("wb") as file:
             process = subprocess.Popen(
                 [*command, f"--runtime-dir={directory / 'run'}", "--log-level=error"],

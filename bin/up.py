@@ -64,7 +64,12 @@ def up(
     devices = options.find_devices(device)
     shares = _shares(workers * len(devices)) if pin else []
     try:
-        files = find_models(models)
+        names = [each.name for each in devices]
+        files = [file for name in names for file in find_models(models, name)]
+        if not files:
+            raise RepositoryError(
+                f"{models} has no model for {' or '.join(names)}: see 'devices' in the model.toml of each, and --device"
+            )
         if all(file.problem for file in files):
             raise RepositoryError("; ".join(file.problem for file in files))
         plan = Plan(

@@ -72,6 +72,16 @@ class Assigner:
         if pool is not None:
             pool.join(worker)
 
+    def grow(self, worker: WorkerPeer, instances: int) -> None:
+        """A worker runs more batches at once than it did."""
+        pool = worker.pool
+        if pool is not None:
+            pool.leave(worker)
+        worker.grow(instances)
+        if pool is not None:
+            pool.join(worker)
+        self.room_came(worker)
+
     def worker_went(self, worker: WorkerPeer) -> None:
         pool = worker.pool
         self._move(worker, None)

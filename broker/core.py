@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from penstock.broker.assign import Assigner
+from penstock.broker.catalog import Catalog
 from penstock.broker.events import (
     Came,
     Command,
@@ -50,7 +51,7 @@ from penstock.wire.messages import (
     Leaving,
     Message,
     Metrics,
-    Models,
+    Order,
     Payload,
     Ping,
     Pong,
@@ -91,13 +92,16 @@ class Core:
         self._serial = 0  # of the last introduction of one peer to another
         self._assign_from = now + options.rejoin_grace_s
         self._open = False  # that time has come
-        self._models_changed = False
         self._workers_changed = False
         self._left_behind = False  # a worker has gone, perhaps without removing its socket
         self._free_at = float("inf")  # when acknowledgments travel even if no work does
         self._sweep_at = now
         self._look_at = float("inf")  # when workers that have work are looked at; never while none has
         self._commands: list[Command] = []
+        self._catalog = Catalog(epoch, self.registry, self.callers, self.workers, self._do)
+
+    def _do(self, command: Command) -> None:
+        self._commands.append(command)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What follows from an event. Raises nothing that a peer could cause."""
@@ -137,7 +141,8 @@ class Core:
     def due(self) -> float:
         """When the next Tick is needed even if nothing happens before."""
         grace = float("inf") if self._open else self._assign_from
-        return min(grace, self._sweep_at, self._look_at, self._free_at, self.ledger.next_deadline)
+        looks = self._sweep_at, self._look_at, self._free_at, self._catalog.due()
+        return min(grace, *looks, self.ledger.next_deadline)
 
     # --- callers ---
 
@@ -155,10 +160,13 @@ class Core:
                 self.ledger.submit(caller, message, now)
             case Beat():
                 if caller.name:
-                    caller.samples = message.samples
+                    caller.series.take(message.samples, message.whole)
                 self._commands.append(ToCaller(peer, Beat(self.epoch)))
             case Ask(serial=serial):
                 self._commands.append(ToCaller(peer, Metrics(self.epoch, serial, self._snapshots())))
+            case Order():
+                self._log("info", "models ordered", action=message.action, model=message.model, caller=caller.name)
+                self._catalog.order(caller, message, now)
             case Bye():
                 self._caller_gone(caller)
             case _:
@@ -181,14 +189,14 @@ class Core:
         for worker in self.workers.values():
             self._expect(worker, [caller])
         self._tell_workers(caller)
-        if self._open:
-            self._commands.append(ToCaller(peer, Models(self.epoch, self.registry.states())))
+        self._catalog.caller_came(caller)
 
     def _caller_gone(self, caller: CallerPeer) -> None:
         del self.callers[caller.id]
         if caller.name:
             self._names.free(caller.name)
         self.ledger.caller_gone(caller)
+        self._catalog.caller_gone(caller)
         for worker in self.workers.values():
             worker.forget_caller(caller.id)
             gone = Forgotten(caller.id, self._serial)
@@ -277,7 +285,7 @@ class Core:
             case Hung(stuck=stuck, reason=reason):
                 self._worker_gone(worker, reason, now, self.ledger.stuck(worker, stuck))
             case Beat():
-                worker.samples = message.samples
+                worker.series.take(message.samples, message.whole)
                 self._commands.append(ToWorker(peer, Beat(self.epoch)))
             case Attached(caller=number, serial=serial, attached=attached):
                 if worker.expected.get(number) != serial:
@@ -287,9 +295,14 @@ class Core:
                     self._assigner.room_came(worker)
                 else:
                     worker.callers.discard(number)
-            case WorkerModels(models=models):
-                worker.set_models(models)
-                self._declare(worker, now)
+            case WorkerModels():
+                rests = [key for key in worker.falls_asleep(message) if key in self.registry.queues]
+                self._declare(worker, now, worker.change_models(message))
+                self._resize(worker, message.instances)
+                self._catalog.heard(worker, message.heard)
+                if rests:
+                    self._catalog.rest(worker, rests)
+                    self.ledger.look_for_asleep(rests)
             case Leaving():
                 worker.leaving = True
                 self._declare(worker, now)
@@ -320,13 +333,15 @@ class Core:
             now,
         )
         self.workers[peer] = worker
-        worker.set_models(hello.models)
+        worker.set_models(hello.models, hello.routes)
+        worker.control, worker.repository = hello.control, hello.repository
         self._commands.append(ToWorker(peer, Welcome(self.epoch, name, self._arenas.get(peer, 0) > 0, self._serial)))
         self._expect(worker, self.callers.values())
         if not repeated:
             self._log("info", "worker joined", worker=name, device=hello.device, pid=hello.pid)
         self._workers_changed = True
         self._declare(worker, now)
+        self._catalog.worker_came(worker, hello)
 
     def _worker_gone(self, worker: WorkerPeer, reason: str, now: float, ran: Collection[Lot] | None = None) -> None:
         """``ran``: requests that it may have died of; None: nobody knows which of those that it had not finished."""
@@ -337,7 +352,8 @@ class Core:
         self.registry.withdraw(worker, now)
         self._assigner.worker_went(worker)
         held = self.ledger.worker_gone(worker, ran, reason)
-        self._workers_changed = self._models_changed = True
+        self._catalog.worker_gone(worker)
+        self._workers_changed = self._catalog.changed = True
         self._left_behind = True
         self._sweep_at = min(self._sweep_at, now + _SETTLE_S)
         if reason:
@@ -345,19 +361,27 @@ class Core:
         elif worker.spoke:
             self._log("info", "worker left", worker=worker.name)
 
-    def _declare(self, worker: WorkerPeer, now: float) -> None:
-        gone = self.registry.declare(worker, now)
+    def _declare(self, worker: WorkerPeer, now: float, names: Collection[str] | None = None) -> None:
+        """``names``: of the models of which a worker says something new; None: of all."""
+        gone = self.registry.declare(worker, now, names)
         self.ledger.look_through(worker.models)
         self._assigner.enlist(worker, self.registry.queues)
         for queue in gone:
             self.ledger.model_gone(queue)
-        self._models_changed = True
+            self.meters.forget(*queue.key)
+        self._catalog.changed = True
+
+    def _resize(self, worker: WorkerPeer, instances: int) -> None:
+        """A worker runs more batches at once than it did."""
+        if instances > worker.instances:
+            self._assigner.grow(worker, instances)
 
     # --- time ---
 
     def _tick(self, now: float) -> None:
         if not self._open and now >= self._assign_from:
-            self._open = self._models_changed = True
+            self._open = True
+            self._catalog.open()
         self.ledger.expire(now)
         if now >= self._sweep_at:
             if now - self._sweep_at > 1.0:
@@ -388,11 +412,9 @@ class Core:
             self._workers_changed = False
             for caller in self.callers.values():
                 self._tell_workers(caller)
-        if self._models_changed and self._open:
-            self._models_changed = False
-            states = self.registry.states()
-            for number in self.callers:
-                self._commands.append(ToCaller(number, Models(self.epoch, states)))
+        for queue in self.ledger.take_asleep():
+            self._catalog.wake(queue, now, self.options.load_wait_max_s)
+        self._catalog.tick(now)
 
     def _send_work(self, worker: WorkerPeer, lots: list[Lot], now: float) -> None:
         """One message: the work, and whatever else the worker has to hear."""
@@ -507,13 +529,14 @@ class Core:
         for key, queue in self.registry.queues.items():
             suspects = sum([len(lot.ids) for lot in queue.suspects])
             value("penstock_queue_requests", *key).value = queue.requests + suspects
+            value("penstock_load_waits", *key)  # from 0, so that the first one is seen
         running = self.ledger.running(self.callers.values())
         for key in self.registry.queues:
             value("penstock_running_requests", *key).value = running.get(key, 0)
         peers = [peer for peer in self._peers() if peer.name]
         return [
             Snapshot(_BROKER, self.meters.samples()),
-            *(Snapshot(peer.name, tuple(peer.samples)) for peer in peers),
+            *(Snapshot(peer.name, peer.series.samples()) for peer in peers),
         ]
 
     def validate(self) -> None:

@@ -37,6 +37,7 @@ from penstock.wire.messages import (
     INLINE_MAX_BYTES,
     MAX_RETRY_AFTER_MS,
     MAX_SENTENCE,
+    UNNAMED,
     Finished,
     Form,
     Payload,
@@ -46,7 +47,7 @@ from penstock.wire.messages import (
     Submit,
 )
 from penstock.wire.metrics import Meters
-from penstock.wire.models import ModelSpec
+from penstock.wire.models import ModelSpec, is_alike
 
 # Who holds more than an eighth (2 ** -3) of one of these bounds leaves the last eighth of it to others.
 _OTHERS: Final = 3
@@ -89,6 +90,7 @@ class Ledger:
         self.news: dict[WorkerPeer, None] = {}  # have to hear of cancels or freed results
         self.refusals: dict[CallerPeer, list[Refusal]] = {}
         self._fresh: list[Lot] = []  # queued since the last tick
+        self._asleep: dict[ModelQueue, None] = {}  # that nobody had loaded when requests came
         self._deadlines: list[tuple[float, int, Lot]] = []  # a heap of what waits
         self._entered = 0  # numbers the heap's entries, so that lots need no order
 
@@ -117,7 +119,9 @@ class Ledger:
         form, ids, timeouts_us = group.form, group.ids, group.timeouts_us
         key = ("", "")  # labels are ours, not the caller's
         try:
-            model = self._registry.find(form.model, form.version, now)
+            version = form.version
+            unnamed = version.startswith(UNNAMED)
+            model = self._find_any(form, now) if unnamed else self._registry.find(form.model, version, now)
             key = model.key
             self._check(model, form, caller, now)
             if group.places:
@@ -125,7 +129,7 @@ class Ledger:
         except PenstockError as error:
             self._refuse_new(caller, key, ids, error)
             return
-        if not form.version:
+        if form.version != key[1]:
             form = form._replace(version=key[1])  # a worker is told which one it was
         places, held = group.places, 0 if group.places else form.nbytes
         # What the broker before this one had taken in is not turned away for what has come since.
@@ -157,6 +161,7 @@ class Ledger:
         lot = Lot(
             caller, model, form, ids, timeouts_us, payload, bool(places), now, form.rows * (model.row_us or _ROW_US)
         )
+        lot.unnamed = unnamed
         index = dict.fromkeys(ids, lot)
         if len(index) != count:
             self._refuse_ids(caller, index, _not_growing())
@@ -164,13 +169,28 @@ class Ledger:
         caller.requests.update(index)
         model.push(lot)
         self.requests += count
+        model.held += count
         self.rows += count * form.rows
         self.bytes += count * held
         caller.rows += count * form.rows
         caller.nbytes += count * size
         self._fresh.append(lot)
         self._assigner.requests_came(model)
+        if not model.workers:
+            self._asleep[model] = None
+            if model.sleepers:
+                self._meters.value("penstock_load_waits", *model.key).value += count
         self._meters.value("penstock_requests", *model.key).value += count
+
+    def _find_any(self, form: Form, now: float) -> ModelQueue:
+        """The queue for requests that name no version: of the one that their caller took to be current, as long as that
+        is served, else of the one that is. Raises PenstockError."""
+        version = form.version.removeprefix(UNNAMED)
+        current = self._registry.current(form.model)
+        known = self._registry.queues.get((form.model, version))
+        if current is not None and (known is None or known.retired or (current.workers and not known.workers)):
+            return current
+        return self._registry.find(form.model, version, now)
 
     def _check(self, model: ModelQueue, form: Form, caller: CallerPeer, now: float) -> None:
         """Whether requests of this form can be accepted at all. Raises PenstockError."""
@@ -181,7 +201,7 @@ class Ledger:
             state = self._registry.state(model.key)
             raise PenstockError(UNAVAILABLE, f"model '{name}' is not ready ({state.state}): {state.reason}", 1.0)
         if not model.workers:
-            if now - model.unserved_since > self._options.unserved_grace_s:
+            if self._is_unserved(model, now):
                 raise PenstockError(UNAVAILABLE, f"no worker serves model '{name}' at present", 1.0)
         elif not caller.local and not any(worker.endpoint_for(caller) for worker in model.workers):
             raise PenstockError(
@@ -190,6 +210,28 @@ class Ledger:
             )
         if form.rows > spec.max_batch_size:
             raise PenstockError(BAD_INPUT, _too_many_rows(spec))
+
+    def _is_unserved(self, model: ModelQueue, now: float) -> bool:
+        """Whether nobody serves a model, and has not for so long that it is not waited for any more."""
+        if model.workers or now <= model.wait_until:
+            return False
+        if model.sleepers:
+            return model.wait_until > 0 and model.waits  # it was to be loaded, and is not
+        return now - model.unserved_since > self._options.unserved_grace_s
+
+    def look_for_asleep(self, keys: Iterable[ModelKey]) -> None:
+        """Models that some worker has unloaded: requests may wait for them."""
+        for key in keys:
+            model = self._registry.queues[key]
+            if model.waits and not model.workers:
+                self._asleep[model] = None
+
+    def take_asleep(self) -> list[ModelQueue]:
+        """Models that nobody has loaded, and for which requests have come."""
+        if not self._asleep:
+            return []
+        asleep, self._asleep = self._asleep, {}
+        return [model for model in asleep if not model.workers and model.sleepers]
 
     @staticmethod
     def _in_time(
@@ -377,7 +419,7 @@ class Ledger:
                     lot.deaths += (Death(worker.id, worker.name, reason),)
                 lot.suspect = True
             lot.model.push(lot, front=True)
-            if self._registry.queues.get(lot.model.key) is not lot.model:
+            if self._registry.queues.get(lot.model.key) is not lot.model and not self._move(lot):
                 self._refuse(lot, UNAVAILABLE, _removed(lot.model))
                 continue
             if len(lot.deaths) >= self._options.deaths_max:
@@ -459,8 +501,35 @@ class Ledger:
     def model_gone(self, model: ModelQueue) -> None:
         """No worker declares it any more: what waits for it ends."""
         for lot in model.lots():
-            self._refuse(lot, UNAVAILABLE, _removed(model))
+            if not self._move(lot):
+                self._refuse(lot, UNAVAILABLE, _removed(model))
         self._assigner.model_went(model)
+
+    def _move(self, lot: Lot) -> bool:
+        """Have requests that wait for a version which is not served any more wait for the one that is current, if they
+        name none and fit it."""
+        before, model = lot.model, self._registry.current(lot.model.key[0])
+        if not lot.unnamed or model is None or model is before or model.spec is None:
+            return False
+        if lot.form.rows > model.spec.max_batch_size:
+            return False
+        if before.spec is not None and not is_alike(before.spec, model.spec):
+            return False
+        before.remove(lot)
+        count = len(lot.ids)
+        before.held -= count
+        model.held += count
+        lot.model, lot.form = model, lot.form._replace(version=model.key[1])
+        lot.cost_us = lot.form.rows * (model.row_us or _ROW_US)
+        lot.turn = lot.model_turn = 0.0
+        model.push(lot)
+        if lot.suspect:
+            self._assigner.suspects.came(model)
+        else:
+            self._assigner.requests_came(model)
+        if not model.workers:
+            self._asleep[model] = None
+        return True
 
     def expire(self, now: float) -> None:
         """End what has waited past its deadline."""
@@ -486,10 +555,14 @@ class Ledger:
         """What time alone decides, and need not be exact: models that have no workers for too long. (A result waits for
         its acknowledgment as long as its caller lives, which may still be reading it.)"""
         for model in self._registry.queues.values():
-            waits = model.waits and not model.workers
-            if waits and now - model.unserved_since > self._options.unserved_grace_s:
+            if not model.waits or model.workers:
+                continue
+            self._asleep[model] = None
+            if self._is_unserved(model, now):
+                model.wait_until = 0.0
                 for lot in model.lots():
-                    self._refuse(lot, UNAVAILABLE, f"no worker serves model '{model.key[0]}' at present")
+                    if not self._move(lot):
+                        self._refuse(lot, UNAVAILABLE, f"no worker serves model '{model.key[0]}' at present")
         self._registry.forget_unheard(now)
         if len(self._deadlines) > 1000 + 2 * self.requests:
             self._deadlines = [entry for entry in self._deadlines if entry[2].state == QUEUED]
@@ -518,6 +591,8 @@ class Ledger:
         assert self.bytes == nbytes, f"{self.bytes} bytes are {nbytes}"
         assert count <= self._options.held_requests_max, f"{count} requests are held"
         for model in self._registry.queues.values():
+            held = sum(len(lot.ids) for lot in lots if lot.model is model)
+            assert model.held == held, f"{model.held} requests for {model.key} are {held}"
             model.validate_given([lot for lot in lots if lot.model is model and lot.state in (ASSIGNED, ABANDONED)])
         assert nbytes <= self._options.held_bytes_max, f"{nbytes} bytes are held"
         for caller in callers.values():
@@ -614,6 +689,7 @@ class Ledger:
 
     def _forget(self, lot: Lot) -> None:
         self.requests -= len(lot.ids)
+        lot.model.held -= len(lot.ids)
         self.rows -= lot.rows
         self.bytes -= len(lot.ids) * lot.held_bytes
         lot.caller.rows -= lot.rows

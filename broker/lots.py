@@ -82,6 +82,7 @@ class Lot:
         "suspect",
         "timeouts_us",
         "turn",
+        "unnamed",
         "worker",
     )
 
@@ -118,6 +119,7 @@ class Lot:
         self.model_turn = 0.0
         self.overtakes = False
         self.suspect = False
+        self.unnamed = False  # another version would do
         self.deaths: tuple[Death, ...] = ()
 
     @property
@@ -171,6 +173,7 @@ class Lot:
         other.attempt = self.attempt
         other.worker = self.worker
         other.kept_bytes = self.kept_bytes
+        other.unnamed = self.unnamed
         other.suspect, other.deaths = self.suspect, self.deaths
         other.turn, other.model_turn, other.overtakes = self.turn, self.model_turn, self.overtakes
         self.ids = pick(self.ids, outside)

@@ -29,6 +29,7 @@ class BrokerOptions:
     busy_silence_max_s: float = 0.8  # after which one that does not answer is taken for lost, and its work moves
     rejoin_grace_s: float = 0.25  # a new broker waits so long for the peers of the old one before it assigns
     unserved_grace_s: float = 10.0  # requests wait so long for a worker to come back before they are refused
+    load_wait_max_s: float = 60.0  # requests wait so long for a model that is loaded because of them
     free_delay_s: float = 0.01  # acknowledgments wait so long for work to travel with
 
     # What tenants are given of the workers' time in proportion to each other, where they compete: 1 who is not named.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from penstock.broker.costs import batch_us
 from penstock.broker.lots import ABANDONED, ASSIGNED, DONE, Lot
@@ -11,9 +11,9 @@ from penstock.broker.pools import Pool
 from penstock.broker.queues import ModelKey
 from penstock.wire.codec import ranges
 from penstock.wire.lots import lots_of
-from penstock.wire.messages import MAX_REQUESTS, Cost, Freed
-from penstock.wire.metrics import Sample
-from penstock.wire.models import READY, ModelState
+from penstock.wire.messages import MAX_MODELS, MAX_REQUESTS, WATCH, Cost, Freed, Version, WorkerModels
+from penstock.wire.metrics import Series
+from penstock.wire.models import IDLE, READY, ModelState, Route
 
 
 class CallerPeer:
@@ -34,7 +34,7 @@ class CallerPeer:
         self.last_id = -1  # of its requests: ids only grow
         self.gone = False  # as far as the broker knows
         self.given: dict[bytes, int] = {}  # workers whose arena it has been given, and as which introduction
-        self.samples: Sequence[Sample] = ()
+        self.series = Series()
 
 
 class WorkerPeer:
@@ -73,6 +73,11 @@ class WorkerPeer:
         self.leaving = False
         self.apart = False  # takes nothing but suspects, one at a time
         self.models: dict[ModelKey, ModelState] = {}
+        self.routes: dict[str, Route] = {}  # of these
+        self.control = WATCH
+        self.repository = ""
+        self.loads_heard = 0  # the serial of those that it has followed
+        self._by_name: dict[str, list[ModelKey]] = {}  # its models
         self.costs: dict[ModelKey, Cost] = {}
         self.expected: dict[bytes, int] = {}  # callers that it has been told of, and as which introduction
         self.callers: set[bytes] = set()  # those that hear it
@@ -88,7 +93,7 @@ class WorkerPeer:
         self._freed: dict[bytes, list[int]] = {}
         self._freed_ranges: list[Freed] = []
         self._cancelled: dict[bytes, list[int]] = {}
-        self.samples: Sequence[Sample] = ()
+        self.series = Series()
 
     def endpoint_for(self, caller: CallerPeer) -> str | None:
         """Where ``caller`` can hear this worker, if it can."""
@@ -97,8 +102,55 @@ class WorkerPeer:
                 return endpoint
         return None
 
-    def set_models(self, models: Sequence[ModelState]) -> None:
+    def set_models(self, models: Sequence[ModelState], routes: Sequence[Route] = ()) -> None:
+        """All of its models."""
         self.models = {(state.name, state.version): state for state in models}
+        self.routes = {}
+        self._take(routes)
+
+    def falls_asleep(self, told: WorkerModels) -> list[ModelKey]:
+        """What is IDLE now, and was not."""
+        keys = [(state.name, state.version) for state in told.models if state.state == IDLE]
+        return [key for key in keys if self.state(key) != IDLE]
+
+    def change_models(self, told: WorkerModels) -> set[str]:
+        """What is new of its models. Returns the names of those that have changed."""
+        for name, version in told.gone:
+            self.models.pop((name, version), None)
+        for state in told.models:
+            key = state.name, state.version
+            if key in self.models or len(self.models) < MAX_MODELS:
+                self.models[key] = state
+        self.loads_heard = max(self.loads_heard, told.heard)
+        self._take(told.routes)
+        changed: list[ModelState | Version | Route] = [*told.models, *told.gone, *told.routes]
+        return {each.name for each in changed}
+
+    def _take(self, routes: Sequence[Route]) -> None:
+        self._by_name = {}
+        for key in self.models:
+            self._by_name.setdefault(key[0], []).append(key)
+        self.routes |= {route.name: route for route in routes}
+        self.routes = {name: route for name, route in self.routes.items() if name in self._by_name}
+        self._resize()
+
+    def versions(self, name: str) -> Sequence[ModelKey]:
+        """Those that it declares of a model."""
+        return self._by_name.get(name, ())
+
+    def asked(self, name: str) -> Collection[str]:
+        """The versions that its repository asks for where none is named; all of them if it has not said."""
+        route = self.routes.get(name)
+        return [version for _, version in self.versions(name)] if route is None else route.versions
+
+    def wanted(self, name: str) -> Collection[str]:
+        """Likewise, by whatever name."""
+        route = self.routes.get(name)
+        return [version for _, version in self.versions(name)] if route is None else route.wanted
+
+    def grow(self, instances: int) -> None:
+        """It runs so many batches at once from now on."""
+        self.instances, self.window = instances, instances + 1
         self._resize()
 
     def learn(self, costs: Sequence[Cost]) -> None:
@@ -123,6 +175,14 @@ class WorkerPeer:
     def serves(self, key: ModelKey) -> bool:
         state = self.models.get(key)
         return state is not None and state.state == READY and not self.leaving
+
+    def could_serve(self, key: ModelKey) -> bool:
+        """Whether it loads a model once it is asked to."""
+        return self.state(key) == IDLE and not self.leaving
+
+    def state(self, key: ModelKey) -> str:
+        state = self.models.get(key)
+        return "" if state is None else state.state
 
     def room(self, key: ModelKey, more: int = 0) -> int:
         """How many more rows of a model that it serves it takes, if it may be given so many batches ``more``."""

@@ -39,7 +39,11 @@ class ModelQueue:
         self.spec = spec
         self.workers: dict[WorkerPeer, None] = {}  # those that have it READY
         self.pools: list[Pool] = []  # of these
+        self.sleepers: dict[WorkerPeer, None] = {}  # those that load it when it is asked for
+        self.held = 0  # requests that the broker has not forgotten
+        self.retired = False  # it is not found any more
         self.unserved_since = 0.0  # when the last of them left
+        self.wait_until = 0.0  # requests wait so long for one to load it; 0: none has been asked to
         self.suspects: dict[Lot, None] = {}
         self.unseen = spec is None  # requests have been taken in, if any, without a look at what it takes
         self.requests = 0
@@ -261,6 +265,7 @@ class ModelQueue:
 
     def enlist(self, worker: WorkerPeer) -> None:
         self.workers[worker] = None
+        self.wait_until = 0.0
         self.learn(worker)
 
     def dismiss(self, worker: WorkerPeer, now: float) -> None:

@@ -21,7 +21,7 @@ from typing import Final
 import orjson
 
 from penstock.broker.options import RECORD_MAX_BYTES
-from penstock.wire.messages import Requests
+from penstock.wire.messages import UNNAMED, Requests
 from penstock.wire.process import fields
 
 log = logging.getLogger("penstock.broker")
@@ -119,5 +119,13 @@ class Recorder:
 def _line(seconds: float, group: Requests) -> bytes:
     form, timeouts = group.form, group.timeouts_us
     told = timeouts[0] if len(set(timeouts)) == 1 else timeouts
-    row = (round(seconds, 6), form.model, form.version, len(group.ids), form.rows, form.nbytes, form.tenant)
+    row = (
+        round(seconds, 6),
+        form.model,
+        form.version.removeprefix(UNNAMED),
+        len(group.ids),
+        form.rows,
+        form.nbytes,
+        form.tenant,
+    )
     return orjson.dumps((*row, form.priority, told)) + b"\n"

@@ -12,8 +12,8 @@ import numpy as np
 from penstock.wire.codec import pack_layout, unpack_outcome
 from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import BAD_INPUT, PenstockError
-from penstock.wire.messages import Form, Outcome, Payload
-from penstock.wire.models import Layout, ModelSpec, Tensor, check, check_declaration
+from penstock.wire.messages import UNNAMED, Form, Outcome, Payload
+from penstock.wire.models import Layout, ModelSpec, Tensor, Unnamed, check, check_declaration
 from penstock.wire.tensors import DTYPES, Array, Buffer, datatype_of, decode, encode
 
 _FORMS_MAX: Final = 1024
@@ -75,7 +75,8 @@ def make_form(spec: ModelSpec, layout: Layout, nbytes: int, priority: int = 0, t
     for tensor in layout.tensors:
         check_declaration(tensor.name, tensor.datatype, tensor.shape)
     rows, key = check(spec, layout)
-    return Form(spec.name, spec.version, priority, tenant, rows, nbytes, key, pack_layout(layout))
+    version = UNNAMED + spec.version if type(spec) is Unnamed else spec.version
+    return Form(spec.name, version, priority, tenant, rows, nbytes, key, pack_layout(layout))
 
 
 def _as_array(name: str, value: Any, datatype: str | None) -> tuple[Array, str]:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from penstock.client.calls import AGAIN, ENDED, SENT, WAITING, Call
-from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report, Sink
+from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, OrderDone, Report, Sink
+from penstock.client.splits import Split, split_of
 from penstock.wire.arrivals import Arrivals
 from penstock.wire.codec import ranges, unpack_failure
 from penstock.wire.errors import (
@@ -36,16 +37,20 @@ from penstock.wire.messages import (
     INLINE_MAX_BYTES,
     MAX_REQUESTS,
     PARTIAL,
+    UNNAMED,
     Answers,
     Ask,
     Beat,
     Bye,
     CallerHello,
+    Failure,
     Form,
     HelloWanted,
     Message,
     Metrics,
     Models,
+    Order,
+    Ordered,
     Payload,
     Refusals,
     Requests,
@@ -56,7 +61,7 @@ from penstock.wire.messages import (
     Workers,
 )
 from penstock.wire.metrics import Meters
-from penstock.wire.models import READY, ModelSpec, ModelState, newest
+from penstock.wire.models import SERVED, ModelSpec, ModelState, Route, Unnamed, newest
 from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
 from penstock.wire.slots import PLACED_MIN_BYTES, Placed
 
@@ -94,6 +99,11 @@ class Caller:
         self.name = identity.name  # the one that the broker has given it
         self.shares = False  # workers of this host read this process's arena
         self.models: dict[str, dict[str, ModelState]] | None = None
+        self.routes: dict[str, Route] = {}  # of these, as far as the broker has said
+        self._view = dict[str, dict[str, ModelState]](), self.routes  # models and routes that belong together
+        self.splits: dict[str, Split] = {}  # of those whose traffic goes to several versions
+        self.repository = ""  # where models lie on the broker's host, if it has said
+        self.told = 0  # how often the models have changed
         self._fresh = False  # the broker that has welcomed this caller has said them
         self._found: dict[tuple[str, str], ModelSpec] = {}  # what ``find`` has found, until the models change
         self.calls: dict[int, Call] = {}
@@ -108,6 +118,7 @@ class Caller:
         self._workers: dict[bytes, WorkerAddress] = {}  # those that the broker has named
         self._names: dict[bytes, str] = {}  # of those, and of those that it named before
         self._left: dict[bytes, WorkerAddress] = {}  # those that it names no more, and that are still heard
+        self._orders: set[int] = set()  # that no answer has come to
         self._told: Sequence[ModelState] = ()  # by this broker, or by the one before while it has said nothing
         self._remembered: set[bytes] = set()  # workers of the broker before this one that were heard
         self._remember_until = _NEVER  # what it said counts
@@ -194,47 +205,78 @@ class Caller:
         self._last_serial += 1
         return self._last_serial, Say(Ask(self.membership.epoch, self._last_serial))
 
-    def find(self, name: str, version: str = "") -> ModelSpec:
-        """What callers need to know of a model, "" for its newest version that is served. Raises PenstockError."""
+    def order(self, action: str, model: str, config: str = "") -> tuple[int, Say]:
+        """What to say to have the server load a model, or serve it no more (LOAD, UNLOAD), and the serial that the
+        OrderDone will have which comes of it."""
+        self._last_serial += 1
+        self._orders.add(self._last_serial)
+        return self._last_serial, Say(Order(self.membership.epoch, self._last_serial, action, model, config))
+
+    def find(self, name: str, version: str = "", sticky: str = "") -> ModelSpec:
+        """What callers need to know of a model's version, which may be a label. "": where its traffic goes, to the same
+        version for the same ``sticky`` as long as that is served; else the one that is current. Raises
+        PenstockError."""
         found = self._found  # the client library asks from other threads, while ``_set_models`` begins a new one
         spec = found.get((name, version))
         if spec is None:
-            spec = found[name, version] = self._search(name, version)
+            picked = self.pick(name, version, sticky)
+            spec = found.get((name, picked)) or self._search(name, picked)
+            if picked or name not in self.splits:
+                found[name, picked] = spec
         return spec
+
+    def pick(self, name: str, version: str = "", sticky: str = "") -> str:
+        """The version to ask for: ``version`` if there is one, else by the model's traffic, behind UNNAMED. To be asked
+        once for each request: the parts are exact."""
+        split = None if version else self.splits.get(name)
+        if split is None:
+            return version
+        route = self.routes.get(name)
+        picked = split.pick(sticky) or (route.versions[0] if route is not None and route.versions else "")
+        return UNNAMED + picked if picked else ""
+
+    def state(self, name: str, version: str = "") -> ModelState | None:
+        """How a version fares, which may be a label, or "": the one that is current. None: there is none."""
+        models, routes = self._view
+        versions, route = models.get(name, {}), routes.get(name)
+        if version:
+            return versions.get(version) or versions.get(dict(route.labels).get(version, "") if route else "")
+        if route is not None:
+            return versions.get(route.versions[0]) if route.versions else None
+        served = [each for each, state in versions.items() if state.state in SERVED]
+        return versions[newest(served or list(versions))] if versions else None
 
     def _search(self, name: str, version: str) -> ModelSpec:
         if self.models is None:
             raise PenstockError(UNAVAILABLE, f"no broker answers at {self.identity.address} yet", 1.0)
-        if not self.models:
+        if not (self.models or self.repository):  # of which a worker tells
             raise PenstockError(UNAVAILABLE, "no worker has joined this server yet; try again shortly", 1.0)
-        versions = self.models.get(name)
-        if versions is None:
-            raise PenstockError(NOT_FOUND, f"Request for unknown model: '{name}' is not found")
-        if version:
-            state = versions.get(version)
-        else:
-            ready = [each for each, state in versions.items() if state.state == READY]
-            state = versions[newest(ready or list(versions))]
+        is_unnamed = not version or version.startswith(UNNAMED)
+        state = self.state(name, version.removeprefix(UNNAMED))
         if state is None:
-            raise PenstockError(NOT_FOUND, f"Request for unknown model: '{name}' version {version} is not found")
+            which = f"'{name}' version {version}" if version and name in self.models else f"'{name}'"
+            raise PenstockError(NOT_FOUND, f"Request for unknown model: {which} is not found")
         if state.spec is None:
             raise PenstockError(UNAVAILABLE, f"model '{name}' is not ready ({state.state}): {state.reason}", 1.0)
-        return state.spec
+        return Unnamed(*state.spec) if is_unnamed else state.spec
 
     def worker_name(self, worker: bytes) -> str:
         """What a worker that has answered is called; its id where the broker has not said."""
         return self._names.get(worker) or worker.hex()
 
     def is_ready(self) -> bool:
-        """Whether every model of the server can be asked, in one version at least."""
-        return (
-            self.membership.joined
-            and self._fresh
-            and bool(self.models)
-            and all(
-                any(state.state == READY for state in versions.values()) for versions in (self.models or {}).values()
-            )
-        )
+        """Whether every model of the server can be asked, in one version at least. There may be none, where workers
+        serve what they are ordered to."""
+        return self.membership.joined and self._fresh and bool(self.models or self.repository) and not self.unserved()
+
+    def unserved(self) -> list[ModelState]:
+        """The versions of models of which none can be asked."""
+        return [
+            state
+            for versions in (self.models or {}).values()
+            if not any(each.state in SERVED for each in versions.values())
+            for state in versions.values()
+        ]
 
     def flush(self, now: float) -> list[Submit]:
         """Messages for all that there is to say about requests; none while no broker has welcomed this caller."""
@@ -310,7 +352,8 @@ class Caller:
         assert heard <= self._endpoints, "a worker is not heard whose results can be read"
         assert bool(self._acks) == (self._acknowledge_at < float("inf"))
         for (name, version), spec in self._found.items():
-            assert spec is self._search(name, version), f"'{name}' has changed"
+            searched = self._search(name, version)
+            assert (type(spec), spec) == (type(searched), searched), f"'{name}' has changed"
 
     # --- what comes ---
 
@@ -389,6 +432,7 @@ class Caller:
                 if not membership.joined and (self._told or self._remembered):
                     self._remember_until = now + _REMEMBER_S
                 membership.welcomed(epoch, now)
+                self.meters.tell_all()
                 self._arrivals.forget_all(message.serial)
                 self.name, self.shares = message.name, message.shares
                 self._log("debug", "joined the broker", name=message.name)
@@ -408,7 +452,13 @@ class Caller:
                     self._fail_sent(number, PenstockError(code, sentence, after_ms / 1000))
             case Models(models=models):
                 self._fresh, self._told = True, models
-                self._set_models()
+                routes = {route.name: route for route in message.routes}
+                before = self.routes if self._remember_until < _NEVER else {}
+                self.repository = message.repository
+                self._set_models(before | routes)
+            case Ordered(serial=serial, failure=failure):
+                if serial in self._orders:
+                    self._order_done(serial, failure)
             case Workers(workers=workers):
                 self._set_workers(workers)
             case Metrics():
@@ -420,7 +470,7 @@ class Caller:
             case _:
                 raise AssertionError(f"a broker does not send {message!r}")
 
-    def _set_models(self) -> None:
+    def _set_models(self, routes: dict[str, Route]) -> None:
         """Those that the broker has told, and for some time those that only the one before it had: requests for these
         wait there for a worker to come back."""
         known: dict[str, dict[str, ModelState]] = {}
@@ -431,14 +481,25 @@ class Caller:
                 for state in versions.values():
                     gone = state._replace(state=UNAVAILABLE_STATE, reason="the broker restarted; no worker has it yet")
                     known.setdefault(state.name, {}).setdefault(state.version, gone)
-        self.models = known
+        routes = {name: route for name, route in routes.items() if name in known}
+        splits = [split_of(route, known[name], self.splits.get(name)) for name, route in routes.items()]
+        # Threads that ask for models meanwhile see all as it was, or all as it is.
+        self._view = known, routes
+        self.models, self.routes = self._view
+        self.splits = {split.name: split for split in splits if split is not None}
         self._found = {}
+        self.told += 1  # last: what another thread has made of what was before is made again
+
+    def _order_done(self, serial: int, failure: Failure | None) -> None:
+        self._orders.discard(serial)
+        error = None if failure is None else PenstockError(*failure[:2], failure.retry_after_ms / 1000)
+        self._commands.append(OrderDone(serial, error))
 
     def _remember_no_more(self) -> None:
         self._remember_until = _NEVER
         self._remembered.clear()
         if self._fresh:
-            self._set_models()
+            self._set_models(self.routes)
         self._hear_workers()
 
     def _set_workers(self, workers: Sequence[WorkerAddress]) -> None:
@@ -490,6 +551,11 @@ class Caller:
             self._log(level, "broker gone; looking for it", reason=reason)
         self.membership.lost()
         self._fresh = False
+        for serial in sorted(self._orders):
+            gone = Failure(
+                UNAVAILABLE, "the broker went before the models were loaded; 'penstock models ls' has them", 0
+            )
+            self._order_done(serial, gone)
         for call in self.calls.values():
             if call.state == SENT:
                 call.move("lose")

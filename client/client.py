@@ -15,26 +15,29 @@ from types import TracebackType
 from typing import Any, Final
 
 from penstock.client.arrays import Forms, decode_outcome
+from penstock.client.caller import Caller
 from penstock.client.events import Complete
 from penstock.client.explain import explain
 from penstock.client.link import Link
+from penstock.client.orders import ORDER_WAIT_S, Orders, late
 from penstock.client.short import Plan, Short
 from penstock.client.talk import END_S, Talk, give_back
-from penstock.client.terms import check_terms, check_timeout
+from penstock.client.terms import check_sticky, check_terms, check_timeout
 from penstock.wire.arena import Arena, ArenaError, ArenaSearch
 from penstock.wire.endpoints import EndpointError, default_runtime_dir, parse_broker
 from penstock.wire.errors import (
     BAD_INPUT,
     CANCELLED,
     INTERNAL,
+    LOST,
     OVERLOADED,
     TOO_LARGE,
     UNAVAILABLE,
     BadMessage,
     PenstockError,
 )
-from penstock.wire.messages import Payload
-from penstock.wire.models import ModelState
+from penstock.wire.messages import LOAD, UNLOAD, Payload
+from penstock.wire.models import ModelState, Route
 from penstock.wire.process import fields
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
 from penstock.wire.tensors import Array, Buffer
@@ -201,6 +204,7 @@ class Client:
         self._lock = threading.Lock()
         self._closed = False
         self._forms = Forms()
+        self._ordered: set[Future[None]] = set()  # what orders under way are waited for by
         self._talk: Talk | None = None
         self._open: Talk | None = None  # the same while it can be asked without a further look
         _clients.add(self)
@@ -215,6 +219,7 @@ class Client:
         timeout: float | None = None,
         priority: int = 0,
         tenant: str | None = None,
+        sticky: str = "",
         copy: bool = True,
     ) -> Result:
         """Run a model and wait for its outputs.
@@ -222,14 +227,18 @@ class Client:
         ``inputs``: arrays by name; for a batchable model the first dimension counts rows. Lists become arrays of the
         type that the model expects; strings are BYTES. ``outputs``: names, none for all. ``timeout``: seconds.
         ``priority``: from 1, the most urgent, to 5; 0 for the usual one, which is 3. ``tenant``: for whom it is, among
-        whom the server shares its time; at most 64 printable ASCII characters. ``copy=False``: large outputs are not
-        copied out of the worker's memory; use the result as a context, so that the worker gets its memory back soon.
+        whom the server shares its time; at most 64 printable ASCII characters. ``sticky``: where a model's traffic is
+        split among versions, requests of the same text, such as a user's id, go to the same one. ``copy=False``: large
+        outputs are not copied out of the worker's memory; use the result as a context, so that the worker gets its
+        memory back soon.
         Raises PenstockError; its ``retryable`` says whether the same call may succeed later.
         """
         limit_s = self._timeout_s if timeout is None else check_timeout(timeout)
         if tenant is None:
             tenant = self._tenant
         check_terms(priority, tenant)
+        if sticky:
+            check_sticky(sticky)
         talk = self._open
         if talk is None or not talk.ready:
             start = time.monotonic()
@@ -237,6 +246,8 @@ class Client:
             limit_s = max(limit_s - (time.monotonic() - start), _LEAST_S)
         link = talk.link
         assert link.short is not None
+        if link.caller.splits:
+            version = link.caller.pick(model, version, sticky)
         prepared = link.short.prepare(model, version, inputs, outputs, link.slots(), priority, tenant)
         plan: Plan | None = None
         payload: Payload
@@ -272,6 +283,7 @@ class Client:
         timeout: float | None = None,
         priority: int = 0,
         tenant: str | None = None,
+        sticky: str = "",
         copy: bool = True,
     ) -> Future[Result]:
         """As ``infer``, without waiting for the result: its future ends with it, or with a PenstockError. Cancelling
@@ -288,9 +300,11 @@ class Client:
         if tenant is None:
             tenant = self._tenant
         check_terms(priority, tenant)
+        if sticky:
+            check_sticky(sticky)
         talk = self._reach(limit_s)
         link = talk.link
-        form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs, priority, tenant)
+        form, parts = self._forms.build(link.caller.find(model, version, sticky), inputs, outputs, priority, tenant)
         payload = self._gather(talk, link, parts, form.nbytes, start + limit_s)
         call = _Call(talk, link, payload, copy)
         try:
@@ -308,6 +322,54 @@ class Client:
         talk = self._reach(check_timeout(self._timeout_s if timeout is None else timeout))
         return [state for versions in (talk.link.caller.models or {}).values() for state in versions.values()]
 
+    def routes(self, *, timeout: float | None = None) -> list[Route]:
+        """Of each model, the version that is served where none is named, its labels and its traffic. Raises
+        PenstockError when no server is reached in time."""
+        return list(self._known(timeout).routes.values())
+
+    def repository(self, *, timeout: float | None = None) -> str:
+        """Where the models lie on the server's host; "" where no worker has said. Raises PenstockError as above."""
+        return self._known(timeout).repository
+
+    def _known(self, timeout: float | None) -> Caller:
+        return self._reach(check_timeout(self._timeout_s if timeout is None else timeout)).link.caller
+
+    def load_model(self, name: str, config: str = "", *, timeout: float = ORDER_WAIT_S) -> None:
+        """Have the server load a model, where orders say what it serves; where its repository does, have it look at
+        that again now. Returns once all workers have, and raises PenstockError when they could not, or are not done
+        within ``timeout`` seconds; then they go on. ``config``: in place of the model's own configuration, as JSON."""
+        self._order(LOAD, name, config, check_timeout(timeout))
+
+    def unload_model(self, name: str, *, timeout: float = ORDER_WAIT_S) -> None:
+        """Have the server serve a model no more, where orders say what it serves. What is under way ends. Returns and
+        raises as ``load_model``."""
+        self._order(UNLOAD, name, "", check_timeout(timeout))
+
+    def _order(self, action: str, name: str, config: str, limit_s: float) -> None:
+        start = time.monotonic()
+        talk = self._reach(min(limit_s, self._timeout_s))
+        if threading.current_thread() is talk.thread:
+            raise PenstockError(BAD_INPUT, f"a callback of a future cannot wait for the {action} of a model")
+        done: Future[None] = Future()
+        with self._lock:
+            if self._closed:
+                raise PenstockError(CANCELLED, "this Client is closed")
+            self._ordered.add(done)
+        talk.enqueue(self._send_order, action, name, config, done)
+        try:
+            done.result(max(0.0, limit_s - (time.monotonic() - start)))
+        except TimeoutError:
+            raise late(action, name, limit_s) from None
+        finally:
+            self._ordered.discard(done)
+
+    def _send_order(self, action: str, name: str, config: str, done: Future[None]) -> None:
+        """On the keeper's thread, with the lock."""
+        try:
+            self._orders.send(action, name, config, partial(_end_order, done))
+        except PenstockError as error:
+            _end_order(done, error)
+
     def close(self) -> None:
         """End what is under way with an error, and the connection. Does nothing the second time."""
         if self._pid != os.getpid():
@@ -317,6 +379,11 @@ class Client:
             talk = self._talk
         if talk is not None:
             talk.close()
+        self._end_orders(PenstockError(CANCELLED, "the client was closed"))
+
+    def _end_orders(self, error: PenstockError) -> None:
+        for done in list(self._ordered):
+            _end_order(done, error)
 
     def __enter__(self) -> Client:
         return self
@@ -363,6 +430,10 @@ class Client:
         search = ArenaSearch(self._arena_bytes, _ARENA_NAME, local and arena is None)
         link = Link(self._address, "", lambda metrics: None, arena, search)
         link.short = Short(link.caller, self._forms)
+        self._orders = Orders(link)
+        self._end_orders(
+            PenstockError(LOST, "the client was interrupted; the states of the models tell what came of it")
+        )
         return link
 
     def _make_arena(self) -> Arena | None:
@@ -412,6 +483,16 @@ class Client:
                 1.0,
             )
         return slot
+
+
+def _end_order(done: Future[None], error: PenstockError | None) -> None:
+    """The first that comes counts."""
+    if done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
 
 
 _clients: Final[weakref.WeakSet[Client]] = weakref.WeakSet()

@@ -59,5 +59,13 @@ class Report:
     metrics: Metrics
 
 
+@dataclass(slots=True)
+class OrderDone:
+    """What came of an order: nothing to say of it, or why it was not done."""
+
+    serial: int
+    error: PenstockError | None
+
+
 Event: TypeAlias = FromBroker | FromWorker | ArenaCame | BrokerFound | BrokerLost | Garbage | Tick
-Command: TypeAlias = Complete | Fail | Say | Hear | Report | Log
+Command: TypeAlias = Complete | Fail | Say | Hear | Report | OrderDone | Log

@@ -19,7 +19,7 @@ from typing import Final
 
 from penstock.client.caller import Caller, Identity
 from penstock.client.connection import Broken, Connection
-from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, Report
+from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, OrderDone, Report
 from penstock.client.short import Short
 from penstock.wire import control, zmtp
 from penstock.wire.arena import Arena, ArenaSearch
@@ -85,6 +85,8 @@ class Link:
             raise
         # Before they are told; an owner that has more to measure replaces it.
         self.measure: Callable[[], None] = partial(measure, self.caller.meters)
+        # An owner that orders models replaces it.
+        self.on_order: Callable[[OrderDone], None] = lambda done: None
         self._subscription = zmtp.subscription(number)
         self._workers: dict[str, Connection] = {}  # by endpoint
         self._handlers: dict[int, Callable[[int], None]] = {}  # by descriptor
@@ -180,7 +182,7 @@ class Link:
     def say(self, message: Message) -> None:
         if isinstance(message, Beat) and self.caller.identity.name:
             self.measure()
-            message.samples = self.caller.meters.samples()
+            message.samples, message.whole = self.caller.meters.changes()
         if not self.broker.full:
             self.broker.send((pack(message), *(message.frames if isinstance(message, Carrier) else ())))
 
@@ -292,6 +294,8 @@ class Link:
                     self._hear_worker(endpoint, on)
                 case Report(metrics):
                     self._on_report(metrics)
+                case OrderDone():
+                    self.on_order(command)
                 case Log(level, event, about):
                     log.log(logging.getLevelNamesMapping()[level.upper()], event, extra=fields(**about))
                 case _:

@@ -32,7 +32,6 @@ from penstock.wire.messages import (
     Results,
     Submit,
 )
-from penstock.wire.models import ModelState
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots
 from penstock.wire.tensors import DTYPES, encode
 
@@ -50,18 +49,16 @@ _TYPES: Final = (
     int,
 )
 
-_Models = dict[str, dict[str, ModelState]]
-
 
 class Plan:
-    """What requests of one signature share. ``models``: those that it was made for."""
+    """What requests of one signature share. ``told``: of the caller, when it was made."""
 
-    __slots__ = ("begin", "datatypes", "epoch", "form", "models", "placed")
+    __slots__ = ("begin", "datatypes", "epoch", "form", "placed", "told")
 
-    def __init__(self, form: Form, datatypes: list[str], models: _Models) -> None:
+    def __init__(self, form: Form, datatypes: list[str], told: int) -> None:
         self.form = form
         self.datatypes = datatypes
-        self.models = models
+        self.told = told
         self.placed = form.nbytes >= PLACED_MIN_BYTES
         self.epoch = 0  # of the broker that ``begin`` speaks to
         self.begin = b""
@@ -99,7 +96,7 @@ class Short:
             plan = self._plans.get(tuple(signature))
         except (AttributeError, TypeError):  # no mapping, or outputs in a list
             return None
-        if plan is None or plan.models is not self._caller.models:
+        if plan is None or plan.told != self._caller.told:
             plan = self._make(tuple(signature), inputs, outputs)
             if plan is None:
                 return None
@@ -109,9 +106,7 @@ class Short:
         return plan, array.tobytes() if len(inputs) == 1 else b"".join([each.tobytes() for each in inputs.values()])
 
     def _make(self, signature: tuple[Any, ...], inputs: Mapping[str, Any], outputs: Any) -> Plan | None:
-        models = self._caller.models
-        if models is None:
-            return None
+        told = self._caller.told  # before: it may change meanwhile
         try:
             spec = self._caller.find(signature[0], signature[1])
             form, _ = self._forms.build(spec, inputs, outputs, *signature[3:5])
@@ -127,7 +122,7 @@ class Short:
             return None
         if len(self._plans) >= _PLANS_MAX:
             self._plans.clear()
-        plan = self._plans[signature] = Plan(form, datatypes, models)
+        plan = self._plans[signature] = Plan(form, datatypes, told)
         return plan
 
     @staticmethod

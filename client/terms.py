@@ -1,4 +1,5 @@
-"""What a request may ask of whoever schedules it: how much time it has, how urgent it is, and for whom it is.
+"""What a request may ask of whoever schedules it: how much time it has, how urgent it is, for whom it is, and what
+decides to which version it goes.
 
 The gateway and the client library refuse the same, in the same words; nothing is cut to what is allowed.
 """
@@ -11,6 +12,7 @@ from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY, MAX_TENANT, MAX_TIMEOUT_US
 
 TIMEOUT_MAX_S: Final = MAX_TIMEOUT_US / 1_000_000
+STICKY_MAX: Final = 256  # characters
 _SHOWN_MAX: Final = 40  # characters of what is refused
 
 
@@ -35,6 +37,17 @@ def check_terms(priority: Any, tenant: Any) -> None:
         raise PenstockError(
             BAD_INPUT, f"a tenant is at most {MAX_TENANT} printable ASCII characters, not {_shown(tenant)}"
         )
+
+
+def check_sticky(sticky: Any) -> str:
+    """What splits a model's traffic: for the same text, the same version. Raises PenstockError for what is none."""
+    if type(sticky) is not str or len(sticky) > STICKY_MAX:
+        raise PenstockError(
+            BAD_INPUT,
+            f"what a request sticks to a version by is a text of at most {STICKY_MAX} characters, such as a user's id, "
+            f"not {_shown(sticky)}",
+        )
+    return sticky
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Final, TypeAlias, TypeVar
@@ -22,11 +22,14 @@ from penstock.client.events import Complete
 from penstock.gateway.aside import Aside
 from penstock.gateway.compression import choose, compress, decompress, decompress_small
 from penstock.gateway.connection import Exchange
-from penstock.gateway.feed import Feed
+from penstock.gateway.cors import Cors
+from penstock.gateway.feed import FEED_HEAD, Feed
 from penstock.gateway.inference import OK, Parser, Query, render, render_body, wrap
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.page import load_page
+from penstock.gateway.reader import Head
 from penstock.gateway.reports import Reports, form_for
+from penstock.gateway.requestid import read_request_id, request_id_line
 from penstock.gateway.routes import Route, RouteError, Routes
 from penstock.gateway.steady import Steady
 from penstock.gateway.terms import read_terms
@@ -34,9 +37,9 @@ from penstock.gateway.timing import ServerTiming, explanation, total_line
 from penstock.gateway.tracing import Tracing
 from penstock.wire import errors
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
-from penstock.wire.messages import Payload
+from penstock.wire.messages import UNNAMED, Payload
 from penstock.wire.metrics import Value
-from penstock.wire.models import READY, ModelSpec, ModelState
+from penstock.wire.models import SERVED, ModelSpec, ModelState
 from penstock.wire.process import fields
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot
 from penstock.wire.tensors import Buffer
@@ -58,6 +61,7 @@ STATUSES: Final = {
     errors.POISONED: 500,
     errors.INTERNAL: 500,
 }
+_EXTENSIONS: Final = ("binary_tensor_data", "schedule_policy")  # of these routes; other files bring theirs
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
@@ -68,6 +72,7 @@ _LENGTH_DIGITS_MAX: Final = 12
 
 T = TypeVar("T")
 Handler: TypeAlias = "Callable[[Exchange, Target], None]"
+Parse: TypeAlias = "Callable[[Target, Buffer], tuple[Query, Payload]]"
 
 
 class Application:
@@ -95,13 +100,15 @@ class Application:
         self._expanding = Aside(loop, _EXPANDING_MAX, options.expand_wait_s)
         self._feed = Feed(loop, reports, lambda: caller.name, self._states)
         self._page = load_page()
+        self._cors = Cors(options.cors_origins)
         self._parser = Parser()
         self._timing = ServerTiming()
         self._answered = caller.meters.value("penstock_http_responses", "200")
         self._responses: dict[int, Value] = {200: self._answered}
         self.seconds = caller.meters.histogram("penstock_http_request_seconds")
         self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
-        self._server = {"name": "penstock", "version": version("penstock"), "extensions": ["binary_tensor_data"]}
+        self._extensions = list(_EXTENSIONS)
+        self._server = {"name": "penstock", "version": version("penstock"), "extensions": self._extensions}
         routes: list[Route[Handler]] = [
             Route("GET", "/v2", self._metadata),
             Route("GET", "/v2/health/live", self._live),
@@ -118,34 +125,55 @@ class Application:
             ]
         self._routes: Routes[Handler] = Routes(routes)
 
+    def add(self, routes: Sequence[Route[Handler]], *extensions: str) -> None:
+        """Answer these as well. ``extensions``: what of Triton's they are."""
+        self._routes.add(routes)
+        self._extensions += extensions
+
     def handle(self, exchange: Exchange) -> None:
         """Answer a request, now or later."""
         head = exchange.request.head
         try:
             target = head.target
             if target is None:
-                handler, arguments = self._routes.find(head.method, head.url)
+                head.lines = self.lines(head.headers)
+                handler, arguments = self._find_handler(head)
                 target = head.target = Target(handler, arguments, head.headers)
             target.handler(exchange, target)
         except PenstockError as error:
             self.fail(exchange, error)
         except RouteError as error:
-            allow = f"Allow: {', '.join(error.allow)}\r\n".encode() if error.allow else b""
-            self._count(error.status)
-            exchange.answer_error(error.status, error.sentence, allow)
+            self._refuse(exchange, error)
         except Exception:
             log.exception("request handler failed", extra=fields(url=repr(head.url)))
             self.crashed(exchange)
 
+    def lines(self, headers: Mapping[str, bytes]) -> bytes:
+        """What every answer to a request with these headers has among its own."""
+        return request_id_line(headers) + self._cors.lines(headers)
+
+    def _refuse(self, exchange: Exchange, error: RouteError) -> None:
+        self.count(error.status)
+        exchange.answer_error(error.status, error.sentence, _allow(error.allow) if error.allow else b"")
+
+    def _find_handler(self, head: Head) -> tuple[Handler, dict[str, str]]:
+        return (self._options, {}) if head.method == b"OPTIONS" else self._routes.find(head.method, head.url)
+
+    def _options(self, exchange: Exchange, target: Target) -> None:
+        url = exchange.request.head.url
+        allowed = self._routes.methods() if url == b"*" else self._routes.allowed(url)  # RFC 9110, 9.3.7
+        self.count(204)
+        exchange.answer(204, extra=_allow(allowed) + self._cors.preflight(exchange.request.head.headers, allowed))
+
     def crashed(self, exchange: Exchange) -> None:
         """A defect of ours must end one request, not the connections of everybody else."""
-        self._count(500)
+        self.count(500)
         total = total_line(time.monotonic() - exchange.arrived)
         exchange.answer_error(500, "an internal error; it is in the gateway's log", total)
 
     def refused(self, status: int, sentence: str) -> None:
         """A connection was answered without a request."""
-        self._count(status)
+        self.count(status)
         log.info("connection refused", extra=fields(status=status, reason=sentence))
 
     def sent(self) -> None:
@@ -155,6 +183,7 @@ class Application:
     def fail(self, exchange: Exchange, error: PenstockError, identifier: str = "", number: int = 0) -> None:
         """Answer with an error. ``identifier``: the request's own id, ``number``: the broker's for it."""
         status = STATUSES[error.code]
+        given = read_request_id(exchange.request.head.headers)
         log.log(
             logging.WARNING if status >= 500 else logging.INFO,
             "request failed",
@@ -164,6 +193,7 @@ class Application:
                 status=status,
                 code=error.code,
                 reason=error.message,
+                **({"x_request_id": given} if given else {}),
             ),
         )
         seconds = time.monotonic() - exchange.arrived
@@ -175,7 +205,7 @@ class Application:
         elif status == 501:
             extra += _ACCEPT_ENCODING
         sentence = f"[request id: {identifier}] {error.message}" if identifier else error.message
-        self._count(status)
+        self.count(status)
         exchange.answer_error(status, sentence, extra)
 
     def name(self, identifier: str, number: int) -> str:
@@ -183,30 +213,30 @@ class Application:
         it."""
         return identifier or (f"{self.caller.identity.id.hex()}:{number}" if number else "")
 
-    def _count(self, status: int) -> None:
+    def count(self, status: int) -> None:
         counter = self._responses.get(status)
         if counter is None:
             counter = self._responses[status] = self.caller.meters.value("penstock_http_responses", str(status))
         counter.value += 1
 
-    def _answer_json(self, exchange: Exchange, value: object) -> None:
-        self._count(200)
+    def answer_json(self, exchange: Exchange, value: object) -> None:
+        self.count(200)
         exchange.answer(200, orjson.dumps(value))
 
     # --- the server and its models ---
 
     def _metadata(self, exchange: Exchange, target: Target) -> None:
-        self._answer_json(exchange, self._server)
+        self.answer_json(exchange, self._server)
 
     def _live(self, exchange: Exchange, target: Target) -> None:
-        self._count(200)
+        self.count(200)
         exchange.answer(200)
 
     def _ready(self, exchange: Exchange, target: Target) -> None:
         caller = self.caller
         ready, unsteady = caller.is_ready(), self._steady.reason(time.monotonic())
         if ready and not unsteady:
-            self._count(200)
+            self.count(200)
             exchange.answer(200)
             return
         if ready:
@@ -214,29 +244,38 @@ class Application:
         elif not caller.membership.joined:
             reason = "no broker answers"
         else:
-            waits = [state for state in self._states() if state.state != READY]
+            waits = caller.unserved()
             named = ", ".join(f"{state.name} ({state.state})" for state in waits[:10])
             reason = f"not ready: {named}" if waits else "no worker has joined"
             # Often one for all, such as a GPU that is lost.
             why = list(dict.fromkeys(state.reason for state in waits if state.reason))
             reason += f"; because {'; '.join(why[:_REASONS_MAX])}" if why else ""
-        self._count(503)
+        self.count(503)
         exchange.answer_error(503, f"Server not ready: {reason}", b"Retry-After: 1\r\n")
 
     def _states(self) -> list[ModelState]:
         return [state for versions in (self.caller.models or {}).values() for state in versions.values()]
 
-    def _find(self, target: Target) -> ModelSpec:
-        return self.caller.find(target.model, target.version)
+    def find(self, target: Target) -> ModelSpec:
+        return self.caller.find(target.model, target.version, target.sticky)
+
+    def _state(self, target: Target) -> ModelState | None:
+        """Of the version that is asked for; where none is, of the one that is current, wherever traffic goes."""
+        return self.caller.state(target.model, target.version)
+
+    def current(self, target: Target) -> ModelSpec:
+        """The version that is asked for; where none is, the one that is current. Raises PenstockError."""
+        state = self._state(target)
+        return self.caller.find(target.model, target.version if state is None else state.version)
 
     def _model_metadata(self, exchange: Exchange, target: Target) -> None:
-        spec = self._find(target)
+        spec = self.current(target)
         known = (self.caller.models or {}).get(spec.name, {})
-        self._answer_json(
+        self.answer_json(
             exchange,
             {
                 "name": spec.name,
-                "versions": [target.version] if target.version else sorted(known),
+                "versions": [spec.version] if target.version else sorted(known),
                 "platform": spec.platform,
                 "inputs": [each._asdict() for each in spec.inputs],
                 "outputs": [each._asdict() for each in spec.outputs],
@@ -244,28 +283,38 @@ class Application:
         )
 
     def _model_ready(self, exchange: Exchange, target: Target) -> None:
-        versions = (self.caller.models or {}).get(target.model, {})
-        states = [state for version, state in versions.items() if target.version in ("", version)]
-        if self.caller.membership.joined and any(state.state == READY for state in states):
-            self._count(200)
+        state = self._state(target)
+        if self.caller.membership.joined and state is not None and state.state in SERVED:
+            self.count(200)
             exchange.answer(200)
         else:
-            self._count(400)
+            self.count(400)
             exchange.answer_error(400, "Model version not ready")
 
     # --- inference ---
 
     def _infer(self, exchange: Exchange, target: Target) -> None:
+        self.infer(exchange, target, self._parse)
+
+    def _parse(self, target: Target, body: Buffer) -> tuple[Query, Payload]:
+        return self._parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
+
+    def infer(self, exchange: Exchange, target: Target, parse: Parse) -> None:
+        """Answer an inference request in any protocol. ``parse`` raises PenstockError."""
+        if target.encoding:
+            self.expand(exchange, target, partial(self._submit, parse))
+        else:
+            self._submit(parse, exchange, target, exchange.request.body)
+
+    def expand(self, exchange: Exchange, target: Target, then: Callable[[Exchange, Target, Buffer], None]) -> None:
+        """Do something with a body as it was before it was compressed."""
         body = exchange.request.body
-        if not target.encoding:
-            self._submit(exchange, target, body)
-            return
         bytes_max = self.options.body_bytes_max
 
         def expanded(whole: Buffer) -> None:
             if not exchange.expanded(whole):
                 raise PenstockError(OVERLOADED, "too many bytes of request bodies are under way; try again shortly")
-            self._submit(exchange, target, whole)
+            then(exchange, target, whole)
 
         if len(body) <= _ASIDE_MIN_BYTES:
             whole = decompress_small(body, target.encoding, bytes_max)
@@ -274,14 +323,12 @@ class Application:
                 return
         exchange.gone = self._expanding.run(
             lambda work: decompress(body, target.encoding, bytes_max, lambda: work.wanted),
-            partial(self._later, exchange, lambda done: expanded(done.result())),
+            partial(self.later, exchange, lambda done: expanded(done.result())),
         ).leave
 
-    def _submit(self, exchange: Exchange, target: Target, body: Buffer) -> None:
+    def _submit(self, parse: Parse, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:
-            query, payload = self._parser.parse(
-                self._find(target), body, target.header_length, target.priority, target.tenant
-            )
+            query, payload = parse(target, body)
             inference = self._inference(self, exchange, query)
             if query.form.nbytes >= PLACED_MIN_BYTES:
                 placed = exchange.place(payload)
@@ -310,7 +357,7 @@ class Application:
             self._count_failure(target, OVERLOADED)
             raise PenstockError(OVERLOADED, sentence, 1.0)
 
-        exchange.wait(len(payload), partial(self._later, exchange, start), partial(self._later, exchange, fail))
+        exchange.wait(len(payload), partial(self.later, exchange, start), partial(self.later, exchange, fail))
 
     def finish(self, exchange: Exchange, query: Query, answer: Complete, asked: float, total_s: float) -> None:
         """Answer an inference request with its result, which was back ``total_s`` seconds after all of it had come.
@@ -320,15 +367,20 @@ class Application:
         if query.explain or target.explain:
             worker, arrived = self.caller.worker_name(answer.worker), exchange.arrived
             parameters = explanation(answer, worker, arrived - exchange.began, asked - arrived, total_s)
-        encoding = target.accepts
+        encoding, write = target.accepts, query.write
         try:
             if encoding:
-                json, binary = render_body(answer.body, answer.payload, query.style, query.id, parameters)
+                if write is not None:
+                    json, binary = write(answer.body, answer.payload), b""
+                else:
+                    json, binary = render_body(answer.body, answer.payload, query.style, query.id, parameters)
                 self._send_compressed(exchange, json, binary, encoding, begin)
+            elif write is not None:
+                self._send(exchange, wrap(write(answer.body, answer.payload), 0, begin, False), b"")
             else:
                 head, tail = render(answer.body, answer.payload, query.style, query.id, begin, parameters)
                 if answer.held and tail is answer.payload:
-                    self._count(200)
+                    self.count(200)
                     exchange.send(200, head, tail, partial(self.release, answer.held))
                     return
                 self._send(exchange, head, tail)
@@ -339,12 +391,12 @@ class Application:
             self.release(answer.held)
 
     def _send_compressed(self, exchange: Exchange, json: bytes, binary: bytes, encoding: str, begin: bytes) -> None:
-        if len(json) + len(binary) < self.options.compress_bytes_min:
+        if not encoding or len(json) + len(binary) < self.options.compress_bytes_min:
             self._send(exchange, wrap(json, len(binary), begin, bool(binary)), binary)
             return
 
         def compressed(body: bytes) -> None:
-            self._count(200)
+            self.count(200)
             lines = b"%bContent-Encoding: %b\r\nVary: Accept-Encoding\r\n"
             extra = lines % (begin.removeprefix(OK), encoding.encode())
             if binary:
@@ -373,7 +425,7 @@ class Application:
             if exchange.abandoned:
                 future.exception()
             else:
-                self._later(exchange, lambda done: then(done.result()), future)
+                self.later(exchange, lambda done: then(done.result()), future)
 
         # What waits for a thread leaves with its client: else those that ask and hang up would fill the memory, as what
         # stands in the executor's queue stays there.
@@ -381,40 +433,50 @@ class Application:
         exchange.gone = waiting.clear
         self._loop.run_in_executor(None, lambda: compress(waiting.pop(), encoding)).add_done_callback(done)
 
-    def _later(self, exchange: Exchange, handler: Callable[[T], None], argument: T) -> None:
+    def later(self, exchange: Exchange, handler: Callable[[T], None], argument: T) -> None:
         """Go on with a request: errors answer it, as in ``handle``."""
         try:
             handler(argument)
         except PenstockError as error:
             self.fail(exchange, error)
+        except RouteError as error:
+            self._refuse(exchange, error)
         except Exception:
             log.exception("request handler failed", extra=fields(url=repr(exchange.request.head.url)))
             self.crashed(exchange)
 
     def _count_failure(self, target: Target, code: str) -> None:
         """Count a request that went no further than this gateway. Only names that the server has become labels."""
-        versions = (self.caller.models or {}).get(target.model, {})
-        labels = (target.model, target.version if target.version in versions else "") if versions else ("", "")
+        state = self._state(target) if target.version else None
+        known = state.version if state is not None else ""
+        labels = (target.model, known) if target.model in (self.caller.models or {}) else ("", "")
         self.caller.meters.value("penstock_request_failures", *labels, code).value += 1
 
     # --- metrics, and the dashboard ---
 
     def _dashboard(self, exchange: Exchange, target: Target) -> None:
-        self._count(200)
+        self.count(200)
         exchange.answer(200, self._page.body, b"text/html; charset=utf-8", self._page.headers)
 
     def _events(self, exchange: Exchange, target: Target) -> None:
-        self._feed.join(exchange)
-        self._count(200)
+        if exchange.request.head.method == b"HEAD":
+            exchange.send(200, FEED_HEAD)
+        else:
+            self._feed.join(exchange)
+        self.count(200)
 
     def _metrics(self, exchange: Exchange, target: Target) -> None:
         form = form_for(exchange.request.head.headers.get("accept", b""))
 
         def report(text: bytes) -> None:
-            self._count(200)
+            self.count(200)
             exchange.answer(200, text, form.content_type)
 
         self._reports.ask(report, form)
+
+
+def _allow(methods: Sequence[str]) -> bytes:
+    return f"Allow: {', '.join(methods)}\r\n".encode()
 
 
 class Target:
@@ -427,7 +489,7 @@ class Target:
 
     __slots__ = (
         *("accepts", "encoding", "handler", "header_length", "model", "version"),
-        *("explain", "priority", "tenant", "timeout_s"),
+        *("explain", "priority", "sticky", "tenant", "timeout_s"),
     )
 
     def __init__(self, handler: Handler, arguments: Mapping[str, str], headers: Mapping[str, bytes]) -> None:
@@ -438,7 +500,7 @@ class Target:
         encoding = headers.get("content-encoding", b"identity").decode("latin-1").strip()
         self.encoding = "" if encoding.lower() == "identity" else encoding
         self.accepts = choose(headers.get("accept-encoding", b"").decode("latin-1"))
-        self.timeout_s, self.priority, self.tenant, self.explain = read_terms(headers)
+        self.timeout_s, self.priority, self.tenant, self.explain, self.sticky = read_terms(headers)
 
 
 def _header_length(value: bytes | None) -> int | None:
@@ -528,6 +590,6 @@ class _TracedInference(_Inference):
 
     def _ended(self, status: int, answer: Complete | None = None, error: PenstockError | None = None) -> None:
         query = self._query
-        model = query.form.model, query.form.version
+        model = query.form.model, query.form.version.removeprefix(UNNAMED)
         seconds = time.monotonic() - self._exchange.arrived
         self._tracing.ended(self._exchange.request.head, model, seconds, status, query.id, answer, error)

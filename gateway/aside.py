@@ -12,6 +12,9 @@ from penstock.wire.errors import OVERLOADED, PenstockError
 Then: TypeAlias = "Callable[[asyncio.Future[Any]], None]"
 
 
+_NOT_EXPANDED: Final = "the body could not be expanded within {} (expand_wait_s)"
+
+
 class Work:
     """``leave`` when nobody wants its result any more; it may ask ``wanted`` from its thread."""
 
@@ -38,7 +41,11 @@ class Aside:
     """At most ``threads_max`` pieces of work at a time, on threads of the loop's own executor. The others wait in line,
     at most ``wait_max_s`` seconds and then until one of those before them ends."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, threads_max: int, wait_max_s: float) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, threads_max: int, wait_max_s: float, late: str = _NOT_EXPANDED
+    ) -> None:
+        """``late``: what those are told that had to wait longer."""
+        self._late: Final = late
         self._loop = loop
         self._threads_max: Final = threads_max
         self._wait_max_s: Final = wait_max_s
@@ -76,8 +83,7 @@ class Aside:
         late.set_exception(
             PenstockError(
                 OVERLOADED,
-                f"the body could not be expanded within {self._wait_max_s:g} s (expand_wait_s), since others are; try "
-                "again shortly",
+                f"{self._late.format(f'{self._wait_max_s:g} s')}, since others are; try again shortly",
                 1.0,
             )
         )

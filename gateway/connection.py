@@ -32,6 +32,7 @@ _SHARED_START: Final = _SHARED[:4096]  # for a head, and little of the body that
 REASONS: Final = {
     200: "OK",
     202: "Accepted",
+    204: "No Content",
     400: "Bad Request",
     403: "Forbidden",
     404: "Not Found",
@@ -198,7 +199,8 @@ class Stream:
         if transport is None:
             return False
         if self._head:
-            data = _with_connection(self._head, b"close") + data
+            lines = self._exchange.request.head.lines
+            data = _with_connection(_with_lines(self._head, lines), b"close") + data
             self._head = b""
         if data:
             transport.write(data)
@@ -211,6 +213,8 @@ class Stream:
 
 
 def _response(status: int, body: bytes, content_type: bytes, extra: bytes) -> bytes:
+    if status == 204:  # which has neither (RFC 9110, 8.6)
+        return b"%b%b\r\n" % (_STATUS_LINES[status], extra)
     kind = b"Content-Type: %b\r\n" % content_type if body else b""
     return b"%b%b%bContent-Length: %d\r\n\r\n%b" % (_STATUS_LINES[status], kind, extra, len(body), body)
 
@@ -472,6 +476,8 @@ class Connection(asyncio.BufferedProtocol):
             if head.method == b"HEAD":
                 response, tail = response[: response.index(b"\r\n\r\n") + 4], b""
             last = self._last and not exchanges
+            if head.lines:
+                response = _with_lines(response, head.lines)
             if last or head.http10:
                 response = _with_connection(response, b"close" if last else b"keep-alive")
             if tail:
@@ -620,8 +626,13 @@ class Connection(asyncio.BufferedProtocol):
 
 def _with_connection(response: bytes, value: bytes) -> bytes:
     """A response that says what becomes of its connection."""
+    return _with_lines(response, b"Connection: %b\r\n" % value)
+
+
+def _with_lines(response: bytes, lines: bytes) -> bytes:
+    """A response with more headers."""
     status, _, rest = response.partition(b"\r\n")
-    return b"%b\r\nConnection: %b\r\n%b" % (status, value, rest)
+    return b"%b\r\n%b%b" % (status, lines, rest)
 
 
 class Http:

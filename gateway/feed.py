@@ -21,6 +21,8 @@ from penstock.wire.models import ModelState
 CONTENT_TYPE: Final = b"text/event-stream"
 # A proxy in front that gathers what it passes on would keep the events.
 _EXTRA: Final = b"Cache-Control: no-store\r\nX-Accel-Buffering: no\r\nX-Content-Type-Options: nosniff\r\n"
+# For HEAD: how long the body would be is not known.
+FEED_HEAD: Final = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n%b\r\n" % (CONTENT_TYPE, _EXTRA)
 _RETRY: Final = b"retry: 1000\n\n"  # milliseconds after which a browser whose connection has ended comes again
 
 

@@ -6,15 +6,16 @@ of its response: both are looked up by their bytes, and parsed or built only the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
 from penstock.client.arrays import Forms
 from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
 from penstock.wire.codec import unpack_outcome
+from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
 from penstock.wire.messages import MAX_PRIORITY, MAX_TIMEOUT_US, Form, Outcome, Payload
 from penstock.wire.models import MAX_TENSORS, Layout, ModelSpec, Tensor, check_declaration
@@ -24,6 +25,10 @@ _KNOWN_MAX: Final = 1024
 _KNOWN_BYTES_MAX: Final = 4096  # of a JSON part that is remembered
 _ID_MAX: Final = 1024  # characters
 _NAME_MAX: Final = 256  # characters
+
+
+# From an answer, packed, and its payload to the JSON that is sent. Raises BadMessage or PenstockError.
+Write: TypeAlias = Callable[[bytes, Payload], bytes]
 
 
 class Style(NamedTuple):
@@ -41,7 +46,7 @@ class Query(NamedTuple):
     answer is to say where its time went.
 
     ``reusable``: another request with the same JSON and other binary tensors means the same, as long as the model
-    stays.
+    stays. ``write``: how another protocol than this one says the answer.
     """
 
     spec: ModelSpec
@@ -51,6 +56,7 @@ class Query(NamedTuple):
     timeout_s: float
     explain: bool
     reusable: bool
+    write: Write | None = None
 
 
 class Parser:
@@ -63,11 +69,14 @@ class Parser:
     def parse(
         self, spec: ModelSpec, body: Buffer, header_length: int | None, priority: int = 0, tenant: str = ""
     ) -> tuple[Query, Payload]:
-        """``header_length``: bytes of JSON before the binary tensors, None when all is JSON. ``priority``: what holds
-        whatever the JSON says, unless it is 0. Raises PenstockError."""
+        """``header_length``: bytes of JSON before the binary tensors, None when all is JSON, 0 when there is none and
+        the body is the only input. ``priority``: what holds whatever the JSON says, unless it is 0. Raises
+        PenstockError."""
         if header_length is None:
             return self._parse(spec, body, memoryview(b""), priority, tenant)
-        if not 0 < header_length <= len(body):
+        if not header_length:
+            return self._parse_raw(spec, body, priority, tenant)
+        if header_length > len(body):
             raise PenstockError(
                 BAD_INPUT, f"Inference-Header-Content-Length is {header_length}, and the body has {len(body)} bytes"
             )
@@ -83,6 +92,20 @@ class Parser:
                 self._known.clear()
             self._known[key] = query
         return query, payload
+
+    def _parse_raw(self, spec: ModelSpec, body: Buffer, priority: int, tenant: str) -> tuple[Query, Payload]:
+        """Triton's raw binary request: one row, to be answered with binary tensors."""
+        if len(spec.inputs) != 1:
+            raise PenstockError(
+                BAD_INPUT,
+                f"a body without JSON (Inference-Header-Content-Length: 0) is for models with one input; "
+                f"'{spec.name}' has {[each.name for each in spec.inputs]}",
+            )
+        [(name, datatype, _)] = spec.inputs
+        payload = len(body).to_bytes(4, "little") + bytes(body) if datatype == "BYTES" else body
+        tensor = Tensor(name, datatype, _raw_shape(spec, len(body)), 0, len(payload))
+        form = self._forms.find(spec, Layout((tensor,)), len(payload), priority, tenant)
+        return Query(spec, form, Style(True), "", 0.0, False, False), payload
 
     def _parse(
         self, spec: ModelSpec, text: Buffer, binary: memoryview, priority: int, tenant: str
@@ -105,6 +128,24 @@ class Parser:
         form = self._forms.find(spec, layout, len(payload), priority, tenant)
         reusable = all_binary and not identifier
         return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable), payload
+
+
+def _raw_shape(spec: ModelSpec, nbytes: int) -> tuple[int, ...]:
+    """Of the one input of a model, when it is one row of so many bytes, or one string."""
+    [(name, datatype, shape)] = spec.inputs
+    if spec.batchable:
+        shape = (1, *shape[1:])
+    one = tuple(abs(dim) for dim in shape)
+    if element_count(one) != 1 if datatype == "BYTES" else shape.count(-1) > 1:
+        raise PenstockError(
+            BAD_INPUT,
+            f"input '{name}' of model '{spec.name}' is {datatype} of shape {list(spec.inputs[0].shape)}, which a body "
+            "without JSON does not tell: it is one string, or numbers of which one dimension is open; say it in JSON",
+        )
+    if datatype == "BYTES":
+        return one
+    step = element_count([dim for dim in shape if dim != -1]) * ITEM_SIZES[datatype]
+    return tuple(nbytes // step if dim == -1 and step else max(dim, 0) for dim in shape)
 
 
 def _read_inputs(inputs: Any, binary: memoryview) -> tuple[list[Tensor], Payload, bool]:
@@ -311,15 +352,21 @@ def render_body(
     parts: list[bytes] = []
     binary: list[memoryview] = []
     for before, is_binary, datatype, shape, offset, nbytes in head.outputs:
-        data = view[offset : offset + nbytes]
-        if len(data) != nbytes:
-            raise BadMessage(f"an output lies from {offset} to {offset + nbytes} in a payload of {len(view)} bytes")
+        data = cut(view, offset, nbytes)
         if is_binary:
             parts.append(before)
             binary.append(data)
         else:
             parts.append(b"%b%b}" % (before, dump_data(datatype, shape, data)))
     return b"%b%b]}" % (_start(head, identifier, parameters), b",".join(parts)), b"".join(binary)
+
+
+def cut(payload: memoryview, offset: int, nbytes: int) -> memoryview:
+    """The bytes of an output. Raises BadMessage where they are not there."""
+    data = payload[offset : offset + nbytes]
+    if len(data) != nbytes:
+        raise BadMessage(f"an output lies from {offset} to {offset + nbytes} in a payload of {len(payload)} bytes")
+    return data
 
 
 def _start(head: _Head, identifier: str, parameters: bytes) -> bytes:

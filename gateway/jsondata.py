@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -15,10 +16,11 @@ import orjson
 
 from penstock.wire.datatypes import element_count
 from penstock.wire.errors import BAD_INPUT, PenstockError
-from penstock.wire.tensors import DTYPES, Buffer, decode, pack_strings
+from penstock.wire.tensors import DTYPES, Buffer, decode, from_bf16, pack_strings, to_bf16
 
 BINARY_ONLY: Final = frozenset({"FP16", "BF16"})
-_FLOATS: Final = frozenset({"FP32", "FP64"})
+_FLOATS: Final = frozenset({"FP16", "BF16", "FP32", "FP64"})
+_STRINGS: Final = {str, bytes}
 _NUMBERS: Final = {int, float}
 
 
@@ -48,16 +50,21 @@ def pack_data(name: str, datatype: str, shape: Sequence[int], data: Any) -> byte
         )
     if type(data) is not list:
         raise PenstockError(BAD_INPUT, f"the data of input '{name}' is not a list")
-    flat = _flatten(name, shape, data) if data and type(data[0]) is list else data
+    flat = flatten(name, shape, data)
     if len(flat) != element_count(shape):
         raise PenstockError(
             BAD_INPUT,
             f"input '{name}' has {len(flat)} elements in its data; its shape {list(shape)} "
             f"takes {element_count(shape)}",
         )
+    return pack_elements(name, datatype, flat)
+
+
+def pack_elements(name: str, datatype: str, flat: list[Any]) -> bytes:
+    """The bytes of an input's elements. Floats of 16 bits are rounded to the nearest. Raises as ``pack_data`` does."""
     kinds = set(map(type, flat))
     if datatype == "BYTES":
-        _expect(name, datatype, kinds <= {str}, "strings", kinds)
+        _expect(name, datatype, kinds <= _STRINGS, "strings", kinds)
         return pack_strings(flat)
     if datatype == "BOOL":
         if kinds <= {int} and not set(flat) - {0, 1}:
@@ -70,6 +77,8 @@ def pack_data(name: str, datatype: str, shape: Sequence[int], data: Any) -> byte
         _expect(name, datatype, kinds <= {int}, "whole numbers", kinds)
     try:
         with np.errstate(over="raise"):
+            if datatype == "BF16":
+                return _pack_bf16(flat)
             return np.array(flat, DTYPES[datatype]).tobytes()
     except (OverflowError, FloatingPointError):
         raise PenstockError(
@@ -77,8 +86,17 @@ def pack_data(name: str, datatype: str, shape: Sequence[int], data: Any) -> byte
         ) from None
 
 
-def _flatten(name: str, shape: Sequence[int], data: list[Any]) -> list[Any]:
-    """Nested lists as one, level by level as the shape has dimensions."""
+def _pack_bf16(flat: list[Any]) -> bytes:
+    array = np.array(flat, np.float32)
+    bits = to_bf16(array)
+    if (np.isinf(from_bf16(bits)) & np.isfinite(array)).any():
+        raise OverflowError
+    return bits.tobytes()
+
+
+def flatten(name: str, shape: Sequence[int], data: list[Any]) -> list[Any]:
+    """Nested lists as one, level by level as the shape has dimensions. Raises PenstockError where one is not as long as
+    that says."""
     level = data
     for depth, size in enumerate(shape[1:], start=2):
         if not level or type(level[0]) is not list:
@@ -88,7 +106,7 @@ def _flatten(name: str, shape: Sequence[int], data: list[Any]) -> list[Any]:
                 BAD_INPUT,
                 f"the data of input '{name}' is not {size} long everywhere in dimension {depth} of {list(shape)}",
             )
-        level = [element for part in level for element in part]
+        level = list(chain.from_iterable(level))
     return level
 
 
@@ -109,17 +127,21 @@ _JSON_NAMES: Final[dict[type, str]] = {
 }
 
 
-def dump_data(datatype: str, shape: Sequence[int], data: Buffer) -> bytes:
-    """The bytes of an output as a flat JSON list. Raises PenstockError for a string that is not UTF-8."""
+def dump_data(datatype: str, shape: Sequence[int], data: Buffer, nested: bool = False) -> bytes:
+    """The bytes of an output as a JSON list, flat or nested as its shape. Raises PenstockError for a string that is not
+    UTF-8."""
     array = decode(datatype, shape, data).reshape(-1)
     if datatype == "BYTES":
         try:
-            return orjson.dumps([element.decode() for element in array])
+            array = np.array([element.decode() for element in array], object)
         except UnicodeDecodeError:
             raise PenstockError(
                 BAD_INPUT, "an output holds a string that is not UTF-8, which JSON cannot carry; ask for it as binary"
             ) from None
+        return orjson.dumps((array.reshape(shape) if nested else array).tolist())
+    if nested and shape:  # without a dimension there is one number, and orjson writes lists alone
+        array = array.reshape(shape)
     dumped = orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
     if b"null" in dumped:  # orjson's word for NaN and infinities
-        return json.dumps(array.tolist(), separators=(",", ":")).encode()
-    return dumped
+        dumped = json.dumps(array.tolist(), separators=(",", ":")).encode()
+    return dumped if shape or not nested else dumped[1:-1]

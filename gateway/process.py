@@ -15,13 +15,20 @@ from typing import Final
 import uvloop
 
 from penstock.client.link import Link
+from penstock.client.orders import Orders
+from penstock.gateway import modelconfig, repository, statistics
 from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.listening import listen, url_of
+from penstock.gateway.modelconfig import ModelConfig
 from penstock.gateway.options import GatewayOptions
+from penstock.gateway.plain import Plain
 from penstock.gateway.reports import Reports
+from penstock.gateway.repository import Repository
+from penstock.gateway.statistics import Statistics
 from penstock.gateway.steady import Steady
+from penstock.gateway.tfserving import TensorFlowServing
 from penstock.gateway.tracing import Tracing
 from penstock.wire.arena import Arena, ArenaSearch, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError
@@ -157,6 +164,12 @@ class Coupling:
         self._application = Application(
             loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing, self._steady
         )
+        application = self._application
+        application.add(Repository(loop, application, Orders(self._link)).routes, *repository.EXTENSIONS)
+        application.add(Statistics(application, reports).routes, statistics.EXTENSION)
+        application.add(Plain(application).routes)
+        application.add(ModelConfig(application).routes, modelconfig.EXTENSION)
+        application.add(TensorFlowServing(application).routes)
         self.http = Http(loop, settings.options, self._application, self._link.slots)
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None

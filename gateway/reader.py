@@ -38,6 +38,7 @@ _KNOWN: Final = {
     for name in (
         b"accept",
         b"accept-encoding",
+        b"access-control-request-method",
         b"connection",
         b"content-encoding",
         b"content-length",
@@ -45,13 +46,16 @@ _KNOWN: Final = {
         b"expect",
         b"host",
         b"inference-header-content-length",
+        b"origin",
         b"penstock-explain",
         b"penstock-priority",
+        b"penstock-sticky",
         b"penstock-tenant",
         b"penstock-timeout",
         b"traceparent",
         b"tracestate",
         b"transfer-encoding",
+        b"x-request-id",
     )
 }
 # As clients write them: a look-up instead of a conversion.
@@ -65,6 +69,7 @@ _ONCE: Final = frozenset(
         "expect",
         "penstock-explain",
         "penstock-priority",
+        "penstock-sticky",
         "penstock-tenant",
         "penstock-timeout",
     }
@@ -82,9 +87,10 @@ class HttpError(Exception):
 
 class Head:
     """All of a request before its body. ``headers``: those that are known here, by lower-case name. ``length``: bytes
-    of the body, -1 when it came in chunks. ``target`` is for the application to remember what it made of it."""
+    of the body, -1 when it came in chunks. ``target`` is for the application to remember what it made of it, ``lines``
+    for what every answer to it has among its headers."""
 
-    __slots__ = ("headers", "http10", "keep_alive", "length", "method", "target", "url")
+    __slots__ = ("headers", "http10", "keep_alive", "length", "lines", "method", "target", "url")
 
     def __init__(
         self, method: bytes, url: bytes, headers: dict[str, bytes], length: int, keep_alive: bool, http10: bool
@@ -96,6 +102,7 @@ class Head:
         self.keep_alive = keep_alive
         self.http10 = http10
         self.target: Any = None
+        self.lines = b""
 
 
 class Request:

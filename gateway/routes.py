@@ -1,4 +1,6 @@
-"""Which handler answers which path: a table of patterns, in which a segment in braces is an argument."""
+"""Which handler answers which path: a table of patterns, in which a segment that begins with a word in braces is an
+argument, up to what comes behind them (``{model}:predict``). The first pattern that a path has is its own, and no later
+one."""
 
 from __future__ import annotations
 
@@ -22,9 +24,12 @@ class RouteError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Route(Generic[H]):
+    """``any_case``: all of the pattern but its arguments in capitals or not."""
+
     method: str
     pattern: str
     handler: H
+    any_case: bool = False
 
     def match(self, segments: Sequence[str]) -> dict[str, str] | None:
         """The arguments in a path, or None when it is another."""
@@ -33,10 +38,15 @@ class Route(Generic[H]):
             return None
         arguments: dict[str, str] = {}
         for want, got in zip(wanted, segments, strict=True):
+            name, end = "", want
             if want.startswith("{"):
-                arguments[want.strip("{}")] = got
-            elif want != got:
+                name, _, end = want[1:].partition("}")
+            cut = len(got) - len(end) if name else 0
+            tail = got[cut:] if cut >= 0 else ""
+            if end != (tail.lower() if self.any_case else tail):
                 return None
+            if name:
+                arguments[name] = got[:cut]
         return arguments
 
 
@@ -44,21 +54,48 @@ class Routes(Generic[H]):
     """Finds the handler for a request; who asks remembers the answer."""
 
     def __init__(self, routes: Sequence[Route[H]]) -> None:
-        self._routes = routes
+        self._routes: list[Route[H]] = []
+        self.add(routes)
+
+    def add(self, routes: Sequence[Route[H]]) -> None:
+        """What a path says itself goes before arguments: /v2/models/stats is no model's."""
+        self._routes = sorted([*self._routes, *routes], key=lambda route: route.pattern.count("{"))
 
     def find(self, method: bytes, url: bytes) -> tuple[H, dict[str, str]]:
-        """The handler and the arguments in the path. Raises RouteError."""
+        """The handler and the arguments in the path: for HEAD those of GET. Raises RouteError."""
+        wanted = "GET" if method == b"HEAD" else method.decode("latin-1")
         segments = _segments(url)
-        allow: list[str] = []
+        found = self._of(segments)
+        for route, arguments in found:
+            if route.method == wanted:
+                return route.handler, arguments
+        raise RouteError(405, "Method Not Allowed", _all({route.method for route, _ in found}))
+
+    def allowed(self, url: bytes) -> tuple[str, ...]:
+        """The methods that a path has. Raises RouteError where there is no such path."""
+        return _all({route.method for route, _ in self._of(_segments(url))})
+
+    def _of(self, segments: Sequence[str]) -> list[tuple[Route[H], dict[str, str]]]:
+        """The routes of a path, with its arguments: of the pattern that it matches first."""
+        own = ""
+        found = []
         for route in self._routes:
-            arguments = route.match(segments)
+            arguments = route.match(segments) if own in ("", route.pattern) else None
             if arguments is not None:
-                if route.method.encode() == method:
-                    return route.handler, arguments
-                allow.append(route.method)
-        if allow:
-            raise RouteError(405, "Method Not Allowed", tuple(sorted(set(allow))))
+                own = route.pattern
+                found.append((route, arguments))
+        return found
+
+    def methods(self) -> tuple[str, ...]:
+        """Those that any path has."""
+        return _all({route.method for route in self._routes})
+
+
+def _all(methods: set[str]) -> tuple[str, ...]:
+    """With those that come by themselves. Raises RouteError where there are none."""
+    if not methods:
         raise RouteError(404, "Not Found")
+    return tuple(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
 
 
 def _segments(url: bytes) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from penstock.client.terms import TIMEOUT_MAX_S, check_terms
+from penstock.client.terms import TIMEOUT_MAX_S, check_sticky, check_terms
 from penstock.wire.errors import BAD_INPUT, PenstockError
 
 # Not what float() takes, which reads "inf", "nan", "1e9" and "1_0", too.
@@ -17,12 +18,13 @@ _SHOWN_MAX: Final = 40  # characters of what is refused
 
 class Terms(NamedTuple):
     """``timeout_s``: 0 where there is none. ``priority``: 0 where the JSON says it, or nobody. ``explain``: the answer
-    is to say where its time went."""
+    is to say where its time went. ``sticky``: what a model's traffic is split by, where there is something."""
 
     timeout_s: float = 0.0
     priority: int = 0
     tenant: str = ""
     explain: bool = False
+    sticky: str = ""
 
 
 def read_terms(headers: Mapping[str, bytes]) -> Terms:
@@ -63,11 +65,22 @@ def _explain(text: str) -> bool:
     return text == "1"
 
 
+def _sticky(text: str) -> str:
+    # The same text as a client in Python has, where it is one: so both go to the same version.
+    with contextlib.suppress(UnicodeDecodeError):
+        text = text.encode("latin-1").decode()
+    try:
+        return check_sticky(text)
+    except PenstockError as error:
+        raise PenstockError(error.code, f"the header Penstock-Sticky: {error.message}") from None
+
+
 _READERS: Final[dict[str, Callable[[str], Any]]] = {
     "timeout_s": _timeout,
     "priority": _priority,
     "tenant": _tenant,
     "explain": _explain,
+    "sticky": _sticky,
 }
 
 

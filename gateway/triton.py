@@ -15,10 +15,11 @@ from prometheus_client.metrics_core import Metric
 from penstock.wire import errors
 from penstock.wire.metrics import FAMILIES, HISTOGRAM, Sample
 
+_BACKEND: Final = "BACKEND"
 _REASONS: Final = {
-    errors.MODEL_FAILED: "BACKEND",
-    errors.POISONED: "BACKEND",
-    errors.INTERNAL: "BACKEND",
+    errors.MODEL_FAILED: _BACKEND,
+    errors.POISONED: _BACKEND,
+    errors.INTERNAL: _BACKEND,
     errors.CANCELLED: "CANCELED",
     errors.OVERLOADED: "REJECTED",
     errors.DRAINING: "REJECTED",
@@ -54,15 +55,11 @@ _Sums = dict[_Labels, float]
 
 def triton_metrics(samples: Iterable[Sample]) -> Iterator[Metric]:
     """From the samples of all processes."""
-    told = _Told(samples)
-    ran, failed = told.sums("penstock_request_seconds", count=True), told.failures()
+    told = Told(samples)
+    failed = told.failures()
     total, queued = told.sums("penstock_request_seconds"), told.sums("penstock_queue_seconds")
-    broken: _Sums = {}  # those that have run, and failed
-    for (model, version, reason), value in failed.items():
-        if reason == "BACKEND":
-            broken[model, version] = value
     values: Mapping[str, _Sums] = {
-        "nv_inference_request_success": {key: max(0.0, value - broken.get(key, 0.0)) for key, value in ran.items()},
+        "nv_inference_request_success": told.answered(),
         "nv_inference_request_failure": failed,
         "nv_inference_count": told.sums("penstock_batch_rows"),
         "nv_inference_exec_count": told.sums("penstock_batch_rows", count=True),
@@ -89,7 +86,7 @@ def triton_metrics(samples: Iterable[Sample]) -> Iterator[Metric]:
             yield metric
 
 
-class _Told:
+class Told:
     """Samples by family."""
 
     def __init__(self, samples: Iterable[Sample]) -> None:
@@ -111,6 +108,12 @@ class _Told:
     def once(self, family: str) -> _Sums:
         """By labels, from whichever process tells it: several workers on one GPU tell the same."""
         return {each.labels: each.value for each in self._samples.get(family, ()) if not isinstance(each.value, tuple)}
+
+    def answered(self) -> _Sums:
+        """Requests that have run and not failed, by model and version."""
+        failed = self.failures()
+        ran = self.sums("penstock_request_seconds", count=True)
+        return {key: max(0.0, value - failed.get((*key, _BACKEND), 0.0)) for key, value in ran.items()}
 
     def failures(self) -> _Sums:
         """By model, version and Triton's reason."""

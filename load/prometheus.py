@@ -39,11 +39,12 @@ def read_metrics(text: str, model: str) -> Reading:
 
 
 def mean_batch(before: Reading, after: Reading) -> float | None:
-    """Rows of a batch, between two readings; None when they do not tell."""
-    if before.rows is None or before.batches is None or after.rows is None or after.batches is None:
+    """Rows of a batch, between two readings; None when they do not tell. What has not been counted yet need not be
+    there."""
+    if after.rows is None or after.batches is None:
         return None
-    batches = after.batches - before.batches
-    return (after.rows - before.rows) / batches if batches > 0 else None
+    batches = after.batches - (before.batches or 0.0)
+    return (after.rows - (before.rows or 0.0)) / batches if batches > 0 else None
 
 
 def _escape(text: str) -> str:

@@ -45,10 +45,10 @@ from penstock.wire.messages import (
 )
 from penstock.worker.batcher import Batch
 from penstock.worker.core import Core as WorkerCore
-from penstock.worker.core import Identity
 from penstock.worker.events import Event as WorkerEvent
 from penstock.worker.events import Publish, Run, Subscribed
 from penstock.worker.model import Model
+from penstock.worker.serving import Identity
 
 EPOCH: Final = 1
 _LEAST_S: Final = 1e-6  # between two looks at a core that asks for another at once

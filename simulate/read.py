@@ -17,7 +17,6 @@ import msgspec.inspect
 
 from penstock.broker.options import BrokerOptions
 from penstock.simulate.costs import NORMAL_MAX, BatchCost, table_of
-from penstock.simulate.lines import KeyPath, line_of, lines_of
 from penstock.simulate.scenario import (
     NEVER,
     Delays,
@@ -44,6 +43,7 @@ from penstock.simulate.schema import (
 )
 from penstock.wire.messages import MAX_TENANT, MAX_TIMEOUT_US
 from penstock.worker.config import ConfigError, ModelConfig, load_config
+from penstock.worker.tomllines import KeyPath, line_of, lines_of
 
 T = TypeVar("T")
 
@@ -177,7 +177,7 @@ class _Reading:
                 path.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in values.items()), encoding="utf-8")
                 return load_config(path)
             except ConfigError as error:
-                said = str(error).removeprefix(f"{path}: ")
+                said = re.sub(r"(:\d+)?: ", "", str(error).removeprefix(str(path)), count=1)  # the lines are our own
                 match = _CONFIG_KEY.fullmatch(said)
                 if match is None:
                     raise self._error(at, said) from None

@@ -23,7 +23,7 @@ from penstock.simulate.scenario import NEVER, Outage, Scenario, ScenarioError, W
 from penstock.simulate.standin import StandIn, form_of
 from penstock.wire.errors import PenstockError
 from penstock.wire.messages import MAX_REQUESTS, Form
-from penstock.worker.core import Identity
+from penstock.worker.serving import Identity
 
 _START_S: Final = 1.0  # from when the processes start to the first arrival; more with the beats of all of them
 _AGAIN_S: Final = 0.001  # at least, before a user who was turned away asks again

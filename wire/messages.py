@@ -28,12 +28,26 @@ from penstock.wire.fields import (
     integer,
     one_of,
     optional,
+    pair,
     record,
     sequence,
     text,
 )
 from penstock.wire.metrics import Sample, check_samples
-from penstock.wire.models import MAX_TENSORS, READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
+from penstock.wire.models import (
+    MAX_ROUTES,
+    MAX_TENSORS,
+    SERVED,
+    STATES,
+    WHOLE,
+    Layout,
+    Load,
+    ModelSpec,
+    ModelState,
+    Route,
+    Tensor,
+    TensorSpec,
+)
 
 VERSION: Final = 1
 
@@ -47,6 +61,8 @@ MAX_BODY_BYTES: Final = 256 * 1024  # a form's layout
 MAX_KEY_BYTES: Final = 4096
 MAX_PEERS: Final = 16_384
 MAX_MODELS: Final = 4096
+MAX_CONFIG: Final = 64 * 1024  # characters of a model's configuration
+MAX_PATH: Final = 4096
 MAX_TIMEOUT_US: Final = 24 * 3600 * 1_000_000  # what callers let their users ask for
 MAX_RETRY_AFTER_MS: Final = 1 << 32
 MAX_PRIORITY: Final = 5  # the least urgent; 1 is the most, and 0 stands for
@@ -65,6 +81,19 @@ COMPLETE: Final = 0
 PARTIAL: Final = 1  # more will follow
 FAILED: Final = 2  # the body is a Failure
 
+# What decides which models of its repository a worker serves: the repository, at all times; orders; or the repository
+# as it was when the worker began.
+WATCH: Final = "watch"
+EXPLICIT: Final = "explicit"
+NONE: Final = "none"
+CONTROLS: Final = frozenset({WATCH, EXPLICIT, NONE})
+# Before the version of a request that names none: the one that its caller took to be current, and checked it against.
+# Where that is not served any more, another is as good.
+UNNAMED: Final = "~"
+LOAD: Final = "load"
+UNLOAD: Final = "unload"
+ACTIONS: Final = frozenset({LOAD, UNLOAD})
+
 BATCH_REASONS: Final = frozenset({"full", "delay", "idle", "deadline", "shape", "alone"})
 
 
@@ -75,7 +104,7 @@ class Form(NamedTuple):
     """All of a request that others may share. ``body`` is a packed Layout, which the broker does not look into."""
 
     model: str
-    version: str  # "" asks for the newest
+    version: str  # "" asks for the one that is current; see UNNAMED
     priority: int  # 1, the most urgent, to MAX_PRIORITY; 0 stands for DEFAULT_PRIORITY
     tenant: str
     rows: int
@@ -237,6 +266,13 @@ class Forgotten(NamedTuple):
     serial: int
 
 
+class Version(NamedTuple):
+    """Which model, and which of its versions."""
+
+    name: str
+    version: str
+
+
 class Snapshot(NamedTuple):
     """The series of one process, under the name that the broker gave it."""
 
@@ -267,12 +303,24 @@ _state_fields: Final = record(ModelState, _name, _name, one_of(STATES), _sentenc
 
 def _model_state(value: Any) -> ModelState:
     state: ModelState = _state_fields(value)
-    if state.state == READY and state.spec is None:
-        raise BadMessage("a model that is READY has a spec")
+    if state.state in SERVED and state.spec is None:
+        raise BadMessage(f"a model that is {state.state} has a spec")
     return state
 
 
 _models: Final = sequence(_model_state, MAX_MODELS)
+_version: Final = record(Version, _name, _name)
+_versions: Final = sequence(_version, MAX_MODELS)
+_route: Final = record(
+    Route,
+    _name,
+    sequence(_name, MAX_MODELS),
+    sequence(pair(_name, _name), MAX_ROUTES),
+    sequence(pair(_name, integer(0, WHOLE)), MAX_ROUTES),
+)
+_routes: Final = sequence(_route, MAX_MODELS)
+_load: Final = record(Load, _name, text(MAX_CONFIG))
+_loads: Final = sequence(_load, MAX_MODELS)
 _tensor: Final = record(Tensor, _name, _datatype, _shape, _u64, _u64)
 _tensors: Final = sequence(_tensor, MAX_TENSORS)
 check_layout: Final = record(Layout, _tensors, sequence(_name, MAX_TENSORS))
@@ -427,6 +475,7 @@ def _freed(value: Any) -> Freed:
 
 
 _attempt: Final = integer(1, 1 << 16)
+_instances: Final = integer(1, 1 << 16)
 _waited: Final = integer(0, 1 << 62)  # a worker says it with its own time added
 _status: Final = integer(COMPLETE, FAILED)
 _body: Final = binary(MAX_BODY_BYTES)
@@ -512,13 +561,14 @@ class Ask(Message):
 
 @dataclass(slots=True)
 class Beat(Message):
-    """Said at least every two seconds, so that silence means death. Peers add their metrics; the broker answers with
-    one."""
+    """Said at least every two seconds, so that silence means death. Peers add their metrics, all of them or what has
+    changed since the last; the broker answers with one."""
 
     TAG = 4
-    CHECKS = (check_samples,)
+    CHECKS = (check_samples, flag)
 
     samples: Sequence[Sample] = ()
+    whole: bool = True
 
 
 @dataclass(slots=True)
@@ -536,9 +586,25 @@ class Leaving(Message):
 
 
 @dataclass(slots=True)
+class Order(Message):
+    """A caller wants the server to load a model, or to serve it no more; the answer is Ordered with the same serial.
+    ``config``: as in Load."""
+
+    TAG = 14
+    CHECKS = (_u64, one_of(ACTIONS), _name, text(MAX_CONFIG))
+
+    serial: int
+    action: str
+    model: str
+    config: str = ""
+
+
+@dataclass(slots=True)
 class WorkerHello(Message):
     """A worker's first words to an epoch. ``device``: by which it goes where it wishes for no ``name``.
-    ``endpoints``: where it publishes results. ``instances``: how many batches it runs at once."""
+    ``endpoints``: where it publishes results. ``instances``: how many batches it runs at once. ``control``: one of
+    CONTROLS, what decides which models it serves; ``loads``: those that it has been told to, where that does.
+    ``repository``: where its models lie, on its host."""
 
     TAG = 7
     CHECKS = (
@@ -546,8 +612,12 @@ class WorkerHello(Message):
         text(MAX_NAME, 1),
         integer(0, 1 << 32),
         sequence(text(MAX_ENDPOINT), 8),
-        integer(1, 1 << 16),
+        _instances,
         _models,
+        _routes,
+        one_of(CONTROLS),
+        _loads,
+        text(MAX_PATH),
     )
 
     name: str
@@ -556,16 +626,26 @@ class WorkerHello(Message):
     endpoints: Sequence[str]
     instances: int
     models: Sequence[ModelState]
+    routes: Sequence[Route] = ()
+    control: str = WATCH
+    loads: Sequence[Load] = ()
+    repository: str = ""
 
 
 @dataclass(slots=True)
 class WorkerModels(Message):
-    """All the models of a worker; said again when any of them changes."""
+    """What has changed of a worker's models since it last told. ``gone``: versions that it declares no more;
+    ``routes``: of models that have others now, one of no versions where it serves the model no more. ``instances``: as
+    in WorkerHello. ``heard``: the serial of the last Loads that it has followed, so that all of these is told."""
 
     TAG = 8
-    CHECKS = (_models,)
+    CHECKS = (_models, _versions, _routes, _instances, _u64)
 
     models: Sequence[ModelState]
+    gone: Sequence[Version] = ()
+    routes: Sequence[Route] = ()
+    instances: int = 1
+    heard: int = 0
 
 
 @dataclass(slots=True)
@@ -644,12 +724,15 @@ class HelloWanted(Message):
 
 @dataclass(slots=True)
 class Models(Message):
-    """Every model of the server; said again when any of them changes."""
+    """Every model of the server; said again when any of them changes. ``routes``: of each, which versions requests
+    mean. ``repository``: where models lie on the broker's host, "" when that is not known."""
 
     TAG = 18
-    CHECKS = (_models,)
+    CHECKS = (_models, _routes, text(MAX_PATH))
 
     models: Sequence[ModelState]
+    routes: Sequence[Route] = ()
+    repository: str = ""
 
 
 @dataclass(slots=True)
@@ -719,6 +802,50 @@ class Ping(Message):
     TAG = 24
 
 
+@dataclass(slots=True)
+class Ordered(Message):
+    """What has become of an Order: nothing to say of it, or why it was not done."""
+
+    TAG = 25
+    CHECKS = (_u64, optional(check_failure))
+
+    serial: int
+    failure: Failure | None = None
+
+
+@dataclass(slots=True)
+class Unload(Message):
+    """Versions that this worker's repository does not ask for, and that nobody will ask it for any more."""
+
+    TAG = 26
+    CHECKS = (_versions,)
+
+    versions: Sequence[Version]
+
+
+@dataclass(slots=True)
+class Loads(Message):
+    """All the models that are to be served where that is said by order; where the repository says it, look at it
+    again."""
+
+    TAG = 27
+    CHECKS = (_u64, _loads)
+
+    serial: int
+    loads: Sequence[Load]
+
+
+@dataclass(slots=True)
+class Wake(Message):
+    """Load a version that is IDLE: requests wait for it."""
+
+    TAG = 28
+    CHECKS = (_name, _name)
+
+    model: str
+    version: str
+
+
 # --- from workers to callers ---
 
 
@@ -739,10 +866,10 @@ class Results(Carrier):
     batch: Batch
 
 
-FROM_CALLER: Final = {m.TAG: m for m in (CallerHello, Submit, Ask, Beat, Bye)}
+FROM_CALLER: Final = {m.TAG: m for m in (CallerHello, Submit, Ask, Order, Beat, Bye)}
 FROM_WORKER: Final = {
     m.TAG: m for m in (WorkerHello, WorkerModels, Attached, Done, Costs, Pong, Hung, Beat, Leaving, Bye)
 }
-TO_CALLER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Models, Workers, Refusals, Metrics, Beat, Bye)}
-TO_WORKER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Expect, Assign, Ping, Beat, Bye)}
+TO_CALLER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Models, Workers, Refusals, Metrics, Ordered, Beat, Bye)}
+TO_WORKER: Final = {m.TAG: m for m in (Welcome, HelloWanted, Expect, Assign, Unload, Loads, Wake, Ping, Beat, Bye)}
 ON_PUBLICATION: Final = {m.TAG: m for m in (Results,)}

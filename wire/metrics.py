@@ -1,15 +1,16 @@
 """What every process counts, and how a snapshot of it travels.
 
-A process adds to plain integers and short lists; with its beats it sends the whole of them to the broker, which keeps
-the latest of each process, so that any gateway can report the whole server. prometheus-client only writes the text:
-its own counters take a lock and some microseconds for each request.
+A process adds to plain integers and short lists; with its beats it sends those that have changed to the broker, which
+keeps the latest of each process, so that any gateway can report the whole server, and a model that nobody asks costs
+nothing. prometheus-client only writes the text: its own counters take a lock and some microseconds for each request.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from penstock.wire.errors import BadMessage
 from penstock.wire.fields import Check, brief, integer, number, record, sequence, text
@@ -24,6 +25,7 @@ SECONDS: Final = (
 )  # fmt: skip
 ROWS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
+WHOLE_EVERY: Final = 30  # beats: then all series are told, whether they have changed or not
 MAX_SAMPLES: Final = 100_000  # series in one process's snapshot
 MAX_SERIES: Final = MAX_SAMPLES - 100  # of one process with labels; beside them, one of each family
 MAX_NUMBER: Final = 1 << 49  # so that those of all peers together are whole numbers of 64 bits
@@ -49,6 +51,7 @@ _GPU: Final = ("gpu",)
 FAMILIES: Final[dict[str, Family]] = {
     # The broker's.
     "penstock_requests": Family(COUNTER, "Requests that the broker accepted", _MODEL),
+    "penstock_load_waits": Family(COUNTER, "Requests that waited for their model to be loaded", _MODEL),
     "penstock_retries": Family(COUNTER, "Requests given to another worker after one was lost", _MODEL),
     "penstock_queue_requests": Family(GAUGE, "Requests that wait in the broker", _MODEL),
     "penstock_running_requests": Family(GAUGE, "Requests that a worker holds", _MODEL),
@@ -82,6 +85,15 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "penstock_batches": Family(COUNTER, "Batches, by why they were closed", (*_MODEL, "reason"), "worker"),
     "penstock_model_ready": Family(GAUGE, "1 when the worker serves the model", _MODEL, "worker"),
+    "penstock_model_loads": Family(
+        COUNTER, "Times that a version was loaded, or could not be", (*_MODEL, "outcome"), "worker"
+    ),
+    "penstock_model_load_seconds": Family(
+        GAUGE, "How long it took to load it, and to warm it up, the last time", _MODEL, "worker"
+    ),
+    "penstock_model_evictions": Family(
+        COUNTER, "Times that a version was unloaded to make room for another", _MODEL, "worker"
+    ),
     "penstock_unacknowledged_bytes": Family(GAUGE, "Results kept until acknowledged", (), "worker"),
     # A worker's for a GPU, as NVML tells. ``gpu``: its UUID. Several workers on one GPU tell the same of it.
     "penstock_gpu_utilization": Family(GAUGE, "Share of the time that something ran on it, 0 to 1", _GPU, "worker"),
@@ -181,6 +193,9 @@ class Histogram:
         return Sample(family, labels, (*map(float, self.counts), self.total), tuple(self.exemplars.values()))
 
 
+SeriesKey: TypeAlias = tuple[str, tuple[str, ...]]  # the family and the labels
+
+
 class Value:
     """A counter or gauge: add to or set ``value``."""
 
@@ -203,7 +218,9 @@ class Meters:
     """The series of one process. Hold what ``value`` and ``histogram`` return: finding it again costs a look-up."""
 
     def __init__(self) -> None:
-        self._series: dict[tuple[str, tuple[str, ...]], Value | Histogram] = {}
+        self._series: dict[SeriesKey, Value | Histogram] = {}
+        self._told: dict[SeriesKey, float | list[int]] = {}  # what was told last: a number, or counts
+        self._until_whole = 0  # times that what has changed is told before all is
 
     def value(self, family: str, *labels: str) -> Value:
         series = self._find(family, labels)
@@ -229,10 +246,55 @@ class Meters:
         return series
 
     def samples(self) -> tuple[Sample, ...]:
-        return tuple(
-            Sample(family, labels, series.value) if isinstance(series, Value) else series.sample(family, labels)
-            for (family, labels), series in self._series.items()
-        )
+        return tuple([_sample_of(key, series) for key, series in self._series.items()])
+
+    def changes(self) -> tuple[tuple[Sample, ...], bool]:
+        """What there is to tell who was told before: the series that have changed since, and whether these are all that
+        there are."""
+        whole = not self._until_whole
+        self._until_whole = WHOLE_EVERY if whole else self._until_whole - 1
+        told, found = self._told, []
+        for key, series in self._series.items():
+            now = series.value if isinstance(series, Value) else series.counts
+            if whole or told.get(key) != now:
+                told[key] = now if isinstance(series, Value) else list(series.counts)
+                found.append(_sample_of(key, series))
+        return tuple(found), whole
+
+    def tell_all(self) -> None:
+        """Whoever is told next knows nothing."""
+        self._until_whole = 0
+
+    def forget(self, model: str, version: str) -> None:
+        """A model's version is gone, and its series with it."""
+        for key in [key for key in self._series if key[1][:2] == (model, version)]:
+            if FAMILIES[key[0]].labels[:2] == _MODEL:
+                del self._series[key]
+                self._told.pop(key, None)
+        self._until_whole = 0
+
+
+def _sample_of(key: SeriesKey, series: Value | Histogram) -> Sample:
+    return Sample(*key, series.value) if isinstance(series, Value) else series.sample(*key)
+
+
+class Series:
+    """What a peer has told of its series, by its beats."""
+
+    def __init__(self) -> None:
+        self._known: dict[SeriesKey, Sample] = {}
+
+    def take(self, samples: Sequence[Sample], whole: bool) -> None:
+        """``whole``: it has no others. Those beyond MAX_SAMPLES are not kept."""
+        if whole:
+            self._known.clear()
+        for sample in samples:
+            key = sample.family, sample.labels
+            if key in self._known or len(self._known) < MAX_SAMPLES:
+                self._known[key] = sample
+
+    def samples(self) -> tuple[Sample, ...]:
+        return tuple(self._known.values())
 
 
 def _number(value: Any) -> float:

@@ -16,9 +16,13 @@ from penstock.wire.errors import BAD_INPUT, PenstockError
 LOADING: Final = "LOADING"
 READY: Final = "READY"
 UNAVAILABLE: Final = "UNAVAILABLE"
-STATES: Final = frozenset({LOADING, READY, UNAVAILABLE})
+IDLE: Final = "IDLE"  # not in memory; it is loaded when it is asked for
+STATES: Final = frozenset({LOADING, READY, UNAVAILABLE, IDLE})
+SERVED: Final = frozenset({READY, IDLE})  # states of what can be asked
 
 MAX_TENSORS: Final = 1024  # inputs or outputs of a model
+MAX_ROUTES: Final = 64  # versions, labels and parts of a Route
+WHOLE: Final = 100  # what the parts of the traffic add up to
 
 
 class TensorSpec(NamedTuple):
@@ -42,10 +46,17 @@ class ModelSpec(NamedTuple):
     max_batch_size: int
 
 
+class Unnamed(ModelSpec):
+    """Of the version that is current, for a request that names none."""
+
+    __slots__ = ()
+
+
 class ModelState(NamedTuple):
     """How a version fares, on one worker or (as callers see it) on the whole server.
 
-    ``reason`` is why it is UNAVAILABLE, or why it is not batchable; ``spec`` is None until it has been loaded once.
+    ``reason`` is why it is UNAVAILABLE, or why it is not batchable, or what else there is to say of it; ``spec`` is
+    None until it has been loaded once.
     """
 
     name: str
@@ -53,6 +64,32 @@ class ModelState(NamedTuple):
     state: str
     reason: str
     spec: ModelSpec | None
+
+
+class Route(NamedTuple):
+    """Which versions of a model requests mean. ``versions``: those that are asked for where none is named, the best
+    first: a worker tells those of its repository, the broker the one that is served, or none. ``labels``: names of
+    versions, as pairs of a label and a version. ``traffic``: to which labels or versions what names none goes, and how
+    much of it in percent; none: to the first of ``versions``."""
+
+    name: str
+    versions: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    traffic: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def wanted(self) -> set[str]:
+        """All versions that it speaks of."""
+        labels = dict(self.labels)
+        return {*self.versions, *labels.values(), *[labels.get(each, each) for each, _ in self.traffic]}
+
+
+class Load(NamedTuple):
+    """A model that is to be served where that is said by order. ``config``: in place of its own configuration, as
+    JSON; "": none."""
+
+    name: str
+    config: str = ""
 
 
 class Tensor(NamedTuple):
@@ -77,6 +114,11 @@ class Size(NamedTuple):
 
     rows: int
     key: bytes
+
+
+def is_alike(one: ModelSpec, other: ModelSpec) -> bool:
+    """Whether what fits one version fits another, but for how many rows there may be."""
+    return (one.inputs, one.outputs, one.batchable) == (other.inputs, other.outputs, other.batchable)
 
 
 def newest(versions: Sequence[str]) -> str:

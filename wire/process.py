@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -19,6 +20,7 @@ from penstock.wire.metrics import Meters
 log = logging.getLogger("penstock")
 
 EXIT_DEFECT: Final = 70  # an exception that nobody expected: what is left cannot be relied on (sysexits.h: EX_SOFTWARE)
+_PR_SET_PDEATHSIG: Final = 1
 SPARE_DESCRIPTORS: Final = 64  # the highest numbers, which are for what a process opens itself and not for who comes
 SHORT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # of accept(2)
 Descriptors: TypeAlias = Literal["none", "short", "enough"]
@@ -94,6 +96,13 @@ def end_before_others(score: int) -> None:
     path = Path("/proc/self/oom_score_adj")
     with contextlib.suppress(OSError):  # then the kernel chooses by itself
         path.write_text(str(max(score, int(path.read_text()))))
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel end this process with the thread that started it."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Watchdog:

@@ -52,7 +52,7 @@ class Rules:
 class Batch:
     """Lots that run together. ``serial`` numbers a worker's batches; ``reason`` is one of BATCH_REASONS;
     ``expected_s``: what it is expected to take. ``runs``: how often it, or a part of it, has been begun: by the thread
-    that runs it."""
+    that runs it. ``line``: of its model."""
 
     serial: int
     model: ModelKey
@@ -61,15 +61,17 @@ class Batch:
     reason: str
     expected_s: float = 0.0
     runs: int = 0
+    line: Line | None = None
 
 
 class Line:
-    """A model's place among others. ``limit``: rows of a batch. ``end``: the virtual time at which its last batch
-    ends."""
+    """A model's place among others; one that takes the place of another has a line of its own. ``limit``: rows of a
+    batch. ``end``: the virtual time at which its last batch ends."""
 
-    __slots__ = ("came", "curve", "end", "held", "limit", "rules", "running")
+    __slots__ = ("came", "curve", "end", "held", "key", "limit", "rules", "running")
 
-    def __init__(self, rules: Rules, curve: Curve) -> None:
+    def __init__(self, key: ModelKey, rules: Rules, curve: Curve) -> None:
+        self.key = key
         self.rules = rules
         self.curve = curve
         self.held = 0  # rows that wait or run
@@ -109,7 +111,7 @@ class Group:
 
     __slots__ = ("_behind", "_first", "delay_s", "earliest_deadline", "key", "line", "rows")
 
-    def __init__(self, key: tuple[ModelKey, bytes], line: Line) -> None:
+    def __init__(self, key: tuple[Line, bytes], line: Line) -> None:
         self.key = key
         self.line = line
         self._first: Fifo[Lot] = Fifo()
@@ -169,30 +171,45 @@ class Batcher:
     def __init__(self) -> None:
         self.late: list[Lot] = []
         self._lines: dict[ModelKey, Line] = {}
-        self._groups: dict[tuple[ModelKey, bytes], Group] = {}
+        self._left: list[Line] = []  # of what has been replaced, or dropped, and waits or runs still
+        self._groups: dict[tuple[Line, bytes], Group] = {}
         self._alone: Fifo[Lot] = Fifo()  # run by themselves, before all others
         self._busy = tuning.Fading()  # batches that run at once; counted where there is a target
         self._tuned = False  # whether any model has one
         self._begun = 0.0  # the virtual time at which the last batch began
         self._serial = 0
 
-    def set_rules(self, model: ModelKey, rules: Rules, curve: Curve | None = None) -> None:
-        """``curve``: what its batches take; whoever learns that tells it. Rules that change keep it."""
+    def set_rules(self, model: ModelKey, rules: Rules, curve: Curve | None = None) -> Line:
+        """``curve``: what its batches take; whoever learns that tells it. Rules that change keep it: with another it is
+        another model, with which nothing that waits is mixed."""
         line = self._lines.get(model)
-        if line is None:
-            line = self._lines[model] = Line(rules, curve or Curve(rules.sizes or batch_sizes(rules.rows_max)))
-        else:
-            line.rules, line.curve, line.limit = rules, curve or line.curve, rules.rows_max
+        if line is not None and curve is None:
+            line.rules, line.limit = rules, rules.rows_max
             line.tune()
+        else:
+            before, line = line, Line(model, rules, curve or Curve(rules.sizes or batch_sizes(rules.rows_max)))
+            if before is not None:
+                line.end = before.end
+                self._leave(before)
+            self._lines[model] = line
         self._tuned = any(each.rules.target_s for each in self._lines.values())
+        return line
+
+    def drop(self, model: ModelKey) -> None:
+        """Nothing of it comes any more."""
+        self._leave(self._lines.pop(model))
+
+    def _leave(self, line: Line) -> None:
+        self._left = [each for each in self._left if each.held]
+        if line.held:
+            self._left.append(line)
 
     def limit(self, model: ModelKey) -> int:
         """How many rows its batches have at most now."""
         return self._lines[model].limit
 
     def add(self, lot: Lot) -> None:
-        model = lot.plan.key
-        line = self._lines[model]
+        line = lot.line = self._lines[lot.plan.key]
         rows = lot.rows
         line.held += rows
         if line.rules.target_s:
@@ -200,7 +217,7 @@ class Batcher:
         if lot.alone:
             self._alone.push(lot)
             return
-        key = (model, lot.plan.form.key)
+        key = (line, lot.plan.form.key)
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = Group(key, line)
@@ -213,13 +230,14 @@ class Batcher:
 
     def remove(self, lot: Lot, whole: bool) -> None:
         """Take out requests that wait: a whole lot, or what has been split from one that stays."""
-        model = lot.plan.key
-        self._lines[model].held -= lot.rows
+        line = lot.line
+        assert line is not None, f"{lot!r} does not wait"
+        line.held -= lot.rows
         if lot.alone:
             if whole:
                 self._alone.remove(lot)
             return
-        group = self._groups[model, lot.plan.form.key]
+        group = self._groups[line, lot.plan.form.key]
         group.rows -= lot.rows
         if whole:
             group.remove(lot)
@@ -253,7 +271,8 @@ class Batcher:
 
     def ended(self, batch: Batch, seconds: float, now: float) -> None:
         """A batch has run, for so long."""
-        line = self._lines[batch.model]
+        line = batch.line
+        assert line is not None, f"{batch} is of no model"
         line.held -= batch.rows
         line.running -= 1
         line.end += (seconds - batch.expected_s) / line.rules.weight
@@ -269,7 +288,7 @@ class Batcher:
     @property
     def running(self) -> int:
         """Batches that have not ended."""
-        return sum(line.running for line in self._lines.values())
+        return sum(line.running for line in (*self._lines.values(), *self._left))
 
     def waiting(self) -> Iterator[Lot]:
         for group in self._groups.values():
@@ -278,28 +297,32 @@ class Batcher:
 
     def validate(self) -> None:
         """For tests: derive every index and counter anew. Raises AssertionError saying what is wrong."""
-        rows: Counter[ModelKey] = Counter()
+        rows: Counter[Line] = Counter()
+        lines = {*self._lines.values(), *self._left}
         for key, group in self._groups.items():
             lots = list(group)
             assert lots, f"the group {key} is empty"
             assert key == group.key, f"the group {group.key} is found as {key}"
-            assert group.line is self._lines[key[0]], f"the group {key} is in another model's line"
+            assert group.line is key[0], f"the group {key} is in another model's line"
+            assert group.line in lines, f"the group {key} is in a line of nobody's"
             total = sum(lot.rows for lot in lots)
             assert group.rows == total, f"{key} has {total} rows, and {group.rows} are counted"
             for lot in lots:
-                assert (lot.plan.key, lot.plan.form.key) == key, f"{lot!r} is in the group {key}"
+                assert (lot.line, lot.plan.form.key) == key, f"{lot!r} is in the group {key}"
+                assert lot.plan.model is lots[0].plan.model, f"{lot!r} is of another model than {lots[0]!r}"
                 assert not lot.alone, f"{lot!r} is in a group"
                 assert group.earliest_deadline <= lot.first_deadline, f"{lot!r} is due before its group"
         assert all(lot.alone for lot in self._alone), f"{list(self._alone)} run alone without a reason"
         for lot in self.waiting():
             assert lot.ids, "a lot without requests waits"
             assert lot.state == WAITING, f"{lot!r} is among those that wait"
-            rows[lot.plan.key] += lot.rows
-        for model, line in self._lines.items():
-            running, rules = line.running, line.rules
+            assert lot.line is not None, f"{lot!r} waits in no line"
+            rows[lot.line] += lot.rows
+        for line in lines:
+            model, running, rules = line.key, line.running, line.rules
             assert 0 <= running <= rules.instances, f"{running} batches of {model} run"
             assert 1 <= line.limit <= rules.rows_max, f"batches of {model} have {line.limit} rows"
-            low, high = rows[model] + running, rows[model] + running * rules.rows_max
+            low, high = rows[line] + running, rows[line] + running * rules.rows_max
             assert low <= line.held <= high, f"{low} to {high} rows of {model} are held, and {line.held} are counted"
             line.curve.validate()
 
@@ -337,21 +360,18 @@ class Batcher:
         return ""
 
     def _next_alone(self, now: float) -> Batch | None:
-        while (lot := next((each for each in self._alone if self._may_run(each.plan.key)), None)) is not None:
-            curve = self._lines[lot.plan.key].curve
-            ids = lot.late(now + _DOUBT * curve.reliable(lot.plan.rows, now))
+        while (lot := next((each for each in self._alone if _may_run(each)), None)) is not None:
+            line = lot.line
+            assert line is not None, f"{lot!r} waits in no line"
+            ids = lot.late(now + _DOUBT * line.curve.reliable(lot.plan.rows, now))
             if ids and self._take_late(lot, ids):
                 continue
             if len(lot.ids) > 1:
                 lot = lot.split(lot.ids[:1])
             else:
                 self._alone.remove(lot)
-            return self._batch(lot.plan.key, [lot], lot.rows, "alone")
+            return self._batch(line, [lot], lot.rows, "alone")
         return None
-
-    def _may_run(self, model: ModelKey) -> bool:
-        line = self._lines[model]
-        return line.running < line.rules.instances
 
     def _close(self, group: Group, reason: str, now: float) -> Batch | None:
         """None: nothing in it could end in time."""
@@ -387,7 +407,7 @@ class Batcher:
                 group.delay_s = self._delay(line, group.rows, now)
             if group.delay_s:
                 group.earliest_deadline = min([lot.first_deadline for lot in group])
-        return self._batch(group.key[0], taken, rows, reason)
+        return self._batch(line, taken, rows, reason)
 
     def _drop_late(self, group: Group, room: int, now: float) -> int:
         """Take out of a group what cannot end in time in a batch of ``room`` rows, so that others have its place; if
@@ -419,12 +439,16 @@ class Batcher:
         self.late.append(late)
         return whole
 
-    def _batch(self, model: ModelKey, lots: list[Lot], rows: int, reason: str) -> Batch:
-        line = self._lines[model]
+    def _batch(self, line: Line, lots: list[Lot], rows: int, reason: str) -> Batch:
         expected_s = line.curve.seconds(rows)
         if line.end > self._begun:
             self._begun = line.end
         line.end = self._begun + expected_s / line.rules.weight
         line.running += 1
         self._serial += 1
-        return Batch(self._serial, model, lots, rows, reason, expected_s)
+        return Batch(self._serial, line.key, lots, rows, reason, expected_s, line=line)
+
+
+def _may_run(lot: Lot) -> bool:
+    line = lot.line
+    return line is not None and line.running < line.rules.instances

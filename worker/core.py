@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from penstock.wire.arrivals import Arrivals
@@ -19,15 +18,12 @@ from penstock.wire.events import Arena, ArenaCame, BrokerFound, BrokerLost, Drai
 from penstock.wire.lots import lots_of, pick, pick_payload
 from penstock.wire.membership import Membership
 from penstock.wire.messages import (
-    BATCH_REASONS,
     INLINE_MAX_BYTES,
     MAX_PEERS,
     Assign,
     Attached,
     Beat,
     Bye,
-    Cost,
-    Costs,
     Done,
     Expect,
     Finished,
@@ -35,6 +31,7 @@ from penstock.wire.messages import (
     HelloWanted,
     Hung,
     Leaving,
+    Loads,
     Message,
     Payload,
     Ping,
@@ -42,43 +39,44 @@ from penstock.wire.messages import (
     Results,
     Stuck,
     Tasks,
+    Unload,
+    Wake,
     Welcome,
-    WorkerHello,
-    WorkerModels,
 )
 from penstock.wire.messages import Batch as BatchInfo
 from penstock.wire.metrics import Meters
-from penstock.wire.models import READY, ModelState
-from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
-from penstock.worker.batcher import Batch, Batcher, ModelKey, Rules
-from penstock.worker.costs import Curve, batch_sizes
-from penstock.worker.events import Command, DeviceLost, Event, GiveUp, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.wire.models import ModelState
+from penstock.worker.batcher import Batch, Batcher, ModelKey
+from penstock.worker.events import (
+    Command,
+    DeviceLost,
+    Discard,
+    Event,
+    Followed,
+    GiveUp,
+    Grown,
+    Loaded,
+    Order,
+    Publish,
+    Rested,
+    Routed,
+    Run,
+    Subscribed,
+    Tried,
+    Unsubscribed,
+    Unwanted,
+)
 from penstock.worker.execute import Executed, Publication, failure_answers
 from penstock.worker.lots import RUNNING, WAITING, Lot
 from penstock.worker.model import Model
 from penstock.worker.options import MAX_COMPUTE_S
 from penstock.worker.plan import Plan
+from penstock.worker.serving import Identity, Serving
 
 _PLANS_MAX: Final = 4096
 _NO_BATCH: Final = BatchInfo(0, 0, "alone", 0, 0)
-_COSTS_S: Final = 0.1  # between two times that the broker is told what has changed of what batches take
-_COMPUTE_TIMES: Final = 10  # what a batch is expected to take: it may take so much longer
 _AWAY_S: Final = 1.0  # a look at what computes that is later than that: this process was stopped
 _NAMED_MAX: Final = 20  # requests of a batch that does not end, in the log
-_ROWS_TOLD: Final = 0.1  # of the size that batches are picked to have: a larger change is told
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who a worker is. ``instances``: compute threads."""
-
-    id: bytes
-    name: str
-    device: str
-    pid: int
-    endpoints: tuple[str, ...]
-    instances: int
-    local: bool  # on the broker's host
 
 
 class Kept:
@@ -110,17 +108,6 @@ class _Computing:
         self.runs = 1
 
 
-class _Series:
-    """A model's metrics, found once."""
-
-    def __init__(self, meters: Meters, key: ModelKey) -> None:
-        self.queue_seconds = meters.histogram("penstock_queue_seconds", *key)
-        self.request_seconds = meters.histogram("penstock_request_seconds", *key)
-        self.compute_seconds = meters.histogram("penstock_compute_seconds", *key)
-        self.batch_rows = meters.histogram("penstock_batch_rows", *key)
-        self.batches = {reason: meters.value("penstock_batches", *key, reason) for reason in BATCH_REASONS}
-
-
 class Core:
     """One life of a worker. Times are seconds of the caller's monotonic clock."""
 
@@ -129,15 +116,11 @@ class Core:
         self.identity = identity
         self.membership = Membership(identity.local)
         self.meters = Meters()
-        self.states: dict[ModelKey, ModelState] = {(state.name, state.version): state for state in models}
         self.kept_bytes = 0
-        self._told: tuple[ModelState, ...] = ()  # what the broker knows of the models
-        self._models: dict[ModelKey, Model] = {}
         self._batcher = Batcher()
+        self.serving = Serving(identity, models, self._batcher, self.meters, max_compute_s)
         self._idle = identity.instances
         self._computing: dict[int, _Computing] = {}  # by serial
-        self._max_compute_s = max_compute_s
-        self._limits_s: dict[ModelKey, float] = {}  # what models say themselves
         self._lots: dict[bytes, dict[int, Lot]] = {}  # by caller: wait or run
         self._again: dict[bytes, dict[int, int]] = {}  # by caller: what runs and was assigned anew, as which attempt
         # By caller. The broker gives a caller no more of whom unacknowledged_bytes_max are kept, or who has
@@ -150,12 +133,7 @@ class Core:
         self._arrivals: Arrivals[Arena] = Arrivals()
         self._subscriptions: dict[bytes, int] = {}  # connections that hear a caller's topic
         self._plans: dict[Form, Plan] = {}
-        self._series: dict[ModelKey, _Series] = {}
         self._done: list[Finished] = []
-        self._curves: dict[ModelKey, Curve] = {}  # what batches of a model take
-        self._ran: set[ModelKey] = set()  # whose batches have ended since the broker was last told of costs
-        self._rows_told: dict[ModelKey, int] = {}  # how many it was told that their batches have
-        self._costs_due = 0.0  # when it may be told again
         self._commands: list[Command] = []
 
     @property
@@ -181,9 +159,25 @@ class Core:
                 else:
                     self._arena_came(caller, self._arrivals.came(caller, serial, arena))
             case Loaded(state, model):
-                self._loaded(state, model)
+                before = self.serving.find((state.name, state.version))
+                if model is not None and before is not None:
+                    self._forget_plans_of(before)
+                self.serving.loaded(event, now)
+            case Tried():
+                self.serving.tried(event)
+            case Unwanted(name, version):
+                self.serving.unwanted((name, version))
+            case Rested(name, version):
+                self.serving.rested((name, version))
+            case Routed(route):
+                self.serving.routed(route)
+            case Followed():
+                self.serving.followed(event, self.membership.epoch)
+            case Grown(instances):
+                self._idle += instances - self.serving.instances
+                self.serving.grow(instances)
             case DeviceLost(reason):
-                self._device_lost(reason)
+                self.serving.lose_device(reason)
             case Subscribed(caller):
                 self._subscribed(caller)
             case Unsubscribed(caller):
@@ -203,13 +197,25 @@ class Core:
             case _:
                 raise AssertionError(f"unexpected event {event!r}")
         self._start(now)
+        released = self.serving.released()
+        if released:
+            for model in released:
+                self._forget_plans_of(model)
+            self._commands.append(Discard(released))
         self._speak(now)
         commands, self._commands = self._commands, []
         return commands
 
+    @property
+    def has_untold(self) -> bool:
+        """Whether there is a broker, and it is yet to be told of models."""
+        return self.membership.joined and self.serving.has_untold
+
     def due(self) -> float:
         """When the next Tick is needed even if nothing happens before."""
         due = self.membership.due()
+        if self.membership.joined:
+            due = min(due, self.serving.due())
         for each in self._computing.values():
             if each.until < due:
                 due = each.until
@@ -222,7 +228,8 @@ class Core:
         assert not self._done, f"{self._done} were not said"
         idle, running = self._idle, self._batcher.running
         assert len(self._computing) == running, f"{running} batches run, and {len(self._computing)} are looked at"
-        assert idle + running == self.identity.instances, f"{idle} instances are idle while {running} batches run"
+        self.serving.validate()
+        assert idle + running == self.serving.instances, f"{idle} instances are idle while {running} batches run"
         known: set[Lot] = set()
         for caller, index in self._lots.items():
             assert index, f"{caller!r} has an empty index of requests"
@@ -275,6 +282,11 @@ class Core:
                 self._expect(message)
             case Beat():
                 pass
+            case Unload() | Wake():
+                self._commands.append(Order(message))
+            case Loads(loads=loads):
+                self.serving.loads = loads
+                self._commands.append(Order(message))
             case Ping():
                 self._say(Pong(membership.epoch))
             case Bye():
@@ -299,10 +311,11 @@ class Core:
             self._forget_if_gone(caller)
         if not self.membership.joined:  # else it is the answer to a hello that was said again
             self._log("info", "joined the broker", worker=message.name)
+        self.meters.tell_all()
+        self.serving.welcomed(self.membership.epoch == message.epoch)
         self.membership.welcomed(message.epoch, now)
-        if self._told != tuple(self.states.values()):  # a model has been loaded since the hello
-            self._tell_models()
-        self._tell_costs(list(self._models))
+        if resting := self.serving.resting:  # as the hello has said: so nothing of it is assigned
+            self._commands.append(Order(Unload(message.epoch, resting)))
 
     def _expect(self, message: Expect) -> None:
         for caller, serial, shares, reads in message.callers:
@@ -450,13 +463,18 @@ class Core:
         """Raises PenstockError when the form does not fit its model."""
         plan = self._plans.get(form)
         if plan is None:
-            model = self._models.get((form.model, form.version))
+            model = self.serving.find((form.model, form.version))
             if model is None:
                 raise PenstockError(UNAVAILABLE, f"model '{form.model}' has just left this worker; try again", 0.1)
             if len(self._plans) >= _PLANS_MAX:
                 self._plans.clear()
             plan = self._plans[form] = Plan(model, form)
         return plan
+
+    def _forget_plans_of(self, model: Model) -> None:
+        """It has been replaced, or is no more. (Requests that wait keep their plans.)"""
+        for form in [form for form, plan in self._plans.items() if plan.model is model]:
+            del self._plans[form]
 
     def _start(self, now: float) -> None:
         """Batches for instances that are idle."""
@@ -469,15 +487,8 @@ class Core:
             for lot in batch.lots:
                 lot.move("start")
             self._idle -= 1
-            self._computing[batch.serial] = _Computing(batch, now, self._limit_s(batch))
-            self._commands.append(Run(batch, self._models[batch.model]))
-
-    def _limit_s(self, batch: Batch) -> float:
-        """How long a batch may compute."""
-        limit_s = self._limits_s.get(batch.model, 0.0)
-        if limit_s:
-            return limit_s
-        return max(self._max_compute_s, _COMPUTE_TIMES * batch.expected_s) if self._max_compute_s else float("inf")
+            self._computing[batch.serial] = _Computing(batch, now, self.serving.limit_s(batch))
+            self._commands.append(Run(batch, batch.lots[0].plan.model))
 
     def _look_at_computing(self, now: float) -> None:
         """Batches that have computed for as long as they may: the broker is told what is in them, and the process ends,
@@ -518,9 +529,9 @@ class Core:
     def _executed(self, event: Executed, now: float) -> None:
         self._idle += 1
         del self._computing[event.batch.serial]
-        if not self._measure(event):  # to find what fails takes much longer
-            self._curves[event.batch.model].learn(event.batch.rows, event.compute_s, now)
-            self._ran.add(event.batch.model)
+        self.serving.count(event)
+        if not self._count_failures(event):  # to find what fails takes much longer
+            self.serving.learn(event, now)
         self._batcher.ended(event.batch, event.compute_s, now)
         row_us = event.compute_s * 1e6 / event.batch.rows
         for caller, publication in event.publications.items():
@@ -533,6 +544,17 @@ class Core:
                 if caller in self._again:
                     self._finish_again(caller, group.ids, group.nbytes, int(row_us))
             self._publish(caller, publication, event.info)
+
+    def _count_failures(self, event: Executed) -> bool:
+        """Whether there are any."""
+        failed = False
+        key = event.batch.model
+        for caller, publication in event.publications.items():
+            for code in publication.failed:
+                failed = True
+                self.meters.value("penstock_request_failures", *key, code).value += 1
+                self._log("warning", "request failed", model=key[0], caller=caller.hex(), code=code)
+        return failed
 
     def _finish_again(self, caller: bytes, ids: Sequence[int], nbytes: int, us: int) -> None:
         """What has run is what was assigned anew meanwhile: the broker knows it by that attempt."""
@@ -623,98 +645,6 @@ class Core:
         if not index and self._lots.get(lot.caller) is index:
             del self._lots[lot.caller]
 
-    # --- models ---
-
-    def _loaded(self, state: ModelState, model: Model | None) -> None:
-        key = (state.name, state.version)
-        self.states[key] = state
-        if model is not None:
-            self._models[key] = model
-            self.meters.value("penstock_model_run_bytes", *key).value = model.run_bytes
-            curve = self._curves[key] = Curve(model.sizes or batch_sizes(model.spec.max_batch_size), bool(model.sizes))
-            curve.begin(model.warm_s)
-            self._batcher.set_rules(key, self._rules(model), curve)
-            self._limits_s[key] = model.config.max_compute_s
-        self.meters.value("penstock_model_ready", *key).value = int(state.state == READY)
-        if self.membership.joined:
-            self._tell_models()
-            if model is not None:
-                self._tell_costs([key])
-
-    def _rules(self, model: Model) -> Rules:
-        spec, config = model.spec, model.config
-        preferred = config.preferred_batch_sizes if spec.batchable else None
-        return Rules(
-            rows_max=spec.max_batch_size,
-            delay_s=config.max_queue_delay_s,
-            instances=config.instances,
-            window=spec.max_batch_size * (self.identity.instances + 1),
-            batchable=spec.batchable,
-            weight=config.weight,
-            target_s=config.latency_target_s if spec.batchable else 0.0,
-            sizes=model.sizes,
-            enough=preferred[0] if preferred else 0,
-        )
-
-    def _device_lost(self, reason: str) -> None:
-        """The broker keeps the reason, and gives what this worker holds to others when it ends."""
-        for key, state in self.states.items():
-            self.states[key] = state._replace(state=UNAVAILABLE_STATE, reason=reason)
-            self.meters.value("penstock_model_ready", *key).value = 0
-        if self.membership.joined:
-            self._tell_models()
-
-    def _tell_models(self) -> None:
-        self._told = tuple(self.states.values())
-        self._say(WorkerModels(self.membership.epoch, self._told))
-
-    def _tell_costs(self, keys: Sequence[ModelKey]) -> None:
-        if not keys:
-            return
-        costs = []
-        for key in keys:
-            config = self._models[key].config
-            rows = self._rows_told[key] = self._batcher.limit(key)
-            costs.append(Cost(*key, config.instances, rows, config.weight_thousandths, *self._curves[key].tell()))
-        self._say(Costs(self.membership.epoch, costs))
-
-    def _tell_changed_costs(self, now: float) -> None:
-        """Of models that have run since."""
-        self._costs_due = now + _COSTS_S
-        ran, self._ran = self._ran, set()
-        self._tell_costs([key for key in ran if self._curves[key].changed() or self._rows_changed(key)])
-
-    def _rows_changed(self, key: ModelKey) -> bool:
-        told = self._rows_told[key]
-        return abs(self._batcher.limit(key) - told) > _ROWS_TOLD * told
-
-    def _measure(self, event: Executed) -> bool:
-        """Count a batch. Whether any of it failed."""
-        failed = False
-        key, batch = event.batch.model, event.batch
-        series = self._series.get(key)
-        if series is None:
-            series = self._series[key] = _Series(self.meters, key)
-        for waited_s, count in event.queue_s:
-            series.queue_seconds.observe(waited_s, count)
-            series.request_seconds.observe(waited_s + event.compute_s, count)
-        series.compute_seconds.observe(event.compute_s)
-        series.batch_rows.observe(batch.rows)
-        series.batches[batch.reason].value += 1
-        for caller, publication in event.publications.items():
-            for code in publication.failed:
-                failed = True
-                self.meters.value("penstock_request_failures", *key, code).value += 1
-                self._log("warning", "request failed", model=key[0], caller=caller.hex(), code=code)
-        return failed
-
-    def _measure_costs(self) -> None:
-        """What batches are expected to be, at the time of a beat."""
-        for key, curve in self._curves.items():
-            rows = self._batcher.limit(key)
-            self.meters.value("penstock_batch_rows_max", *key).value = rows
-            self.meters.value("penstock_expected_batch_seconds", *key).value = curve.seconds(rows)
-
     # --- speech ---
 
     def _speak(self, now: float) -> None:
@@ -722,35 +652,26 @@ class Core:
             done, self._done = self._done, []
             if self.membership.joined:
                 self._say(Done(self.membership.epoch, done))
-                if now >= self._costs_due and self._ran:
-                    self._tell_changed_costs(now)
+                self._say_all(self.serving.tell_costs_soon(self.membership.epoch, now))
+        if self.membership.joined:
+            self._say_all(self.serving.tell(self.membership.epoch, now))
         match self.membership.say(now):
             case "hello":
-                identity = self.identity
-                self._told = tuple(self.states.values())
-                self._say(
-                    WorkerHello(
-                        0,
-                        identity.name,
-                        identity.device,
-                        identity.pid,
-                        identity.endpoints,
-                        identity.instances,
-                        self._told,
-                    )
-                )
+                self._say(self.serving.hello())
             case "beat":
                 self.meters.value("penstock_unacknowledged_bytes").value = self.kept_bytes
-                self._measure_costs()
+                self.serving.measure()
                 self._publish_what_is_late()
-                if self._ran:
-                    self._tell_changed_costs(now)
+                self._say_all(self.serving.tell_costs(self.membership.epoch, now))
                 self._commands.append(Say(Beat(self.membership.epoch)))
             case "lost":
                 self._log("warning", "broker silent; looking for it")
 
     def _say(self, message: Message) -> None:
         self._commands.append(Say(message))
+
+    def _say_all(self, messages: Sequence[Message]) -> None:
+        self._commands += map(Say, messages)
 
     def _log(self, level: str, event: str, **fields: Any) -> None:
         self._commands.append(Log(level, event, fields))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from penstock.wire.events import ArenaCame, BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
-from penstock.wire.messages import Payload
-from penstock.wire.models import ModelState
+from penstock.wire.messages import Loads, Payload, Unload, Wake
+from penstock.wire.models import ModelState, Route
 from penstock.worker.batcher import Batch
 from penstock.worker.execute import Executed
 from penstock.worker.model import Model
@@ -28,10 +28,58 @@ class Unsubscribed:
 
 @dataclass(slots=True)
 class Loaded:
-    """A model's state has changed. ``model`` is there when it is READY."""
+    """A version's state has changed. ``model``: it has been loaded, or loaded anew; None: nothing has been."""
 
     state: ModelState
     model: Model | None
+
+
+@dataclass(slots=True)
+class Tried:
+    """It was tried to load a version, which took so long, and was or was not done."""
+
+    name: str
+    version: str
+    done: bool
+    seconds: float
+
+
+@dataclass(slots=True)
+class Unwanted:
+    """Nobody will ask for a version any more: it can go once nothing of it waits or runs."""
+
+    name: str
+    version: str
+
+
+@dataclass(slots=True)
+class Routed:
+    """Which versions of a model requests mean has changed; one of no versions: it is not served here any more."""
+
+    route: Route
+
+
+@dataclass(slots=True)
+class Rested:
+    """A version is IDLE: it goes from memory once nothing of it waits or runs here."""
+
+    name: str
+    version: str
+
+
+@dataclass(slots=True)
+class Followed:
+    """All that an order to load has led to has been told before. ``epoch``, ``serial``: of the order."""
+
+    epoch: int
+    serial: int
+
+
+@dataclass(slots=True)
+class Grown:
+    """There are more compute threads now: so many."""
+
+    instances: int
 
 
 @dataclass(slots=True)
@@ -55,6 +103,21 @@ class GiveUp:
 
 
 @dataclass(slots=True)
+class Order:
+    """For whoever keeps the models: what the broker says of them."""
+
+    message: Unload | Loads | Wake
+
+
+@dataclass(slots=True)
+class Discard:
+    """Models that nobody here needs any more: clear the list, which alone holds them, and have their memory
+    returned."""
+
+    models: list[Model]
+
+
+@dataclass(slots=True)
 class Publish:
     """To whoever hears the caller's topic."""
 
@@ -71,10 +134,16 @@ Event: TypeAlias = (
     | Subscribed
     | Unsubscribed
     | Loaded
+    | Tried
+    | Unwanted
+    | Rested
+    | Routed
+    | Followed
+    | Grown
     | DeviceLost
     | Garbage
     | Tick
     | Drain
     | Executed
 )
-Command: TypeAlias = Run | Say | Publish | GiveUp | Log
+Command: TypeAlias = Run | Say | Publish | Order | Discard | GiveUp | Log

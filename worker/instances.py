@@ -20,7 +20,7 @@ _SMOOTHING: Final = 1 / 16  # weight of one batch in a model's mean time
 
 
 class Instances:
-    """``count`` threads. ``fileno``, an eventfd, is readable once ``take`` has something new."""
+    """``count`` threads, or more. ``fileno``, an eventfd, is readable once ``take`` has something new."""
 
     def __init__(self, count: int, slots: Slots | None = None, graphs: bool = False) -> None:
         """``slots``: where large outputs go while there is room; ``graphs``: one more, for all models with CUDA
@@ -31,15 +31,26 @@ class Instances:
         self._recorded: SimpleQueue[tuple[Model, Batch] | None] = SimpleQueue()
         self._ran: deque[Executed] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._threads = [
-            threading.Thread(target=self._compute, args=(self._todo,), name=f"instance-{number}", daemon=True)
-            for number in range(count)
-        ]
-        if graphs:  # a CUDA graph is replayed by the thread that recorded it
-            recorded = threading.Thread(target=self._compute, args=(self._recorded,), name="graphs", daemon=True)
-            self._threads.append(recorded)
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        self._count = 0
+        self._graphs = False
+        self.grow(count, graphs)
+
+    def grow(self, count: int, graphs: bool = False) -> bool:
+        """Have so many threads at least. Whether there are more for models without CUDA graphs."""
+        grows = count > self._count
+        for number in range(self._count, count):
+            self._start(self._todo, f"instance-{number}")
+        self._count = max(count, self._count)
+        if graphs and not self._graphs:  # a CUDA graph is replayed by the thread that recorded it
+            self._start(self._recorded, "graphs")
+            self._graphs = True
+        return grows
+
+    def _start(self, todo: SimpleQueue[tuple[Model, Batch] | None], name: str) -> None:
+        thread = threading.Thread(target=self._compute, args=(todo,), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def fileno(self) -> int:
         return self._wake

@@ -9,6 +9,7 @@ from penstock.wire.lots import pick, pick_payload, places_of
 from penstock.wire.messages import Payload
 
 if TYPE_CHECKING:
+    from penstock.worker.batcher import Line
     from penstock.worker.plan import Plan
 
 WAITING: Final = "WAITING"  # in the batcher
@@ -34,7 +35,7 @@ class Lot:
     seconds of this process's monotonic clock; ``timeouts_us``: how long after that each may take; ``waited_us``:
     before that; ``first_deadline``: when the first of them has to have ended. ``reads``: their caller reads results
     where they lie in this worker's arena. ``overtakes``: they go before what came earlier and has not begun. ``alone``:
-    each runs by itself.
+    each runs by itself. ``line``: where the batcher has them wait.
     """
 
     __slots__ = (
@@ -45,6 +46,7 @@ class Lot:
         "first_deadline",
         "ids",
         "index",
+        "line",
         "overtakes",
         "payload",
         "plan",
@@ -84,6 +86,7 @@ class Lot:
         self.reads = reads
         self.overtakes = overtakes
         self.alone = alone
+        self.line: Line | None = None
         self.state = WAITING
         self.first_deadline = arrived + min(timeouts_us) * 1e-6
 
@@ -140,6 +143,7 @@ class Lot:
             self.overtakes,
             self.alone,
         )
+        other.line = self.line
         other.state = self.state
         self.ids = pick(self.ids, outside)
         self.timeouts_us = pick(self.timeouts_us, outside)

@@ -299,9 +299,7 @@ def load(
         wanted = choose(config, device)
         if "tensorrt" in wanted.wanted and store is not None:
             wanted = choose(config, device, _engines(store, path, name))
-        # TensorRT keeps weights in its engines, and what runs on the CPU beside a GPU is small.
-        shares = wanted.wanted[0] != "tensorrt" and wanted.on_gpu == (device != CPU)
-        weights = store.take(path, name) if store is not None and shares else None
+        weights = store.take(path, name) if store is not None and _shares(wanted, device) else None
         session = _open_shared(weights, config, name, wanted)
         if session is None:
             session = open_session(path, session_options(config.intra_op_threads, config.intra_op_spinning), wanted)
@@ -317,6 +315,19 @@ def load(
         raise LoadError(f"{path} cannot be served: {error}") from None
     except UnicodeDecodeError:
         raise LoadError(f"{path} cannot be served: it has a tensor whose name is not UTF-8") from None
+
+
+def shares_weights(config: ModelConfig, device: str) -> bool:
+    """Whether a model's weights are to be taken from the store, if there is one."""
+    try:
+        return _shares(choose(config, device), device)
+    except ProviderError:
+        return False
+
+
+def _shares(wanted: Session, device: str) -> bool:
+    """TensorRT keeps weights in its engines, and what runs on the CPU beside a GPU is small."""
+    return wanted.wanted[0] != "tensorrt" and wanted.on_gpu == (device != CPU)
 
 
 def _engines(store: Store, path: Path, name: str) -> Path | None:

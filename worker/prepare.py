@@ -8,14 +8,12 @@ that the kernel ends when memory is short, and whose memory and files have a lim
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import gc
 import json
 import os
 import resource
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ from typing import Any, Final
 
 import msgspec
 
+from penstock.wire.process import die_with
 from penstock.worker.manifest import (
     MODEL,
     WEIGHTS,
@@ -47,7 +46,6 @@ _TELL_S: Final = 3.0  # between two words on how far it is
 _END_S: Final = 10.0  # for the other process to end, once it has said its last or was killed
 _POLL_MS: Final = 200
 _LINE_MAX_BYTES: Final = 1 << 16
-_PR_SET_PDEATHSIG: Final = 1
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _OPTIONS: Final = {
@@ -186,7 +184,7 @@ def _say_end(code: int | None, errors: bytes) -> str:
 
 def main() -> None:
     given = json.loads(sys.argv[1])
-    _die_with(given["parent"])
+    die_with(given["parent"])
     nbytes = given["nbytes"]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _limit(resource.RLIMIT_DATA, _MEMORY_MORE_BYTES + _MEMORY_FACTOR * nbytes)
@@ -299,13 +297,6 @@ def _limit(which: int, most: int) -> None:
     _, hard = resource.getrlimit(which)
     soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(which, (soft, soft))
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process with the thread that started it."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

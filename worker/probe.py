@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,7 @@ from penstock.worker.model import RUN_ERRORS, LoadError, Model, brief, load
 from penstock.worker.repository import ModelFile
 from penstock.worker.store import Store
 from penstock.worker.tritonconfig import contradictions
+from penstock.worker.warmup import read_requests
 
 log = logging.getLogger("penstock.worker")
 
@@ -34,9 +36,12 @@ _TOLERANCES: Final = {"FP16": 2e-2, "BF16": 5e-2}
 _TOLERANCE: Final = 1e-3
 
 
-def load_and_probe(file: ModelFile, store: Store | None = None, warm: bool = True, device: str = CPU) -> Model:
-    """A model that can be served, and (with ``warm``) has run batches of every size. ``store``: where its weights may
-    be shared with other processes. Raises LoadError."""
+def load_and_probe(
+    file: ModelFile, store: Store | None = None, warm: bool = True, device: str = CPU, thorough: bool = True
+) -> Model:
+    """A model that can be served, and (with ``warm``) has run batches of every size, or (without ``thorough``) of the
+    smallest and the largest, and the requests that are recorded beside it. ``store``: where its weights may be shared
+    with other processes. Raises LoadError."""
     if file.problem:
         raise LoadError(file.problem)
     model = load(file.path, file.name, file.version, file.config, store, device)
@@ -46,7 +51,9 @@ def load_and_probe(file: ModelFile, store: Store | None = None, warm: bool = Tru
         return model
     model.stage()
     if size:
-        warm_up(model, size)
+        warm_up(model, size, thorough)
+    if file.warmup is not None:
+        replay(model, file.warmup)
     return model
 
 
@@ -79,12 +86,14 @@ def probe(model: Model) -> int:
     return 0
 
 
-def warm_up(model: Model, size: int) -> None:
+def warm_up(model: Model, size: int, thorough: bool = True) -> None:
     """Run batches of every number of rows that is run, the largest first: ONNX Runtime plans each at its first run, and
     touches the memory that it runs in. Measures ``run_bytes``, and by running some sizes once more ``warm_s``. What
-    cannot run, or not within a minute, is left out, and told."""
+    cannot run, or not within a minute, is left out, and told. ``thorough``: else the smallest and the largest once."""
     most = model.spec.max_batch_size if model.spec.batchable else 1
     sizes = list(model.sizes or range(1, most + 1))
+    if not thorough:
+        sizes = sorted({sizes[0], sizes[-1]})
     ran: set[int] = set()
     start = time.monotonic()
     give_back()
@@ -107,7 +116,7 @@ def warm_up(model: Model, size: int) -> None:
         log.warning(
             "model warmed up in part", extra=fields(model=model.spec.name, cold_up_to_rows=cold, **_tell(failed))
         )
-    for rows in model.sizes or batch_sizes(most):
+    for rows in (model.sizes or batch_sizes(most)) if thorough else ():
         if rows in ran and time.monotonic() - start < _WARM_UP_MAX_S:
             begin = time.perf_counter()
             try:
@@ -115,6 +124,19 @@ def warm_up(model: Model, size: int) -> None:
             except FAILURES:
                 continue  # for a want of memory, that was not there before
             model.warm_s[rows] = time.perf_counter() - begin
+    give_back()
+
+
+def replay(model: Model, folder: Path) -> None:
+    """Run the requests that are recorded in a directory, each as it is. A version that fails on what it is asked is not
+    to serve: raises LoadError naming the file."""
+    before = heap_bytes()
+    for path, feeds in read_requests(model.spec, folder):
+        try:
+            _run(model, len(feeds[0]) if model.spec.batchable else 1, feeds)
+        except RUN_ERRORS as error:
+            raise LoadError(f"the model fails on {path}: {brief(error)}; record it anew, or remove it") from None
+        model.run_bytes = max(model.run_bytes, heap_bytes() - before)
     give_back()
 
 

@@ -1,5 +1,5 @@
-"""A worker as a process: the main thread talks and obeys the core, compute threads run models, one thread loads
-them."""
+"""A worker as a process: the main thread talks and obeys the core, compute threads run models, one thread keeps them
+(keeper.py), once a process beside it has tried them (tester.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import secrets
 import select
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -27,23 +26,36 @@ from penstock.wire.doors import Doors
 from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, binding, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
-from penstock.wire.messages import MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
-from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelState
+from penstock.wire.messages import EXPLICIT, MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
+from penstock.wire.models import READY, UNAVAILABLE
 from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.slots import Slots
 from penstock.wire.sockets import MAX_SUBSCRIPTION_BYTES, Socket
 from penstock.worker.config import CPU
-from penstock.worker.core import Core, Identity
+from penstock.worker.core import Core
 from penstock.worker.cuda import CudaError, find_gpu
-from penstock.worker.events import Command, DeviceLost, Event, GiveUp, Loaded, Publish, Run, Subscribed, Unsubscribed
+from penstock.worker.events import (
+    Command,
+    DeviceLost,
+    Discard,
+    Event,
+    GiveUp,
+    Grown,
+    Loaded,
+    Order,
+    Publish,
+    Run,
+    Subscribed,
+    Unsubscribed,
+)
 from penstock.worker.gpus import EXIT_GPU_LOST, GpuWatch, Watching, measure_gpu
 from penstock.worker.instances import Instances
+from penstock.worker.keeper import Keeper
 from penstock.worker.memory import GiveBackRule, give_back, heap_bytes, share_arena
-from penstock.worker.model import LoadError
 from penstock.worker.options import EXIT_HUNG, WorkerOptions
-from penstock.worker.probe import load_and_probe, unheeded
-from penstock.worker.repository import ModelFile, find_models
-from penstock.worker.store import Store, StoreError, Weights, find_store
+from penstock.worker.serving import Identity
+from penstock.worker.store import Store, StoreError, find_store
+from penstock.worker.tester import Tester
 
 log = logging.getLogger("penstock.worker")
 
@@ -69,65 +81,6 @@ class WorkerSettings:
     gpu_unusable: str = ""
     bind: str = ""
     options: WorkerOptions = field(default_factory=WorkerOptions)
-
-
-@dataclass(slots=True)
-class _Loader:
-    """Loads models one after another on a thread of its own; ``take`` gives what has changed."""
-
-    files: list[ModelFile]
-    store: Store | None
-    device: str
-    changes: deque[Loaded] = field(default_factory=deque)
-    wake: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-    left: int = 0
-
-    def start(self) -> None:
-        self.left = len(self.files)
-        threading.Thread(target=self._load_all, name="loader", daemon=True).start()
-
-    def _load_all(self) -> None:
-        for file in self.files:
-            self.changes.append(_load(file, self.store, self.device))
-            os.eventfd_write(self.wake, 1)
-
-    def take(self) -> list[Loaded]:
-        taken = [self.changes.popleft() for _ in range(len(self.changes))]
-        self.left -= len(taken)
-        return taken
-
-
-def _load(file: ModelFile, store: Store | None, device: str) -> Loaded:
-    start = time.monotonic()
-    try:
-        model = load_and_probe(file, store, device=device)
-    except LoadError as error:
-        # A path in it may hold what is not UTF-8.
-        reason = str(error).encode("utf-8", "replace").decode()[:MAX_SENTENCE]
-        return Loaded(ModelState(file.name, file.version, UNAVAILABLE, reason, None), None)
-    log.info(
-        "model loaded",
-        extra=fields(
-            model=file.name,
-            version=file.version,
-            batchable=model.spec.batchable,
-            alone_because=model.why_alone,
-            run_mb=round(model.run_bytes / 1e6, 1),
-            **_describe(model.weights),
-            seconds=round(time.monotonic() - start, 3),
-        ),
-    )
-    if said := unheeded(file, model):
-        # In one line, since of each kind only some a second are written.
-        about = fields(model=file.name, version=file.version, reason=". ".join(said))
-        log.warning("settings have no effect", extra=about)
-    return Loaded(ModelState(file.name, file.version, READY, model.why_alone, model.spec), model)
-
-
-def _describe(weights: Weights | None) -> dict[str, object]:
-    if weights is None:
-        return {}
-    return {"weights": "shared" if weights.shared else "private", "weights_mb": round(weights.nbytes / 1e6, 1)}
 
 
 def _pin(slots: Slots) -> None:
@@ -159,8 +112,11 @@ class WorkerProcess:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
+        # It forks: before there are threads, sockets, and anything of CUDA.
+        self._tester = Tester(settings.options.trial_max_s, settings.options.run_bytes_max).start()
         self._poll = select.poll()
         self._opened = contextlib.ExitStack()
+        self._opened.callback(self._tester.stop)
         self._control: Any = None
         self._control_at = 0.0
         self._search = ArenaSearch(0, "", False)
@@ -174,7 +130,11 @@ class WorkerProcess:
 
     def start(self) -> None:
         settings, opened = self._settings, self._opened
-        files = find_models(settings.models, settings.device)
+        limits = settings.options
+        how = limits.model_control, limits.links_out, limits.model_bytes_max
+        self._keeper = Keeper(settings.models, self._tester, settings.device, *how)
+        opened.callback(self._keeper.stop)
+        files = self._keeper.begin()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._slots: Slots | None = None
@@ -205,23 +165,24 @@ class WorkerProcess:
         opened.callback(self._broker.close, _LINGER_MS)
         self._broker.raw.connect(settings.broker.workers)
         share_arena(settings.options.run_bytes_max)
-        instances = max(file.config.instances for file in files)
+        instances = max([file.config.instances for file in files], default=1)
         graphs = settings.device != CPU and any(file.config.cuda_graphs for file in files)
         self._instances = Instances(instances, self._slots, graphs)
         opened.callback(self._instances.stop)
         self._stop_signal = StopSignal()
         opened.callback(self._stop_signal.restore)
         local = settings.broker.runtime is not None
-        identity = Identity(number, settings.name, settings.device, os.getpid(), endpoints, instances, local)
-        states = [ModelState(file.name, file.version, LOADING, "", None) for file in files]
-        self._core = Core(identity, states, settings.options.max_compute_s)
-        self._loader = _Loader(files, _find_store(settings), settings.device)
+        about = settings.name, settings.device, os.getpid(), endpoints, instances, local
+        repository = os.path.abspath(settings.models) if local else ""
+        identity = Identity(number, *about, limits.model_control, repository)
+        self._core = Core(identity, [], limits.max_compute_s)
+        self._take_news()
         sockets = self._results.fileno(), self._broker.fileno()
-        for readable in (*sockets, self._instances.fileno(), self._loader.wake, self._stop_signal.fileno()):
+        for readable in (*sockets, self._instances.fileno(), self._keeper.fileno(), self._stop_signal.fileno()):
             self._poll.register(readable, select.POLLIN)
         self._watch_gpu()
         if not self.lost:
-            self._loader.start()
+            self._keeper.start(_find_store(settings), self._core.serving.used)
 
     def _watch_gpu(self) -> None:
         settings = self._settings
@@ -246,10 +207,15 @@ class WorkerProcess:
         if self.lost:
             self._tell_lost()
             return False
-        while self._loader.left and not self._stop_signal.received:
+        # Whoever is told that this worker is ready may ask it at once: so the broker is told before.
+        while self._is_loading or self._core.has_untold:
             self._turn(float("inf"))
-        ready = sum(state.state == READY for state in self._core.states.values())
-        if not ready:
+            if self._stop_signal.received:
+                break
+        states = self._core.serving.states.values()
+        ready = sum(state.state == READY for state in states)
+        self.failures = [state.reason for state in states if state.state == UNAVAILABLE]
+        if states and not ready and self._settings.options.model_control != EXPLICIT:
             return self._stop_signal.received
         if self._settings.device != CPU and self._slots is not None:
             _pin(self._slots)
@@ -260,6 +226,11 @@ class WorkerProcess:
         notify("STOPPING=1")
         self._drain()
         return True
+
+    @property
+    def _is_loading(self) -> bool:
+        """What was there at the beginning."""
+        return not self._keeper.settled or self._keeper.has_news
 
     def _drain(self) -> None:
         """Finish what has been assigned and wait for its acknowledgment, within the limit."""
@@ -317,8 +288,8 @@ class WorkerProcess:
             self._read()
         for executed in self._instances.take():
             self._hear(executed)
-        if self._loader.changes:
-            self._take_loaded()
+        if self._keeper.has_news:
+            self._take_news()
         if self._gpu is not None and self._gpu.latest.lost and not self.lost:
             self._end(self._gpu.latest.lost)
         now = time.monotonic()
@@ -334,7 +305,7 @@ class WorkerProcess:
                 self._broker.pending = True
             elif readable == self._results.fileno():
                 self._results.pending = True
-            elif readable in (self._instances.fileno(), self._loader.wake):
+            elif readable in (self._instances.fileno(), self._keeper.fileno()):
                 os.eventfd_read(readable)
             elif readable == self._stop_signal.fileno():
                 self._stop_signal.clear()
@@ -353,12 +324,14 @@ class WorkerProcess:
         for heads, frames in self._results.receive(1, _ROUND_MESSAGES):
             self._hear_subscription(heads[0], bool(frames))
 
-    def _take_loaded(self) -> None:
-        for loaded in self._loader.take():
-            if loaded.model is None:
-                self.failures.append(loaded.state.reason)
-                log.error("model cannot be served", extra=fields(model=loaded.state.name, reason=loaded.state.reason))
-            self._hear(loaded)
+    def _take_news(self) -> None:
+        """What has become of models."""
+        for event in self._keeper.take():
+            if isinstance(event, Loaded) and event.model is not None:
+                config = event.model.config
+                if self._instances.grow(config.instances, self._settings.device != CPU and config.cuda_graphs):
+                    self._hear(Grown(config.instances))
+            self._hear(event)
 
     def _hear(self, event: Event) -> None:
         self._obey(self._core.handle(event, time.monotonic()))
@@ -390,6 +363,10 @@ class WorkerProcess:
                     executed = self._instances.run(model, batch)
                     if executed is not None:
                         todo.extend(self._core.handle(executed, time.monotonic()))
+                case Order(message):
+                    self._keeper.ask(message)
+                case Discard():
+                    self._keeper.ask(command)
                 case GiveUp():
                     self._end_at_once(EXIT_HUNG)
                 case Log(level, event, about):
@@ -412,7 +389,7 @@ class WorkerProcess:
                 measure_gpu(meters, self._gpu.uuid, self._gpu.latest)
             measure(meters)
             self._doors.look()
-            message.samples = meters.samples()
+            message.samples, message.whole = meters.changes()
         assert not isinstance(message, Carrier)
         self._broker.send((pack(message),))
 

@@ -102,6 +102,10 @@ class Store:
         self._on_gpu = on_gpu
         self._settings: dict[bool, Setting] = {}
 
+    @property
+    def on_gpu(self) -> bool:
+        return self._on_gpu
+
     def take(self, path: Path, name: str) -> Weights:
         """A model's weights: shared if possible. What stands in the way is a warning."""
         try:
@@ -287,6 +291,18 @@ class Store:
         for path in self.root.glob(f"{'?' * KEY_LETTERS}{_LOCK_SUFFIX}"):
             with self.alone(path.with_suffix("")):
                 pass  # its end removes the lock of nothing
+
+
+class Taken(Store):
+    """A store from which the one model that is loaded has been taken before: whoever tries and loads a model reads it
+    once, and says once what stands in the way."""
+
+    def __init__(self, root: Path, on_gpu: bool, weights: Weights) -> None:
+        super().__init__(root, on_gpu=on_gpu)
+        self.weights = weights
+
+    def take(self, path: Path, name: str) -> Weights:
+        return self.weights
 
 
 def default_root(given: str = "") -> Path:

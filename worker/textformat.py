@@ -10,14 +10,13 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from penstock.worker.config import ConfigError
+from penstock.worker.config import ConfigError, read_file
 
-FILE_BYTES_MAX: Final = 1 << 20
 _REASON_MAX: Final = 200  # characters of what protobuf says
 _SCALARS: Final = {
     "double": 1,
@@ -32,6 +31,13 @@ _SCALARS: Final = {
 }
 _MESSAGE, _ENUM = 11, 14
 _OPTIONAL, _REPEATED = 1, 3
+_TOKEN: Final = re.compile(
+    r"""(?P<skip>\s+|\#[^\n]*)|(?P<mark>[][{}<>:,;])|(?P<text>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
+    r"""|(?P<word>[^\s\#"'{}<>:,;\[\]]+)""",
+    re.DOTALL,
+)
+_STEP: Final = re.compile(r"(\w+)(?:\[(\d+)\]|\[('.*')\])?(?:\.|$)")
+_VALUE_PROBLEM: Final = re.compile(r"Couldn't parse|Value out of range|Enum type|Integer out|String ")
 _UNKNOWN_FIELD: Final = re.compile(r'Message type "\w+\.(\w+)" has no field named "(.*)"', re.DOTALL)
 _MAP: Final = re.compile(r"\{(\w+),(\w+)\}")
 
@@ -39,14 +45,8 @@ _MAP: Final = re.compile(r"\{(\w+),(\w+)\}")
 def read_text(path: Path) -> str:
     """Raises FileNotFoundError, and ConfigError for what is too large or cannot be read."""
     try:
-        with path.open("rb") as file:
-            content = file.read(FILE_BYTES_MAX + 1)
-        if len(content) > FILE_BYTES_MAX:
-            raise ConfigError(f"{path}: it has more than {FILE_BYTES_MAX} bytes, so it is no configuration; replace it")
-        return content.decode("utf-8")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
+        return read_file(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
@@ -69,10 +69,25 @@ class Schema:
         try:
             text_format.Parse(text, message)
         except text_format.ParseError as error:
-            line = f":{error.GetLine()}" if error.GetLine() is not None else ""
-            raise ConfigError(f"{where}{line}: {self._say(str(error), advice)}") from None
+            line, column = error.GetLine(), error.GetColumn()
+            said = self._say(str(error), advice)
+            if line is None:
+                raise ConfigError(f"{where}: {said}") from None
+            named = _field_before(text, line, column or 1) if _VALUE_PROBLEM.match(said) else ""
+            raise ConfigError(f"{where}:{line}: {f'{named}: ' if named else ''}{said}") from None
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"{where}: it is no text format of protobuf: {_brief(str(error))}") from None
+        return message
+
+    def parse_json(self, root: str, text: str, where: str, advice: str) -> Any:
+        """The same of protobuf's JSON."""
+        from google.protobuf import json_format
+
+        message = _classes(self)[root]()
+        try:
+            json_format.Parse(text, message)
+        except (json_format.ParseError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"{where}: {self._say(str(error), advice)}") from None
         return message
 
     def _say(self, reason: str, advice: str) -> str:
@@ -80,9 +95,97 @@ class Schema:
             known = [field.partition(":")[0] for field in re.split(r"[ |]", self.messages.get(match[1], ""))]
             near = difflib.get_close_matches(match[2][:100], known, 1)
             hint = f"did you mean '{near[0]}'?" if near else advice
-            return f"unknown field '{_brief(match[2])}' of {match[1]}; {hint}"
+            return f"field '{_brief(match[2])}': unknown in {match[1]}; {hint}"
         place = re.match(r"(?:\d+:\d+ : )?(?:'.*': )?", reason, re.DOTALL)  # where it is, and the rest of that line
         return _brief(reason[place.end() :] if place else reason)
+
+
+def _field_before(text: str, line: int, column: int) -> str:
+    """The field whose value stands there, or ""."""
+    rows = text.split("\n")
+    match = re.search(r"(\w+)\s*:\s*(?:\[[^][{}]*)?$", rows[line - 1][: column - 1]) if line <= len(rows) else None
+    return match[1] if match else ""
+
+
+class Field(NamedTuple):
+    """A field of a text. ``text``: a value that is no message; ``fields``: of one that is."""
+
+    name: str
+    line: int
+    text: str
+    fields: list[Field]
+
+
+def find_line(text: str, path: str) -> int | None:
+    """The line of a field in a text that protobuf has accepted, such as ``instance_group[1].count``, or
+    ``parameters['x']`` of a map; of the message that it is missing in where it is not there. None: of the whole
+    file."""
+    try:
+        fields = list(_fields(_tokens(text), ""))
+    except (IndexError, StopIteration, RuntimeError, RecursionError):  # what this reads otherwise than protobuf
+        return None
+    line = None
+    for name, index, key in _STEP.findall(path):
+        found = [each for each in fields if each.name == name]
+        if key:
+            found = [each for each in found if any(_is_key(inner, key) for inner in each.fields)]
+        if int(index or 0) >= len(found):
+            break
+        line, fields = found[int(index or 0)].line, found[int(index or 0)].fields
+    return line
+
+
+def _is_key(field: Field, key: str) -> bool:
+    return field.name == "key" and field.text[1:-1] == key[1:-1]
+
+
+def _tokens(text: str) -> Iterator[tuple[str, int]]:
+    """Each with its line; at the end an empty one."""
+    line, at = 1, 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise IndexError(at)
+        if match.lastgroup != "skip":
+            yield match[0], line
+        line += match[0].count("\n")
+        at = match.end()
+    yield "", line
+
+
+def _fields(tokens: Iterator[tuple[str, int]], end: str) -> Iterator[Field]:
+    """Up to the token that ends the message."""
+    name, line = next(tokens)
+    while name not in (end, ""):
+        if name in ",;":
+            name, line = next(tokens)
+            continue
+        token, _ = next(tokens)
+        if token == ":":
+            token, _ = next(tokens)
+        if token in ("{", "<"):
+            yield Field(name, line, "", list(_fields(tokens, "}" if token == "{" else ">")))
+            name, line = next(tokens)
+        elif token == "[":
+            yield from _elements(tokens, name)
+            name, line = next(tokens)
+        else:
+            value = token
+            while (following := next(tokens))[0][:1] in ("'", '"'):
+                value += following[0]
+            yield Field(name, line, value, [])
+            name, line = following
+
+
+def _elements(tokens: Iterator[tuple[str, int]], name: str) -> Iterator[Field]:
+    """Of a list, each as a field of its own."""
+    for token, line in tokens:
+        if token in ("]", ""):
+            return
+        if token in ("{", "<"):
+            yield Field(name, line, "", list(_fields(tokens, "}" if token == "{" else ">")))
+        elif token != ",":  # texts side by side are one, but no list of texts is asked for here
+            yield Field(name, line, token, [])
 
 
 def _brief(text: str) -> str:

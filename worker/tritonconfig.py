@@ -19,7 +19,7 @@ import msgspec
 
 from penstock.wire.models import ModelSpec, TensorSpec
 from penstock.worker.config import CPU, MAX_BATCH_SIZE, ConfigError, ModelConfig, Provider, default_config
-from penstock.worker.textformat import read_text
+from penstock.worker.textformat import find_line, read_text
 from penstock.worker.tritonfields import (
     ACCOUNTED,
     CUDA_OPTIONS,
@@ -33,6 +33,7 @@ from penstock.worker.versions import NAMED_MAX, VersionPolicy
 
 FILE_NAME: Final = "config.pbtxt"
 MODEL_FILE_NAME: Final = "model.onnx"
+TRITON_KEYS: Final = frozenset(each.partition(":")[0] for each in re.split(r"[ |]", TRITON.messages["ModelConfig"]))
 _DELAY_US_MAX: Final = 60_000_000
 _INSTANCES_MAX: Final = 64
 _THREADS_MAX: Final = 1024
@@ -72,8 +73,15 @@ def load_triton(path: Path, name: str, device: str = CPU) -> TritonConfig:
 
 def read_triton(text: str, where: str, name: str, device: str = CPU) -> TritonConfig:
     """The same of a text; ``where`` is its file's name, for messages. Raises ConfigError."""
-    message = TRITON.parse("ModelConfig", text, where, _NEWER)
-    reader = _Reader(where, message, device)
+    return _read(_Reader(where, text, TRITON.parse("ModelConfig", text, where, _NEWER), device), name)
+
+
+def read_triton_json(text: str, where: str, name: str, device: str = CPU) -> TritonConfig:
+    """The same of JSON, as Triton's repository API takes it."""
+    return _read(_Reader(where, "", TRITON.parse_json("ModelConfig", text, where, _NEWER), device), name)
+
+
+def _read(reader: _Reader, name: str) -> TritonConfig:
     reader.refuse(name)
     return TritonConfig(reader.config(), reader.file_name(), tuple(reader.unheeded), tuple(reader.declared()))
 
@@ -111,6 +119,7 @@ class _Reader:
     """One file. What is found not to be followed is added to ``unheeded``."""
 
     where: str
+    text: str
     message: Any
     device: str
     unheeded: list[str] = field(default_factory=list)
@@ -319,7 +328,8 @@ class _Reader:
             self.unheeded.append(sentence)
 
     def _error(self, path: str, why: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {path}: {why}")
+        line = find_line(self.text, path)
+        return ConfigError(f"{self.where}{'' if line is None else f':{line}'}: {path}: {why}")
 
 
 def _name_of(message: Any, key: str) -> str:

@@ -213,7 +213,7 @@ def test_bad_usage(option: str) -> None:
 def test_a_bad_configuration_is_refused_before_anything_is_told(tmp_path: Path) -> None:
     shown = configured(tmp_path, "[gateway]\nnonsense = 1\n")
     assert (shown.exit_code, shown.stdout) == (2, "")
-    assert "[gateway]: unknown key 'nonsense'" in shown.stderr
+    assert ":2: [gateway]: key 'nonsense': unknown" in shown.stderr
 
 
 # --- the report on a model ---

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from penstock.bin.asking import Server
 from penstock.bin.cli import cli
 
 ROOT = Path(__file__).parents[2]
@@ -111,3 +112,12 @@ def test_an_unknown_command_is_bad_usage() -> None:
     shown = CliRunner().invoke(cli, ["serve"], prog_name="penstock")
     assert shown.exit_code == 2
     assert "No such command 'serve'" in shown.output
+
+
+def test_a_command_that_is_interrupted_says_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(server: Server) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "connect", interrupt)
+    ended = CliRunner().invoke(cli, ["models", "ls"], prog_name="penstock")
+    assert (ended.exit_code, ended.output.strip()) == (130, "")

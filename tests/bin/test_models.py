@@ -23,7 +23,7 @@ def test_every_model_has_a_row_under_the_headings(server: Server) -> None:
     shown = models(server.runtime)
     assert (shown.exit_code, shown.stderr) == (0, "")
     heading, *rows = shown.stdout.splitlines()
-    assert heading.split() == ["NAME", "VERSION", "STATE", "BATCH"]
+    assert heading.split() == ["NAME", "VERSION", "STATE", "BATCH", "SERVES"]
     assert [row.split()[:4] for row in sorted(rows) if not row.startswith("broken")] == [
         ["brain", "1", "READY", "32"],
         ["dense", "3", "READY", "32"],

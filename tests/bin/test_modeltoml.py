@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -41,13 +42,46 @@ def test_new_keys_come_behind_the_others_and_before_any_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["max_queue_delay = '''\n5ms'''\n", 'a = """\nmax_queue_delay = "1ms"\n"""\n', '"max_queue\\u005fdelay" = "1ms"\n'],
+    ("text", "edited"),
+    [
+        ("max_queue_delay = '''\n5ms''' # a\n", 'max_queue_delay = "2ms" # a\n'),
+        ('a = """\nmax_queue_delay = "1ms"\n"""', 'a = """\nmax_queue_delay = "1ms"\n"""\nmax_queue_delay = "2ms"\n'),
+        ('"max_queue\\u005fdelay" = "1ms"\n', '"max_queue\\u005fdelay" = "2ms"\n'),
+    ],
 )
-def test_what_is_written_in_strange_ways_is_left_to_its_user(text: str) -> None:
+def test_what_is_written_in_strange_ways_is_found_too(text: str, edited: str) -> None:
     tomllib.loads(text)
-    with pytest.raises(EditError, match=r"set \{'max_queue_delay': '2ms'\} by hand|is no TOML"):
-        edit(text, {"max_queue_delay": "2ms"})
+    assert edit(text, {"max_queue_delay": "2ms"}) == edited
+
+
+def test_what_cannot_be_set_is_left_to_its_user() -> None:
+    with pytest.raises(EditError, match=r"set \{'labels': 3\} by hand"):
+        edit("[labels]\na = 1\n", {"labels": 3})
+
+
+def test_keys_are_taken_out_with_their_lines() -> None:
+    text = '# top\na = 1 # one\ntraffic = {"a" = [\n1], b = 2}\n[labels]\n# why\nstable = 3\n[other]\nx = 1\n'
+    assert edit(text.replace("[\n1]", "1"), {"traffic": None, "gone": None}) == (
+        "# top\na = 1 # one\n[labels]\n# why\nstable = 3\n[other]\nx = 1\n"
+    )
+    assert edit(text, {"labels": None, "traffic": None}) == "# top\na = 1 # one\n# why\n[other]\nx = 1\n"
+    assert edit("a = 1", {"a": None}) == ""
+
+
+def test_tables_are_set_in_the_way_in_which_they_are_written() -> None:
+    labels = {"stable": 4, "a b": 5}
+    assert edit("labels = {stable = 3} # ours\n", {"labels": labels}) == 'labels = {stable = 4, "a b" = 5} # ours\n'
+    assert edit("x = 1\n[labels]\n# now\nstable = 3 # ours\nold = 1", {"labels": labels}) == (
+        'x = 1\n[labels]\n# now\nstable = 4 # ours\n"a b" = 5\n'
+    )
+    assert edit("labels.stable = 3\nx = 1\n", {"labels": labels}) == 'labels.stable = 4\nlabels."a b" = 5\nx = 1\n'
+    assert edit("[labels]\n[t]\n", {"labels": {"a": 1}, "version_policy": (3, 5)}) == (
+        "version_policy = [3, 5]\n[labels]\na = 1\n[t]\n"
+    )
+    assert edit("", {"traffic": {"3": 95, "canary": 5}}) == "traffic = {3 = 95, canary = 5}\n"
+    assert edit("version_policy = [\n 3, # three\n]\r\n", {"version_policy": {"latest": 2}}) == (
+        "version_policy = {latest = 2}\r\n"
+    )
 
 
 def test_what_is_no_toml_is_said() -> None:
@@ -72,6 +106,24 @@ def test_the_keys_are_set_and_no_line_is_lost(before: dict[str, int], values: di
     kept = [line for line, key in zip(lines, before, strict=True) if key not in values]
     assert [line for line in edited.splitlines() if line in kept] == kept
     assert edited.count(end) >= len(lines)
+
+
+_labels = st.dictionaries(st.text("ab. \"'\\#=", max_size=3), st.integers(0, 9), max_size=3)
+
+
+@given(_labels, st.none() | _labels, st.sampled_from(["inline", "head", "dots"]), st.sampled_from(["\n", "\r\n"]))
+def test_any_labels_become_any_others(before: dict[str, int], after: dict[str, int] | None, way: str, end: str) -> None:
+    pairs = {json.dumps(key): value for key, value in before.items()}
+    body = {
+        "inline": "labels = {" + ", ".join(f"{key} = {value}" for key, value in pairs.items()) + "}" + end,
+        "head": f"[labels]{end}" + "".join(f"{key} = {value} # mine{end}" for key, value in pairs.items()),
+        "dots": "".join(f"labels.{key} = {value}{end}" for key, value in pairs.items()),
+    }[way]
+    edited = edit(f"# first{end}x = 1{end}{body}[last]{end}y = 2", {"labels": after})
+    wanted = {"x": 1, "last": {"y": 2}} | ({} if after is None else {"labels": after})
+    assert tomllib.loads(edited) == wanted or (tomllib.loads(edited) | {"labels": {}} == wanted)
+    assert edited.startswith(f"# first{end}x = 1{end}")
+    assert edited.rstrip().endswith(f"[last]{end}y = 2")
 
 
 def test_a_file_keeps_its_permissions_and_a_link_its_end(tmp_path: Path) -> None:

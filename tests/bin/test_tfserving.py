@@ -46,9 +46,7 @@ model_config_list {
 def test_a_list_is_read() -> None:
     net, other, three, every = parse_list(LIST, "models.config")
     assert (net.name, net.base, net.policy) == ("net", BASE, (42, 43))
-    assert net.warnings == (
-        "version_labels ('canary': 43, 'stable': 42) are left out: a model.toml has no labels yet; ask by number",
-    )
+    assert (net.labels, net.warnings) == ({"stable": 42, "canary": 43}, ())
     assert (other.policy, three.policy, every.policy) == ("latest", {"latest": 3}, "all")
     [logging] = other.warnings
     assert logging.startswith("logging_config is left out: ")
@@ -62,10 +60,13 @@ def model(text: str) -> str:
     ("text", "said"),
     [
         ("", ": it names no models; it takes model_config_list { config { ... } }"),
-        ("model_config_list {\n config { nam: 'x' } }", ":2: unknown field 'nam' of ModelConfig; did you mean 'name'?"),
+        (
+            "model_config_list {\n config { nam: 'x' } }",
+            ":2: field 'nam': unknown in ModelConfig; did you mean",
+        ),
         (
             "model_config_list {\n config { zebra: 1 } }",
-            ":2: unknown field 'zebra' of ModelConfig; if it is of a newer",
+            ":2: field 'zebra': unknown in ModelConfig; if it is of a newer",
         ),
         ("model_config_list {", ':1: Expected "}".'),
         ("custom_model_config { }", ": custom_model_config: only a model_config_list says where models lie"),
@@ -73,6 +74,14 @@ def model(text: str) -> str:
         (model("name: '../x' base_path: '/x'"), ": model_config_list.config[0].name: '../x' cannot be"),
         (model("name: '.x' base_path: '/x'"), ": model_config_list.config[0].name: '.x' cannot be"),
         (model("name: 'a\\nb' base_path: '/x'"), ": model_config_list.config[0].name: the name 'a\\nb' holds"),
+        (
+            model("name: 'x' base_path: '/x' version_labels { key: '7' value: 7 }"),
+            ": model_config_list.config[0].version_labels: '7': a whole number looks like a version",
+        ),
+        (
+            model("name: 'x' base_path: '/x' version_labels { key: 'a' value: -7 }"),
+            ": model_config_list.config[0].version_labels: 'a': -7 is no version",
+        ),
         (model("name: 'x'"), ": model_config_list.config[0].base_path: '' is no absolute path; make it one"),
         (model("name: 'x' base_path: 'x'"), ": model_config_list.config[0].base_path: 'x' is no absolute path"),
         (
@@ -146,6 +155,14 @@ def test_for_several_it_is_said_that_later_ones_are_not_seen(policy: str, text: 
     assert found.warnings == ("labels", "what comes to /serving/net later is not seen at /into/net; import again then")
 
 
+def test_labels_are_labels_and_versions_that_have_one_are_linked() -> None:
+    found = plan(Served("net", BASE, "latest", labels={"old": 1}), [Version("1"), Version("2"), Version("3")], INTO)
+    assert found.steps[0] == Write(HOME / "model.toml", "labels = {old = 1}\n")
+    assert {step.path.name for step in found.steps[1:]} == {"1", "2", "3"}
+    found = plan(Served("net", BASE, (3,), labels={"old": 1}), [Version("1"), Version("2"), Version("3")], INTO)
+    assert {step.path.name for step in found.steps[1:]} == {"1", "3"}
+
+
 def test_versions_with_leading_zeros_get_names_without() -> None:
     found = plan(Served("net", BASE, "latest"), [Version("00000123")], INTO)
     assert found.steps == (Link(HOME / "123", BASE / "00000123"),)
@@ -209,9 +226,10 @@ def test_a_list_becomes_a_repository(serving: Path) -> None:
     assert shown.exit_code == 2
     assert shown.stdout.splitlines() == [
         f"net: wrote {root}/into/net/model.toml: version_policy = [42]",
+        "labels = {a = 42}",
         f"net: linked {root}/into/net/42 to {root}/serving/net/42",
-        "warning: model net: version_labels ('a': 42) are left out: a model.toml has no labels yet; ask by number",
         f"plain: linked {root}/into/plain to {root}/serving/net",
+        f"the links lead out of {root}/into: serve it with links_out = true in [worker] of penstock.toml",
     ]
     raw, gone = shown.stderr.splitlines()
     assert raw.startswith(f"penstock: model raw: {root}/serving/raw/1 holds a saved_model.pb, ")

@@ -100,7 +100,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "code", "sentence"),
     [
-        (lambda path: write(path, "m", dense(), config="instances = 0\n"), 2, "model.toml: key 'instances'"),
+        (lambda path: write(path, "m", dense(), config="instances = 0\n"), 2, "model.toml:1: key 'instances'"),
         (lambda path: (path / "m").mkdir(), 2, "is no directory of one model; give repository/NAME"),
         (lambda path: (path / "m" / "1").mkdir(parents=True), 2, "model.onnx does not exist"),
     ],

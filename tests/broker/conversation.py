@@ -38,10 +38,11 @@ from penstock.wire.messages import (
     Requests,
     Submit,
     Tasks,
+    Version,
     WorkerHello,
     WorkerModels,
 )
-from penstock.wire.models import READY, ModelSpec, ModelState, TensorSpec
+from penstock.wire.models import READY, ModelSpec, ModelState, Route, TensorSpec
 
 M = TypeVar("M", bound=Message)
 
@@ -281,8 +282,12 @@ class WorkerTalk(PeerTalk):
         serial = 0 if worker is None else worker.expected.get(caller.id, 0)
         self.say(Attached(EPOCH, caller.id, serial, attached))
 
-    def declare(self, *models: ModelState) -> None:
-        self.say(WorkerModels(EPOCH, models))
+    def declare(self, *models: ModelState, routes: Sequence[Route] = (), heard: int = 0) -> None:
+        """From now on it has these models."""
+        worker = self.talk.core.workers[self.id]
+        kept = {(state.name, state.version) for state in models}
+        gone = [Version(*key) for key in worker.models if key not in kept]
+        self.say(WorkerModels(EPOCH, models, gone, routes, worker.instances, heard))
 
     def bye(self) -> None:
         """End in good order: nobody is to blame."""

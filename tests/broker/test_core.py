@@ -516,6 +516,7 @@ def test_whoever_asks_gets_the_whole_servers_metrics() -> None:
     own = {(each.family, *each.labels): each.value for each in answer.snapshots[0].samples}
     assert own == {
         ("penstock_requests", "m", "1"): 12,
+        ("penstock_load_waits", "m", "1"): 0,
         ("penstock_queue_requests", "m", "1"): 4,
         ("penstock_running_requests", "m", "1"): 8,
         ("penstock_held_bytes",): 1200,

@@ -31,7 +31,7 @@ from penstock.wire.messages import (
     Submit,
     WorkerHello,
 )
-from penstock.wire.models import LOADING
+from penstock.wire.models import LOADING, Route
 from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTalk, model, spread
 
 T = TypeVar("T")
@@ -333,7 +333,9 @@ class CoreMachine(RuleBasedStateMachine):
                     self.attach(worker, self.caller(whom).talk, what == "heard")
             elif what == "models":
                 others = [] if removed else [model(name, state=LOADING, batch=0) for name in MODELS.keys() - serves]
-                worker.talk.declare(*(MODELS[name] for name in sorted(serves)), *others)
+                # Some that it serves on are asked for by nobody any more.
+                routes = [Route(name, ("1",) if (pick + at) % 3 else ()) for at, name in enumerate(sorted(MODELS))]
+                worker.talk.declare(*(MODELS[name] for name in sorted(serves)), *others, routes=routes)
                 worker.serves = serves
             elif what == "costs":  # of a worker that is slow or quick, and of models that it may not have
                 slow = 1000 if removed else 10

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -130,7 +131,7 @@ def drive(link: Link, condition: Callable[[], Any]) -> None:
 def make_repository(directory: Path) -> Path:
     """``digits``; ``wide`` and ``strings``, which answer with their input; ``patient``, whose requests wait for three
     others as long as their own time allows, at most 10 s; ``broken``, which cannot be loaded."""
-    (directory / "digits").symlink_to(BUNDLED_MODELS / "digits")
+    shutil.copytree(BUNDLED_MODELS / "digits", directory / "digits")
     _write(directory / "wide", _identity("FLOAT", ["N", WIDE]))
     _write(directory / "strings", _identity("STRING", ["N"]))
     _write(directory / "patient", _identity("FLOAT", ["N", 2]), 'max_queue_delay = "10s"\nmax_batch_size = 4\n')

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from penstock.client.events import Event, Hear, Report
+from penstock.client.events import Event, Hear, OrderDone, Report
+from penstock.client.splits import split_of
 from penstock.wire.errors import (
     BAD_INPUT,
     DEADLINE,
@@ -31,9 +33,13 @@ from penstock.wire.messages import (
     Beat,
     Bye,
     CallerHello,
+    Failure,
     Form,
     HelloWanted,
     Metrics,
+    Models,
+    Order,
+    Ordered,
     Refusal,
     Refusals,
     Snapshot,
@@ -41,7 +47,7 @@ from penstock.wire.messages import (
     WorkerAddress,
     Workers,
 )
-from penstock.wire.models import LOADING, READY, ModelState
+from penstock.wire.models import LOADING, READY, ModelState, Route
 from penstock.wire.models import UNAVAILABLE as NOT_LOADED
 
 if TYPE_CHECKING:
@@ -646,7 +652,7 @@ def test_what_find_found_in_old_models_is_not_kept_for_the_new(joined: Conversat
         """As another thread that is overtaken by news."""
         spec = search(name, version)
         caller._told = [state(version="2")]
-        caller._set_models()
+        caller._set_models({})
         return spec
 
     caller._search = search_slowly  # type: ignore[method-assign]
@@ -674,6 +680,77 @@ def test_models_of_the_last_broker_can_be_asked_until_their_workers_have_had_tim
     assert joined.caller.is_ready()
 
 
+def test_routes_say_which_version_a_request_means(joined: Conversation, state: MakeState) -> None:
+    joined.broker(
+        Models(9, (state("m", "1"), state("m", "2")), (Route("m", ("1",), (("canary", "2"),)),), "/srv/models")
+    )
+    caller = joined.caller
+    assert [caller.find("m", each).version for each in ("", "1", "2", "canary")] == ["1", "1", "2", "2"]
+    assert caller.repository == "/srv/models"
+    with pytest.raises(PenstockError, match="'m' version stable is not found"):
+        caller.find("m", "stable")
+    joined.broker(Models(9, (state("m", "1"), state("m", "2")), (Route("m", ("2",)),)))
+    assert caller.find("m").version == "2"
+    joined.broker(Models(9, (state("m", "1"),), (Route("m"),)))
+    with pytest.raises(PenstockError, match="unknown model: 'm' is not found"):
+        caller.find("m")
+    assert caller.find("m", "1").version == "1"
+
+
+def test_traffic_is_split_and_who_is_sticky_stays(joined: Conversation, state: MakeState) -> None:
+    route = Route("m", ("2",), (("canary", "2"),), (("1", 70), ("canary", 30)))
+    joined.broker(Models(9, (state("m", "1"), state("m", "2")), (route,)))
+    caller = joined.caller
+    assert Counter(caller.find("m").version for _ in range(100)) == {"1": 70, "2": 30}
+    found = {name: caller.find("m", sticky=name).version for name in map(str, range(50))}
+    assert set(found.values()) == {"1", "2"}
+    assert {name: caller.find("m", sticky=name).version for name in found} == found
+    assert caller.find("m", "1", "0").version == "1"
+    joined.broker(Models(9, (state("m", "1", state=LOADING), state("m", "2")), (route,)))
+    assert Counter(caller.find("m").version for _ in range(100)) == {"2": 100}
+
+
+def test_the_part_of_what_is_not_served_goes_to_the_current_version(joined: Conversation, state: MakeState) -> None:
+    """However a request is built: its version is picked once, and is one from then on."""
+    route = Route("m", ("3",), (), (("1", 50), ("2", 50)))
+    states = state("m", "1", state=LOADING), state("m", "2"), state("m", "3")
+    joined.broker(Models(9, states, (route,)))
+    caller = joined.caller
+    assert Counter(caller.find("m", caller.pick("m")).version for _ in range(100)) == {"2": 50, "3": 50}
+
+
+def test_who_asks_while_models_change_finds_what_was_or_what_is(
+    joined: Conversation, state: MakeState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another thread does, which may run at any moment."""
+    caller, found = joined.caller, []
+
+    def look(route: Route, *rest: Any) -> Any:
+        found.append(caller.find("m").version)
+        return split_of(route, *rest)
+
+    joined.broker(Models(9, (state("m", "1"),), (Route("m", ("1",)),)))
+    monkeypatch.setattr("penstock.client.caller.split_of", look)
+    joined.broker(Models(9, (state("m", "2"),), (Route("m", ("2",)),)))
+    assert [*found, caller.find("m").version] == ["1", "2"]
+
+
+def test_orders_end_with_their_answer_or_with_their_broker(joined: Conversation) -> None:
+    caller = joined.caller
+    first, say = caller.order("load", "m", "{}")
+    assert say.message == Order(9, first, "load", "m", "{}")
+    second, _ = caller.order("unload", "m")
+    assert joined.broker(Ordered(9, first)) == [OrderDone(first, None)]
+    assert joined.broker(Ordered(9, first)) == []
+    [done] = [command for command in joined.lose() if isinstance(command, OrderDone)]
+    assert (done.serial, done.error.code if done.error else "") == (second, UNAVAILABLE)
+    joined.join()
+    third, _ = caller.order("load", "n")
+    [answer] = joined.broker(Ordered(9, third, Failure("not_found", "no such model", 0)))
+    assert isinstance(answer, OrderDone)
+    assert str(answer.error) == "no such model"
+
+
 def test_ready_when_a_broker_serves_every_model(conversation: Conversation, state: MakeState) -> None:
     assert not conversation.caller.is_ready()
     conversation.join()
@@ -684,6 +761,11 @@ def test_ready_when_a_broker_serves_every_model(conversation: Conversation, stat
     assert not conversation.caller.is_ready()
     conversation.serve(state("one"), state("two", state=READY))
     assert conversation.caller.is_ready()
+    conversation.serve(state("one"), state("one", "2", state=LOADING))
+    assert conversation.caller.is_ready(), "one version is enough"
+    conversation.serve(state("one"), state("one", "2", state=LOADING), state("two", state=LOADING))
+    assert not conversation.caller.is_ready()
+    assert [each.name for each in conversation.caller.unserved()] == ["two"]
     conversation.lose()
     assert not conversation.caller.is_ready()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import msgpack
@@ -127,7 +128,21 @@ def test_a_new_broker_and_new_models_are_noticed() -> None:
     spec = SPEC._replace(version="2")
     caller.handle(FromBroker(Models(EPOCH + 1, [ModelState("m", "2", READY, "", spec)])), 0.0)
     said = say(caller, forms, short, inputs, None, 1.0)
-    assert (said.epoch, said.groups[0].form.version) == (EPOCH + 1, "2")
+    assert (said.epoch, said.groups[0].form.version) == (EPOCH + 1, "~2")
+
+
+def test_what_was_remembered_holds_no_models_that_were() -> None:
+    """Versions come and go for ever, and each is asked for by its number."""
+    caller, _, short = make()
+    inputs = {"a": np.ones((1, 2), np.float32), "b": np.ones((1, 3), np.int8)}
+    models = []
+    for version in map(str, range(10)):
+        spec = SPEC._replace(version=version)
+        caller.handle(FromBroker(Models(EPOCH, [ModelState("m", version, READY, "", spec)])), 0.0)
+        assert short.prepare("m", version, inputs, (), None) is not None
+        models.append(caller.models)
+    others = [dict[str, Any]() for _ in models]
+    assert [sys.getrefcount(each) for each in models[:-1]] == [sys.getrefcount(each) for each in others[:-1]]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from penstock.client.terms import check_terms, check_timeout
+from penstock.client.terms import check_sticky, check_terms, check_timeout
 from penstock.wire.errors import BAD_INPUT, PenstockError
 
 
@@ -37,4 +37,16 @@ def test_a_priority_that_cannot_be(priority: Any) -> None:
 def test_a_tenant_that_cannot_be(tenant: Any) -> None:
     with pytest.raises(PenstockError, match="at most 64 printable ASCII characters, not ") as raised:
         check_terms(0, tenant)
+    assert len(raised.value.message) < 200
+
+
+@pytest.mark.parametrize("sticky", ["", "user 7", "é", "x" * 256])
+def test_what_sticks(sticky: str) -> None:
+    assert check_sticky(sticky) == sticky
+
+
+@pytest.mark.parametrize("sticky", ["x" * 257, b"a", None, 7, "y" * 100_000])
+def test_what_does_not(sticky: Any) -> None:
+    with pytest.raises(PenstockError, match="a text of at most 256 characters, such as a user's id, not ") as raised:
+        check_sticky(sticky)
     assert len(raised.value.message) < 200

@@ -41,10 +41,10 @@ from penstock.wire.messages import (
 from penstock.wire.models import READY, Layout, ModelState, Tensor
 from penstock.wire.slots import Slot, Slots
 from penstock.worker.core import Core as WorkerCore
-from penstock.worker.core import Identity as WorkerIdentity
 from penstock.worker.events import GiveUp, Loaded, Publish, Run, Subscribed, Unsubscribed
 from penstock.worker.execute import execute
 from penstock.worker.model import Model
+from penstock.worker.serving import Identity as WorkerIdentity
 
 ARENA_BYTES = 1 << 16  # of a caller or a worker: for a dozen of the large tensors
 LARGE, SMALL = 600, 2  # numbers in a row: 2400 bytes lie in an arena, 8 travel

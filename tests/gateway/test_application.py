@@ -54,7 +54,7 @@ from penstock.wire.messages import (
 from penstock.wire.metrics import Sample
 from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelSpec, ModelState, Tensor, TensorSpec
 from penstock.wire.slots import Slot, Slots
-from tests.gateway.serving import DEADLINE_S, Loop
+from tests.gateway.serving import DEADLINE_S, Loop, Serving
 
 EPOCH = 5
 
@@ -248,7 +248,7 @@ def test_server_says_what_it_is_and_what_works(desk: Desk) -> None:
         assert json.loads(answer.body) == {
             "name": "penstock",
             "version": version("penstock"),
-            "extensions": ["binary_tensor_data"],
+            "extensions": ["binary_tensor_data", "schedule_policy"],
         }
 
 
@@ -386,18 +386,60 @@ def test_any_model_is_503_while_nobody_serves(desk: Desk, method: str, end: str,
 @pytest.mark.parametrize(
     ("method", "url", "allow"),
     [
-        ("POST", "/v2", "GET"),
-        ("HEAD", "/v2/health/live", "GET"),
-        ("POST", "/metrics", "GET"),
-        ("PUT", "/v2/models/double", "GET"),
-        ("POST", "/v2/models/double/ready", "GET"),
-        ("GET", "/v2/models/double/infer", "POST"),
-        ("GET", "/v2/models/double/versions/1/infer", "POST"),
+        ("POST", "/v2", "GET, HEAD, OPTIONS"),
+        ("POST", "/metrics", "GET, HEAD, OPTIONS"),
+        ("PUT", "/v2/models/double", "GET, HEAD, OPTIONS"),
+        ("POST", "/v2/models/double/ready", "GET, HEAD, OPTIONS"),
+        ("GET", "/v2/models/double/infer", "OPTIONS, POST"),
+        ("HEAD", "/v2/models/double/infer", "OPTIONS, POST"),
+        ("GET", "/v2/models/double/versions/1/infer", "OPTIONS, POST"),
     ],
 )
 def test_wrong_method_is_405(joined: Desk, method: str, url: str, allow: str) -> None:
     answer = joined.ask(method, url)
     assert (answer.status, answer.headers["Allow"], answer.error) == (405, allow, "Method Not Allowed")
+
+
+@pytest.mark.parametrize(
+    ("url", "allow"),
+    [
+        ("/v2", "GET, HEAD, OPTIONS"),
+        ("/v2/models/%C3%BC/infer", "OPTIONS, POST"),
+        ("*", "GET, HEAD, OPTIONS, POST"),
+    ],
+)
+def test_options_are_told_without_a_body(joined: Desk, url: str, allow: str) -> None:
+    exchange = joined.begin("OPTIONS", url)
+    assert exchange.status == 204
+    assert exchange._response == f"HTTP/1.1 204 No Content\r\nAllow: {allow}\r\n\r\n".encode()
+    assert joined.meter("penstock_http_responses", "204") == 1
+
+
+def test_there_are_no_options_of_what_is_not_there(joined: Desk) -> None:
+    answer = joined.ask("OPTIONS", "/v3")
+    assert (answer.status, answer.error) == (404, "Not Found")
+
+
+@pytest.mark.parametrize(
+    "url", ["/", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/double", "/v2/models/double/ready", "/v3"]
+)
+def test_head_has_the_headers_of_get_and_no_body(joined: Desk, serve: Callable[..., Serving], url: str) -> None:
+    peer = serve(joined.application).connect()
+    for method in ("GET", "HEAD"):
+        peer.send(f"{method} {url} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+    whole, bare = peer.response(), peer.response(body=False)
+    assert (bare.status, bare.headers) == (whole.status, whole.headers)
+    peer.send(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
+    assert peer.rest().startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_head_of_what_goes_on_ends_at_once(joined: Desk, serve: Callable[..., Serving]) -> None:
+    peer = serve(joined.application).connect()
+    peer.send(b"HEAD /events HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /v2/health/live HTTP/1.0\r\n\r\n")
+    headers = peer.response(body=False).headers
+    assert (headers["content-type"], headers["cache-control"]) == ("text/event-stream", "no-store")
+    assert not {"content-length", "transfer-encoding"} & headers.keys()
+    assert peer.rest().startswith(b"HTTP/1.1 200 OK\r\nConnection: close\r\n")
 
 
 @pytest.mark.parametrize(
@@ -422,7 +464,7 @@ def test_request_goes_to_the_broker_and_its_result_to_the_client(joined: Desk) -
     assert joined.flushes == 1
     message = joined.sent()
     [requests] = message.groups
-    assert (requests.form.model, requests.form.version, requests.form.rows, requests.ids) == ("double", "1", 1, (1,))
+    assert (requests.form.model, requests.form.version, requests.form.rows, requests.ids) == ("double", "~1", 1, (1,))
     assert requests.timeouts_us[0] == pytest.approx(30e6, rel=0.1)
     assert unpack_layout(requests.form.body).tensors == (Tensor("x", "FP32", (1, 2), 0, 8),)
     assert message.blob == X
@@ -591,7 +633,7 @@ def test_explain_is_true_or_false(joined: Desk) -> None:
 
 def test_version_in_the_path_is_the_one_that_is_asked(desk: Desk) -> None:
     desk.join(ready(version="1"), ready(version="2"))
-    for url, want in (("double", "2"), ("double/versions/1", "1"), ("double/versions/2", "2")):
+    for url, want in (("double", "~2"), ("double/versions/1", "1"), ("double/versions/2", "2")):
         desk.begin("POST", f"/v2/models/{url}/infer", json.dumps(INFER).encode())
         assert desk.sent().groups[0].form.version == want
 

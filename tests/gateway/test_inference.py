@@ -310,11 +310,56 @@ def test_more_tensors_than_any_model_has_are_not_looked_at(key: str, each: dict[
     assert "at most" not in refusal({"inputs": [A_JSON, B_JSON], key: [each] * MAX_TENSORS})
 
 
-@pytest.mark.parametrize("length", [0, 1_000_000])
-def test_header_length_beyond_the_body_is_refused(length: int) -> None:
+def test_header_length_beyond_the_body_is_refused() -> None:
     with pytest.raises(PenstockError) as raised:
-        Parser().parse(PAIR, b"{}", length)
-    assert raised.value.message == f"Inference-Header-Content-Length is {length}, and the body has 2 bytes"
+        Parser().parse(PAIR, b"{}", 1_000_000)
+    assert raised.value.message == "Inference-Header-Content-Length is 1000000, and the body has 2 bytes"
+
+
+def single(datatype: str, shape: tuple[int, ...], batchable: bool) -> ModelSpec:
+    return PAIR._replace(inputs=(TensorSpec("x", datatype, shape),), batchable=batchable)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "declared", "batchable", "nbytes", "shape"),
+    [
+        ("FP32", (-1, 4), True, 16, (1, 4)),
+        ("FP32", (-1, 4), False, 48, (3, 4)),
+        ("FP16", (-1, -1, 2), True, 12, (1, 3, 2)),
+        ("INT64", (2,), False, 16, (2,)),
+        ("UINT8", (-1,), False, 0, (0,)),
+    ],
+)
+def test_body_without_json_is_one_row_of_the_only_input(
+    datatype: str, declared: tuple[int, ...], batchable: bool, nbytes: int, shape: tuple[int, ...]
+) -> None:
+    query, payload = Parser().parse(single(datatype, declared, batchable), bytes(range(nbytes)), 0, 2, "blue")
+    assert unpack_layout(query.form.body) == Layout((Tensor("x", datatype, shape, 0, nbytes),))
+    assert bytes(payload) == bytes(range(nbytes))
+    assert (query.style, query.id, query.form.priority, query.form.tenant) == (Style(True), "", 2, "blue")
+
+
+@pytest.mark.parametrize(("declared", "batchable", "shape"), [((-1, 1), True, (1, 1)), ((-1,), False, (1,))])
+def test_body_without_json_may_be_a_string(declared: tuple[int, ...], batchable: bool, shape: tuple[int, ...]) -> None:
+    query, payload = Parser().parse(single("BYTES", declared, batchable), "Grüße".encode(), 0)
+    assert decode("BYTES", shape, payload).ravel().tolist() == ["Grüße".encode()]
+    assert unpack_layout(query.form.body).tensors[0].shape == shape
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (PAIR, "is for models with one input; 'pair' has ['a', 'b']"),
+        (single("FP32", (-1, -1, -1), True), "input 'x' of model 'pair' is FP32 of shape [-1, -1, -1], which a body"),
+        (single("BYTES", (-1, 2), True), "input 'x' of model 'pair' is BYTES of shape [-1, 2], which a body without"),
+        (single("FP32", (-1, 4), True), "takes 16 bytes, and 7 came"),
+        (single("FP32", (-1, 2), False), "input 'x' of shape [0, 2] and data-type FP32 takes 0 bytes, and 7 came"),
+    ],
+)
+def test_body_without_json_that_does_not_fit_is_refused(spec: ModelSpec, sentence: str) -> None:
+    with pytest.raises(PenstockError) as raised:
+        Parser().parse(spec, bytes(7), 0)
+    assert (raised.value.code, sentence in raised.value.message) == (BAD_INPUT, True), raised.value.message
 
 
 @pytest.mark.parametrize("by", [-1, 1, 5])

@@ -16,6 +16,9 @@ ROUTES: Routes[str] = Routes(
         Route("POST", "/v2/models/{model}/infer", "infer"),
         Route("GET", "/both", "get both"),
         Route("POST", "/both", "post both"),
+        Route("POST", "/v1/{model}:ask", "ask", any_case=True),
+        Route("GET", "/v1/{model}", "look"),
+        Route("POST", "/v1/{model}", "other"),
     ]
 )
 
@@ -44,6 +47,11 @@ ROUTES: Routes[str] = Routes(
         ("GET", "/v2/models/a/versions/2", "version", {"model": "a", "version": "2"}),
         ("POST", "/v2/models/a/infer", "infer", {"model": "a"}),
         ("POST", "/both", "post both", {}),
+        ("POST", "/v1/a:ask", "ask", {"model": "a"}),
+        ("POST", "/V1/A:b:ASK", "ask", {"model": "A:b"}),
+        ("POST", "/v1/a:asks", "other", {"model": "a:asks"}),
+        ("POST", "/v1/ask", "other", {"model": "ask"}),
+        ("GET", "/v1/a", "look", {"model": "a"}),
     ],
 )
 def test_found(method: str, url: str, handler: str, arguments: dict[str, str]) -> None:
@@ -77,17 +85,34 @@ def test_not_found(url: str) -> None:
 @pytest.mark.parametrize(
     ("method", "url", "allow"),
     [
-        ("POST", "/v2", ("GET",)),
-        ("HEAD", "/v2", ("GET",)),
-        ("get", "/v2", ("GET",)),
-        ("GET", "/v2/models/a/infer", ("POST",)),
-        ("DELETE", "/both", ("GET", "POST")),
+        ("POST", "/v2", ("GET", "HEAD", "OPTIONS")),
+        ("get", "/v2", ("GET", "HEAD", "OPTIONS")),
+        ("\xff", "/v2", ("GET", "HEAD", "OPTIONS")),
+        ("GET", "/v2/models/a/infer", ("OPTIONS", "POST")),
+        ("HEAD", "/v2/models/a/infer", ("OPTIONS", "POST")),
+        ("DELETE", "/both", ("GET", "HEAD", "OPTIONS", "POST")),
+        ("GET", "/v1/a:ask", ("OPTIONS", "POST")),
     ],
 )
 def test_wrong_method_is_told_the_right_ones(method: str, url: str, allow: tuple[str, ...]) -> None:
     with pytest.raises(RouteError) as raised:
-        ROUTES.find(method.encode(), url.encode())
+        ROUTES.find(method.encode("latin-1"), url.encode())
     assert (raised.value.status, raised.value.sentence, raised.value.allow) == (405, "Method Not Allowed", allow)
+
+
+def test_head_is_answered_by_who_answers_get() -> None:
+    assert ROUTES.find(b"HEAD", b"/v2/models/a") == ROUTES.find(b"GET", b"/v2/models/a")
+
+
+def test_the_methods_of_a_path_and_of_the_server() -> None:
+    assert ROUTES.allowed(b"/v2/models/a/infer") == ("OPTIONS", "POST")
+    assert ROUTES.methods() == ("GET", "HEAD", "OPTIONS", "POST")
+
+
+def test_what_a_path_says_itself_goes_before_arguments() -> None:
+    routes = Routes([Route("GET", "/a/{x}", "any")])
+    routes.add([Route("GET", "/a/b", "b")])
+    assert (routes.find(b"GET", b"/a/b"), routes.find(b"GET", b"/a/c")) == (("b", {}), ("any", {"x": "c"}))
 
 
 @pytest.mark.parametrize("url", [b"/v2/models/%FF", b"/v2/models/\xff", b"/v2/models/%C3/infer", b"/%ED%A0%80"])

@@ -24,6 +24,11 @@ from penstock.wire.errors import BAD_INPUT, PenstockError
         ({"penstock-tenant": b""}, Terms()),
         ({"penstock-explain": b"1"}, Terms(explain=True)),
         ({"penstock-explain": b"0"}, Terms()),
+        ({"penstock-sticky": b"user 7"}, Terms(sticky="user 7")),
+        ({"penstock-sticky": b"x" * 256}, Terms(sticky="x" * 256)),
+        ({"penstock-sticky": b""}, Terms()),
+        ({"penstock-sticky": "Zoë".encode()}, Terms(sticky="Zoë")),
+        ({"penstock-sticky": "Zoë".encode("latin-1")}, Terms(sticky="Zoë")),
         (
             {"penstock-tenant": b"a", "penstock-priority": b"5", "penstock-timeout": b"1", "penstock-explain": b"1"},
             Terms(1, 5, "a", True),
@@ -58,6 +63,11 @@ def test_a_timeout_that_is_none_is_named_with_what_is_allowed(value: bytes) -> N
         ("priority", b"", "not ''"),
         ("priority", b"\xb2", "not "),
         ("priority", b"1" * 5000, "(5002 characters)"),
+        (
+            "sticky",
+            b"x" * 257,
+            "the header Penstock-Sticky: what a request sticks to a version by is a text of at most",
+        ),
         ("tenant", b"x" * 65, "the header Penstock-Tenant: a tenant is at most 64 printable ASCII characters"),
         ("tenant", "é".encode(), "printable ASCII"),
         ("tenant", b"a\x01b", "printable ASCII"),

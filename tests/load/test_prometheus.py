@@ -29,4 +29,5 @@ def test_the_mean_batch_is_of_what_ran_in_between() -> None:
     before, after = Reading({}, 30.0, 10.0), Reading({}, 50.0, 15.0)
     assert mean_batch(before, after) == 4.0
     assert mean_batch(before, before) is None
-    assert mean_batch(Reading({}, None, None), after) is None
+    assert mean_batch(Reading({}, None, None), after) == 50 / 15
+    assert mean_batch(before, Reading({}, None, None)) is None

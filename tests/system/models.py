@@ -105,6 +105,32 @@ def endless() -> onnx.ModelProto:
     )
 
 
+def never_ends() -> onnx.ModelProto:
+    """y [N, 2] = x [N, 2], after more rounds of a loop than anybody waits for, whatever x is."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["on"], ["goes_on"]), helper.make_node("Add", ["before", "nothing"], ["after"])],
+        "body",
+        [
+            helper.make_tensor_value_info("round", TensorProto.INT64, []),
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", TensorProto.FLOAT, ["N", 2]),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", TensorProto.FLOAT, ["N", 2]),
+        ],
+    )
+    return make_model(
+        [helper.make_node("Loop", ["rounds", "", "x"], ["y"], body=body)],
+        [("x", TensorProto.FLOAT, ["N", 2])],
+        [("y", TensorProto.FLOAT, ["N", 2])],
+        [
+            numpy_helper.from_array(np.array(1 << 60), "rounds"),
+            numpy_helper.from_array(np.zeros(1, np.float32), "nothing"),
+        ],
+    )
+
+
 def slow_wide(side: int, layers: int = 200) -> onnx.ModelProto:
     """y [N, side] = x [N, side], which is turned round again and again, an even number of times."""
     nodes = [helper.make_node("Identity", ["x"], ["h0"])]

@@ -96,7 +96,7 @@ def binary(array: Any, datatype: str, name: str = "x", size: int | None = None) 
 @pytest.mark.parametrize(
     ("length", "words"),
     [
-        ("0", "Inference-Header-Content-Length is 0"),
+        ("0", "takes 16 bytes, and 120 came"),  # a raw tensor
         ("999999", "and the body has"),
         ("-5", "not a number"),
         ("five", "not a number"),
@@ -191,10 +191,31 @@ def test_a_body_that_uses_up_its_requests_time_is_504(server: Server) -> None:
     assert b"time was up before the request was queued" in answer
 
 
+def test_plain_json(server: Server) -> None:
+    body = json.dumps({"a": [[1, 2]], "b": [[3, 4]]}).encode()
+    for path in ("sums", "sums/versions/1"):
+        status, headers, answer = server.request("POST", f"/v2/models/{path}/predict", body)
+        assert (status, headers["content-type"]) == (200, "application/json")
+        assert json.loads(answer) == {"sum": [[4, 6]], "difference": [[-2, -2]]}
+    for model, value in (("half", [[1.5, -2.0]]), ("brain", [[1.5, -2.0]]), ("strings", [["Grüße", ""]])):
+        status, _, answer = server.request("POST", f"/v2/models/{model}/predict", json.dumps({"x": value}).encode())
+        assert (status, json.loads(answer)) == (200, {"y": value})
+    status, _, answer = server.request("POST", "/v2/models/lookup/predict", b'{"i": [9]}')
+    assert (status, "model 'lookup' failed on this input" in json.loads(answer)["error"]) == (500, True)
+
+
+def test_a_body_that_is_the_only_input(server: Server) -> None:
+    for model, body in (("half", np.array([1.5, -2], "<f2").tobytes()), ("wide", bytes(200_000))):
+        headers = {"Inference-Header-Content-Length": "0"}
+        status, headers, answer = server.request("POST", f"/v2/models/{model}/infer", body, headers)
+        at = int(headers["inference-header-content-length"])
+        assert (status, json.loads(answer[:at])["outputs"][0]["shape"][0], answer[at:]) == (200, 1, body)
+
+
 def test_paths_and_methods(server: Server) -> None:
     assert server.request("GET", "/v2/")[0] == 200
     status, headers, answer = server.request("GET", "/v2/models/dense/infer")
-    assert (status, headers["allow"], json.loads(answer)) == (405, "POST", {"error": "Method Not Allowed"})
+    assert (status, headers["allow"], json.loads(answer)) == (405, "OPTIONS, POST", {"error": "Method Not Allowed"})
     status, _, answer = server.request("GET", "/v3")
     assert (status, json.loads(answer)) == (404, {"error": "Not Found"})
     assert server.request("GET", "/v2/models/names%20with%20spaces%20%C3%A9")[0] == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +14,8 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
-from tests.system.servers import Server
+from tests.system.models import dense, write
+from tests.system.servers import Server, StartServer, wait_for
 
 A = np.array([[1, 2], [3, 4]], np.int32)
 B = np.array([[10, 20], [30, 40]], np.int32)
@@ -125,6 +127,70 @@ def test_errors_arrive_as_exceptions_with_their_sentence(client: Any) -> None:
         client.infer("lookup", one("i", np.zeros(1, np.float32), "FP32"))
     with pytest.raises(InferenceServerException, match="unexpected inference output 'NOPE' for model 'sums'"):
         client.infer("sums", sums(), outputs=[triton.InferRequestedOutput("NOPE")])
+
+
+def test_statistics_are_those_of_the_whole_server(client: Any) -> None:
+    model = "names with spaces é"  # which no other test here asks
+
+    def told(version: str = "") -> dict[str, Any]:
+        [stats] = client.get_inference_statistics(model, version)["model_stats"]
+        assert (stats["name"], stats["version"]) == (model, "1")
+        return dict(stats)
+
+    assert told()["inference_stats"]["success"] == {"count": 0, "ns": 0}
+    rows = np.ones((2, 4), np.float32)
+    for _ in range(3):
+        client.infer(model, one("x", rows, "FP32"))
+    wait_for(lambda: told()["inference_count"] == 6, "the worker to tell")
+    stats = told("1")
+    assert stats["execution_count"] == 3
+    for part in ("success", "queue", "compute_infer"):
+        assert stats["inference_stats"][part]["count"] == 3
+        assert stats["inference_stats"][part]["ns"] > 0
+    assert stats["inference_stats"]["fail"]["count"] == 0
+    names = {each["name"] for each in client.get_inference_statistics()["model_stats"]}
+    assert {"dense", "sums", model} <= names
+    with pytest.raises(InferenceServerException, match="Request for unknown model: 'nope' is not found"):
+        client.get_inference_statistics("nope")
+
+
+def test_the_configuration_of_models(client: Any) -> None:
+    config = client.get_model_config("sums")
+    assert (config["name"], config["backend"], config["dynamic_batching"]) == ("sums", "onnxruntime", {})
+    assert config["max_batch_size"] >= 1
+    assert config["input"] == [{"name": name, "data_type": "TYPE_INT32", "dims": [2]} for name in ("a", "b")]
+    assert client.get_model_config("strings", "1")["output"] == [{"name": "y", "data_type": "TYPE_STRING", "dims": [2]}]
+    with pytest.raises(InferenceServerException, match="Request for unknown model: 'nope' is not found"):
+        client.get_model_config("nope")
+
+
+def test_the_extensions_are_those_that_work(client: Any) -> None:
+    assert client.get_server_metadata()["extensions"] == [
+        "binary_tensor_data",
+        "schedule_policy",
+        "model_repository",
+        "model_repository(unload_dependents)",
+        "statistics",
+        "model_configuration",
+    ]
+
+
+def test_models_are_listed_loaded_and_unloaded(start_server: StartServer, tmp_path: Path) -> None:
+    write(tmp_path / "models", "dense", dense())
+    config = tmp_path / "penstock.toml"
+    config.write_text('[worker]\nmodel_control = "explicit"\n')
+    server = start_server(str(tmp_path / "models"), f"--config={config}")
+    rows = np.ones((1, 4), np.float32)
+    with triton.InferenceServerClient(f"{server.host}:{server.port}") as client:
+        client.load_model("dense")
+        assert client.get_model_repository_index() == [{"name": "dense", "version": "1", "state": "READY"}]
+        assert client.infer("dense", one("x", rows, "FP32")).as_numpy("y").shape == (1, 3)
+        client.load_model("dense", config='{"max_batch_size": 8}')
+        assert client.get_model_config("dense")["max_batch_size"] == 8
+        client.unload_model("dense")
+        assert not client.is_model_ready("dense")
+        with pytest.raises(InferenceServerException):
+            client.load_model("nope")
 
 
 def test_the_aio_client(server: Server) -> None:

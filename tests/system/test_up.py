@@ -14,8 +14,8 @@ import onnx
 import pytest
 
 from penstock.client import Client
-from tests.system.models import dense, write
-from tests.system.servers import PENSTOCK, Server, StartServer, wait_for
+from tests.system.models import dense, never_ends, write
+from tests.system.servers import PENSTOCK, Process, Server, StartServer, wait_for
 
 ROOT = Path(__file__).parents[2]
 SEVEN = ROOT / "examples" / "digits" / "seven.json"
@@ -61,6 +61,27 @@ def test_a_repository_serves_the_highest_version_of_each_model(start_server: Sta
     assert json.loads(body)["error"] == "Request for unknown model: 'net' version 2 is not found"
 
 
+def test_a_model_for_another_device_is_left_alone(start_server: StartServer, tmp_path: Path) -> None:
+    models = str(tmp_path / "models")
+    write(tmp_path / "models", "gpu", dense(), config='devices = ["cuda"]\n')
+    done = run("up", models, "--device=cpu", f"--runtime-dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"penstock: {models} has no model for cpu: see 'devices' in the model.toml of each, and --device\n"
+    )
+    write(tmp_path / "models", "net", dense())
+    server = start_server(models, "--device=cpu")
+    assert server.infer("net", ONE_ROW)[0] == 200
+    assert server.infer("gpu", ONE_ROW)[0] == 404
+    write(tmp_path / "others", "gpu", dense(), config='devices = ["cuda"]\n')
+    arguments = ["worker", str(tmp_path / "others"), "--device=cpu", "--name=idle", f"--runtime-dir={server.runtime}"]
+    idle = Process(arguments)
+    wait_for(lambda: idle.said("models loaded"), "a worker that has nothing to do for now")
+    wait_for(lambda: server.metrics()["penstock_workers"] == 2, "the broker to know it")
+    assert server.infer("net", ONE_ROW)[0] == 200
+    assert idle.end() == 0, idle.errors
+
+
 def test_one_bad_model_among_good_ones_is_named_and_the_others_serve(start_server: StartServer, tmp_path: Path) -> None:
     write(tmp_path / "models", "good", dense())
     (tmp_path / "models" / "bad" / "1").mkdir(parents=True)
@@ -80,6 +101,24 @@ def test_one_bad_model_among_good_ones_is_named_and_the_others_serve(start_serve
     ]
     assert "InvalidProtobuf" not in listed
     assert "cannot be loaded" in listed
+
+
+def test_model_whose_warm_up_never_ends_is_named_and_the_others_serve(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    write(tmp_path / "models", "good", dense())
+    write(tmp_path / "models", "never", never_ends())
+    config = tmp_path / "penstock.toml"
+    config.write_text("[worker]\ntrial_max_s = 2\n")
+    server = start_server(str(tmp_path / "models"), f"--config={config}")
+    assert server.infer("good", ONE_ROW)[0] == 200
+    listed = run("models", f"--runtime-dir={server.runtime}").stdout
+    assert [line.split()[:3] for line in listed.splitlines()[1:]] == [
+        ["good", "1", "READY"],
+        ["never", "1", "UNAVAILABLE"],
+    ]
+    assert "its trial took longer than 2 s and was ended" in listed
+    assert "raise [worker] trial_max_s" in listed
 
 
 def test_two_workers_and_two_gateways_all_take_part(start_server: StartServer, repository: Path) -> None:

@@ -10,8 +10,10 @@ from penstock.wire.datatypes import DATATYPES, MAX_ELEMENTS
 from penstock.wire.errors import CODES
 from penstock.wire.fields import U64_MAX
 from penstock.wire.messages import (
+    ACTIONS,
     BATCH_REASONS,
     COMPLETE,
+    CONTROLS,
     FAILED,
     FROM_CALLER,
     FROM_WORKER,
@@ -43,9 +45,12 @@ from penstock.wire.messages import (
     HelloWanted,
     Hung,
     Leaving,
+    Loads,
     Message,
     Metrics,
     Models,
+    Order,
+    Ordered,
     Outcome,
     Ping,
     Pong,
@@ -57,6 +62,9 @@ from penstock.wire.messages import (
     Stuck,
     Submit,
     Tasks,
+    Unload,
+    Version,
+    Wake,
     Welcome,
     WorkerAddress,
     WorkerHello,
@@ -64,7 +72,7 @@ from penstock.wire.messages import (
     Workers,
 )
 from penstock.wire.metrics import FAMILIES, HISTOGRAM, MAX_NUMBER, Exemplar, Sample
-from penstock.wire.models import READY, STATES, Layout, ModelSpec, ModelState, Tensor, TensorSpec
+from penstock.wire.models import SERVED, STATES, WHOLE, Layout, Load, ModelSpec, ModelState, Route, Tensor, TensorSpec
 
 KINDS: dict[int, type[Message]] = {**FROM_CALLER, **FROM_WORKER, **TO_CALLER, **TO_WORKER, **ON_PUBLICATION}
 
@@ -90,8 +98,8 @@ row_specs = few(st.builds(TensorSpec, names, datatypes, few(dimensions, 1)), 1)
 specs = st.builds(
     ModelSpec, names, names, names, tensor_specs, tensor_specs, st.just(False), st.integers(1, 1 << 32)
 ) | st.builds(ModelSpec, names, names, names, row_specs, tensor_specs, st.just(True), st.integers(1, 1 << 32))
-states = st.builds(ModelState, names, names, st.sampled_from(sorted(STATES - {READY})), names, st.none() | specs)
-models = few(states | st.builds(ModelState, names, names, st.just(READY), names, specs))
+states = st.builds(ModelState, names, names, st.sampled_from(sorted(STATES - SERVED)), names, st.none() | specs)
+models = few(states | st.builds(ModelState, names, names, st.sampled_from(sorted(SERVED)), names, specs))
 layouts = st.builds(Layout, few(tensors), few(names))
 outcomes = st.builds(Outcome, names, names, few(tensors))
 failures = st.builds(Failure, st.sampled_from(sorted(CODES)), names, u32)
@@ -155,6 +163,11 @@ def costs(draw: st.DrawFn) -> Cost:
     return Cost(draw(names), draw(names), *limits, tuple(rows), times)
 
 
+labels = few(st.tuples(names, names))
+routes = few(st.builds(Route, names, few(names), labels, few(st.tuples(names, st.integers(0, WHOLE)))))
+versions = few(st.builds(Version, names, names))
+loads = few(st.builds(Load, names, names))
+failures = st.builds(Failure, st.sampled_from(sorted(CODES)), names, u32)
 refusals = st.builds(Refusal, u64, st.sampled_from(sorted(CODES)), names, u32)
 batches = st.builds(Batch, u64, u32, st.sampled_from(sorted(BATCH_REASONS)), u64, u64)
 snapshots = st.builds(Snapshot, names, few(samples()))
@@ -191,13 +204,29 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     CallerHello: st.builds(CallerHello, u64, names, u32, flags),
     Submit: carriers(Submit, requests(), id_ranges, few(u64)),
     Ask: st.builds(Ask, u64, u64),
-    Beat: st.builds(Beat, u64, few(samples())),
+    Beat: st.builds(Beat, u64, few(samples()), flags),
     Bye: st.builds(Bye, u64),
     Leaving: st.builds(Leaving, u64),
     WorkerHello: st.builds(
-        WorkerHello, u64, names, st.text(min_size=1, max_size=8), u32, few(names), st.integers(1, 1 << 16), models
+        WorkerHello,
+        u64,
+        names,
+        st.text(min_size=1, max_size=8),
+        u32,
+        few(names),
+        st.integers(1, 1 << 16),
+        models,
+        routes,
+        st.sampled_from(sorted(CONTROLS)),
+        loads,
+        names,
     ),
-    WorkerModels: st.builds(WorkerModels, u64, models),
+    WorkerModels: st.builds(WorkerModels, u64, models, versions, routes, st.integers(1, 1 << 16), u64),
+    Order: st.builds(Order, u64, u64, st.sampled_from(sorted(ACTIONS)), names, names),
+    Ordered: st.builds(Ordered, u64, u64, st.none() | failures),
+    Unload: st.builds(Unload, u64, versions),
+    Loads: st.builds(Loads, u64, u64, loads),
+    Wake: st.builds(Wake, u64, names, names),
     Attached: st.builds(Attached, u64, peers, u64, flags),
     Done: st.builds(Done, u64, few(finished)),
     Ping: st.builds(Ping, u64),
@@ -206,7 +235,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     Costs: st.builds(Costs, u64, few(costs())),
     Welcome: st.builds(Welcome, u64, names, flags, u64),
     HelloWanted: st.builds(HelloWanted, u64),
-    Models: st.builds(Models, u64, models),
+    Models: st.builds(Models, u64, models, routes, names),
     Workers: st.builds(Workers, u64, few(st.builds(WorkerAddress, peers, names, u64, names))),
     Refusals: st.builds(Refusals, u64, few(refusals)),
     Metrics: st.builds(Metrics, u64, u64, few(snapshots)),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from penstock.wire import metrics
 from penstock.wire.errors import BadMessage
 from penstock.wire.metrics import (
     FAMILIES,
@@ -14,9 +15,11 @@ from penstock.wire.metrics import (
     MAX_SERIES,
     ROWS,
     SECONDS,
+    WHOLE_EVERY,
     Histogram,
     Meters,
     Sample,
+    Series,
     check_samples,
 )
 
@@ -143,3 +146,47 @@ def test_a_sample_that_would_spoil_the_report_is_refused(sample: Any, sentence: 
 def test_bounds_of_seconds_reach_from_microseconds_to_the_longest_wait() -> None:
     assert SECONDS[0] <= 0.0001
     assert SECONDS[-1] >= 30
+
+
+def test_what_has_changed_is_told_and_everything_now_and_then() -> None:
+    meters, told = Meters(), Series()
+    one, other = meters.value("penstock_model_ready", "m", "1"), meters.value("penstock_model_ready", "m", "2")
+    seconds = meters.histogram("penstock_queue_seconds", "m", "1")
+
+    def tell() -> tuple[int, bool]:
+        samples, whole = meters.changes()
+        told.take(samples, whole)
+        assert sorted(told.samples()) == sorted(meters.samples())
+        return len(samples), whole
+
+    assert tell() == (3, True)
+    assert tell() == (0, False)
+    one.value = 1
+    assert tell() == (1, False)
+    seconds.observe(0.0)
+    other.value = 2
+    assert tell() == (2, False)
+    meters.tell_all()
+    assert tell() == (3, True)
+    assert [tell() for _ in range(WHOLE_EVERY + 1)] == [*[(0, False)] * WHOLE_EVERY, (3, True)]
+
+
+def test_series_go_with_their_model() -> None:
+    meters, told = Meters(), Series()
+    for version in ("1", "2"):
+        meters.value("penstock_model_ready", "m", version).value = 1
+        meters.histogram("penstock_queue_seconds", "m", version).observe(1.0)
+    meters.value("penstock_bad_messages", "worker").value = 3
+    told.take(*meters.changes())
+    meters.forget("m", "1")
+    told.take(*meters.changes())
+    assert {sample.labels for sample in told.samples()} == {("m", "2"), ("worker",)}
+
+
+def test_a_peer_cannot_tell_of_more_series_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MAX_SAMPLES", 2)
+    told = Series()
+    for version in "123":
+        told.take((Sample("penstock_model_ready", ("m", version), 1),), False)
+    told.take((Sample("penstock_model_ready", ("m", "1"), 0),), False)
+    assert [(sample.labels[1], sample.value) for sample in told.samples()] == [("1", 0), ("2", 1)]

@@ -43,13 +43,14 @@ from penstock.wire.slots import Slots
 from penstock.wire.tensors import Array, decode, encode
 from penstock.worker.batcher import Batch
 from penstock.worker.config import ModelConfig
-from penstock.worker.core import Core, Identity
+from penstock.worker.core import Core
 from penstock.worker.events import Command, Event, Loaded, Publish, Run, Subscribed
 from penstock.worker.execute import Executed, execute
 from penstock.worker.lots import Lot
 from penstock.worker.model import Model, load
 from penstock.worker.options import MAX_COMPUTE_S
 from penstock.worker.plan import Plan
+from penstock.worker.serving import Identity
 
 Dims: TypeAlias = Sequence[int | str | None] | None
 Ports: TypeAlias = Mapping[str, tuple[int, Dims]]  # by name: the element type and the dimensions

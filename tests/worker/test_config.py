@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from penstock.worker.config import (
     DEFAULT_BATCH_SIZE,
+    FILE_BYTES_MAX,
     ConfigError,
     ModelConfig,
     load_config,
@@ -46,14 +49,19 @@ def test_a_time_to_compute_is_read(path: Path) -> None:
 
 
 def complaint(path: Path, content: str) -> str:
-    """What is wrong with a file, without its name."""
+    """What is wrong with a file, without its name and the line."""
+    return re.sub(r"^(\d+:)? ", "", located(path, content))
+
+
+def located(path: Path, content: str) -> str:
+    """The same, with the line."""
     path.write_text(content)
     with pytest.raises(ConfigError) as raised:
         load_config(path)
     text = str(raised.value)
-    assert text.startswith(f"{path}: ")
+    assert text.startswith(f"{path}:")
     assert "\n" not in text
-    return text.removeprefix(f"{path}: ")
+    return text.removeprefix(f"{path}:")
 
 
 def test_without_a_file_everything_has_its_default(path: Path) -> None:
@@ -136,15 +144,15 @@ def test_delay_over_a_minute_is_refused(path: Path, value: str) -> None:
     [("max_batchsize", "max_batch_size"), ("instance", "instances"), ("max_queue_delay_ms", "max_queue_delay")],
 )
 def test_unknown_key_suggests_the_one_that_was_meant(path: Path, key: str, near: str) -> None:
-    assert complaint(path, f"{key} = 1") == f"unknown key '{key}'; did you mean '{near}'?"
+    assert complaint(path, f"{key} = 1") == f"key '{key}': unknown; did you mean '{near}'?"
 
 
 def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
     text = complaint(path, "[zebra]\nx = 1")
     assert text == (
-        "unknown key 'zebra'; known keys are version_policy, max_batch_size, max_queue_delay, latency_target, "
-        "preferred_batch_sizes, weight, instances, intra_op_threads, intra_op_spinning, max_compute, providers, "
-        "gpu_memory_limit, gpu_arena, cudnn_search, tf32, fp16, cuda_graphs"
+        "key 'zebra': unknown; known keys are version_policy, labels, traffic, devices, max_batch_size, "
+        "max_queue_delay, latency_target, preferred_batch_sizes, weight, instances, intra_op_threads, "
+        "intra_op_spinning, max_compute, providers, gpu_memory_limit, gpu_arena, cudnn_search, tf32, fp16, cuda_graphs"
     )
 
 
@@ -259,9 +267,24 @@ def test_bytes_that_are_not_utf8_are_a_sentence(path: Path) -> None:
         load_config(path)
 
 
+def test_a_file_has_a_limit(path: Path) -> None:
+    path.write_text("#" * FILE_BYTES_MAX)
+    assert load_config(path) == ModelConfig()
+    path.write_text("#" * (FILE_BYTES_MAX + 1))
+    with pytest.raises(ConfigError, match="more than 1048576 bytes, so it is no configuration; replace it"):
+        load_config(path)
+
+
 def test_directory_in_its_place_is_a_sentence(path: Path) -> None:
     path.mkdir()
     with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_would_never_end_is_not_read(path: Path, make: Callable[[Path], None]) -> None:
+    make(path)
+    with pytest.raises(ConfigError, match="it is no file, so it is no configuration; replace it"):
         load_config(path)
 
 
@@ -306,3 +329,147 @@ def test_what_is_no_version_policy(path: Path, value: str) -> None:
     text = complaint(path, f"version_policy = {value}")
     assert text.startswith("key 'version_policy")
     assert text.endswith('; write "latest", "all", {latest = 2} or [3, 5]')
+
+
+# --- labels, traffic, devices ---
+
+
+def test_labels_traffic_and_devices_are_read(path: Path) -> None:
+    path.write_text(
+        'labels = {stable = 3, "blue / green"= 4}\n'.replace(" / ", "|")
+        + 'traffic = {stable = 60, "blue|green" = 0, "7" = 40}\ndevices = ["cuda:0", "cpu"]\n'
+    )
+    config = load_config(path)
+    assert config.labels == {"stable": 3, "blue|green": 4}
+    assert config.traffic == {"stable": 60, "blue|green": 0, "7": 40}
+    assert config.devices == ("cuda:0", "cpu")
+
+
+def test_without_them_there_are_none(path: Path) -> None:
+    config = load_config(path)
+    assert (config.labels, config.traffic, config.devices) == ({}, {}, None)
+    path.write_text("labels = {}\ntraffic = {}\n")
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "a label has 1 to 64 characters, not 0"),
+        ("x" * 65, "a label has 1 to 64 characters, not 65"),
+        ("a/b", "without '/'"),
+        ("a\\tb", "can be printed"),
+        ("12", "a whole number looks like a version; call it 'v12'"),
+    ],
+)
+def test_what_a_label_is_not_called(path: Path, name: str, words: str) -> None:
+    text = complaint(path, f'labels = {{ok = 1, "{name}" = 3}}')
+    assert text.startswith("key 'labels.")
+    assert words in text
+
+
+@pytest.mark.parametrize("value", ['"3"', "-1", "1.5", "true", "[3]"])
+def test_a_label_names_a_version(path: Path, value: str) -> None:
+    assert complaint(path, f"labels = {{ok = 1, stable = {value}}}").startswith("key 'labels.stable': Expected `int`")
+
+
+def test_labels_have_a_limit(path: Path) -> None:
+    some = [f"l{number} = 1" for number in range(65)]
+    path.write_text(f"labels = {{{', '.join(some[:-1])}}}")
+    assert len(load_config(path).labels) == 64
+    assert complaint(path, f"labels = {{{', '.join(some)}}}") == "key 'labels': Expected `object` of length <= 64"
+
+
+@pytest.mark.parametrize(
+    ("traffic", "said"),
+    [
+        ("{stable = 95, canary = 50}", "key 'traffic': it adds up to 145; make it 100"),
+        ("{stable = 99}", "key 'traffic': it adds up to 99; make it 100"),
+        ("{stable = 101}", "key 'traffic.stable': Expected `int` <= 100"),
+        ("{stable = -1, canary = 101}", "key 'traffic.stable': Expected `int` >= 0"),
+        ("{stable = 99.5}", "key 'traffic.stable': Expected `int`, got `float`"),
+        (
+            "{stable = 95, canry = 5}",
+            "key 'traffic.canry': it is neither a label of this file nor a version's number; did you mean 'canary'?",
+        ),
+        ("{zebra = 100}", "key 'traffic.zebra': it is neither a label of this file nor a version's number; labels are"),
+        ('{"03" = 100}', "key 'traffic.03': it is neither a label"),
+        ("{}\n[canary]", "key 'canary': unknown"),
+        ("3", "key 'traffic': Expected `object`, got `int`"),
+    ],
+)
+def test_what_traffic_cannot_say(path: Path, traffic: str, said: str) -> None:
+    assert complaint(path, f"labels = {{stable = 3, canary = 4}}\ntraffic = {traffic}").startswith(said)
+
+
+def test_traffic_may_go_to_versions_alone(path: Path) -> None:
+    path.write_text('traffic = {"3" = 100}')
+    assert load_config(path).traffic == {"3": 100}
+    assert complaint(path, "traffic = {stable = 100}").endswith("there are no labels")
+
+
+@pytest.mark.parametrize("value", ['["gpu"]', '["cuda:"]', '["cuda:x"]', '["CPU"]', '["cpu", "cuda:0,cpu"]', '["\\n"]'])
+def test_what_is_no_device(path: Path, value: str) -> None:
+    assert re.fullmatch(r"key 'devices\[\d\]': '.*' is no device; write .*", complaint(path, f"devices = {value}"))
+
+
+@pytest.mark.parametrize("value", ["[]", '"cpu"', "[0]", f"[{', '.join(['0'] * 65)}]"])
+def test_devices_are_1_to_64_names(path: Path, value: str) -> None:
+    assert complaint(path, f"devices = {value}").startswith("key 'devices")
+
+
+@pytest.mark.parametrize(
+    ("devices", "on"),
+    [
+        (None, ["cpu", "cuda:0", "cuda:1"]),
+        (("cpu",), ["cpu"]),
+        (("cuda",), ["cuda:0", "cuda:1"]),
+        (("cuda:1", "cpu"), ["cpu", "cuda:1"]),
+    ],
+)
+def test_a_model_is_loaded_on_its_devices(devices: tuple[str, ...] | None, on: list[str]) -> None:
+    config = ModelConfig(devices=devices)
+    assert [device for device in ("cpu", "cuda:0", "cuda:1") if config.loaded_on(device)] == on
+
+
+# --- where it stands ---
+
+
+@pytest.mark.parametrize(
+    ("content", "begin"),
+    [
+        ("# one\n\nmax_batch_sise = 3", "3: key 'max_batch_sise': unknown; did you mean 'max_batch_size'?"),
+        ('# """\ninstances = "#"', "2: key 'instances': Expected `int`"),
+        ('max_compute = """\n\n"""\ninstances = 0', "4: key 'instances': Expected `int` >= 1"),
+        ("\n[labels]\nstable = 1\ncanary = true", "4: key 'labels.canary': "),
+        ("\nlabels.stable = 1\nlabels.canary = true", "3: key 'labels.canary': "),
+        ('\n[labels]\nstable = 1\n"a/b" = 2', "4: key 'labels.a/b': "),
+        ("[labels]\na = 1\n[traffic]\n\nb = 100", "5: key 'traffic.b': "),
+        ("[labels]\na = 1\n[traffic]\n\na = 99", "3: key 'traffic': it adds up to 99"),
+        ("preferred_batch_sizes = [\n 1,\n 0,\n]", "3: key 'preferred_batch_sizes[1]': "),
+        ('devices = [\n "cpu",\n "gpu",\n]', "3: key 'devices[1]': "),
+        ("\nversion_policy = {newest = 1}", "2: key 'version_policy"),
+        ('weight = 2\n\nmax_queue_delay = "2"', "3: key 'max_queue_delay': '2' is not a duration"),
+        ('\nmax_compute = "0s"', "2: key 'max_compute': it is more than nothing"),
+        ('max_queue_delay = "2ms"\nlatency_target = "50ms"', "2: keys 'latency_target' and 'max_queue_delay': "),
+        ("\npreferred_batch_sizes = [2]\nmax_batch_size = 3", "2: keys 'preferred_batch_sizes' and "),
+        ('\n\nproviders = ["cpu", "cuda"]', "3: key 'providers': "),
+        ("\nfp16 = true", "2: key 'fp16': "),
+        ("\r\ncuda_graphs = true\r\ninstances = 2\r\n", "2: key 'cuda_graphs': "),
+        ("\ninstances = \n", "2: Invalid value (column 13)"),
+        ("\n\ninstances", "3: Expected '=' after a key in a key/value pair (at end of document)"),
+        ('\nmax_compute = """\n\n', "3: "),
+        ('\n"a\\nb" = 3', "2: key 'a?b': unknown"),
+        (f"\n{'a' * 300} = 3", f"2: key '{'a' * 80}...': unknown"),
+        ("\n'' = 3", "2: key '': unknown"),
+    ],
+)
+def test_an_error_names_the_line_of_its_key(path: Path, content: str, begin: str) -> None:
+    assert located(path, content).startswith(begin)
+
+
+def test_bytes_that_are_not_utf8_have_a_line(path: Path) -> None:
+    path.write_bytes(b"instances = 1\n# \xff")
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    assert str(raised.value).startswith(f"{path}:2: 'utf-8'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from penstock.wire.errors import BAD_INPUT, DEADLINE, MODEL_FAILED, UNAVAILABLE
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
@@ -33,16 +34,36 @@ from penstock.wire.messages import (
     HelloWanted,
     Hung,
     Leaving,
+    Loads,
     Stuck,
     Tasks,
+    Unload,
+    Version,
+    Wake,
     Welcome,
     WorkerHello,
     WorkerModels,
 )
-from penstock.wire.models import LOADING, READY, ModelState
+from penstock.wire.models import IDLE, LOADING, READY, Load, ModelState, Route
 from penstock.wire.models import UNAVAILABLE as NOT_LOADED
 from penstock.worker import core
-from penstock.worker.events import Command, DeviceLost, GiveUp, Loaded, Publish, Run, Unsubscribed
+from penstock.worker.events import (
+    Command,
+    DeviceLost,
+    Discard,
+    Followed,
+    GiveUp,
+    Grown,
+    Loaded,
+    Order,
+    Publish,
+    Rested,
+    Routed,
+    Run,
+    Tried,
+    Unsubscribed,
+    Unwanted,
+)
 from penstock.worker.execute import Executed, execute
 from penstock.worker.model import Model
 from penstock.worker.options import MAX_COMPUTE_S
@@ -78,6 +99,12 @@ def index(requests: Requests, lookup: Model) -> Callable[[int], Request]:
 def ids(talk: Talk, commands: list[Command], caller: bytes = A) -> list[int]:
     """Whose answers are published for a caller."""
     return [number for number, _ in talk.heard(commands, caller)]
+
+
+def told(talk: Talk, commands: list[Command]) -> dict[int, list[list[float]]]:
+    """Results that are published for caller a."""
+    found = talk.heard(commands, A)
+    return {number: answer["y"].tolist() for number, answer in found if not isinstance(answer, Failure)}
 
 
 def failure(talk: Talk, commands: list[Command], caller: bytes = A) -> Failure:
@@ -783,6 +810,7 @@ def test_broker_that_welcomes_a_worker_is_told_what_its_models_take(
 def test_broker_is_told_of_a_model_that_is_loaded_later(start_talk: StartTalk, steady: Model, double: Model) -> None:
     talk = start_talk(double)
     talk.join()
+    talk.wait(0.1)
     commands = talk.load(steady)
     assert costs(talk, commands).keys() == {"steady"}
     kinds = [type(command.message) for command in commands if isinstance(command, Say)]
@@ -995,17 +1023,182 @@ def test_more_forms_than_are_remembered_are_served_all_the_same(
 # --- models ---
 
 
-def test_change_of_a_model_is_told_with_all_models(start_talk: StartTalk, double: Model, lookup: Model) -> None:
+def test_change_of_a_model_is_told_alone(start_talk: StartTalk, double: Model, lookup: Model) -> None:
     talk = start_talk(double)
     talk.join()
+    talk.wait(0.1)
     [models] = talk.said(talk.load(lookup), WorkerModels)
-    assert [(state.name, state.state) for state in models.models] == [("double", READY), ("lookup", READY)]
+    assert [(state.name, state.state) for state in models.models] == [("lookup", READY)]
+    assert (models.gone, models.routes, models.instances, models.heard) == ((), (), 1, 0)
     assert count(talk, "penstock_model_ready", "lookup", "1") == 1
+
+
+def test_many_changes_are_told_together_ten_times_a_second(
+    start_talk: StartTalk, double: Model, slow: Model, lookup: Model
+) -> None:
+    talk = start_talk()
+    talk.hear(BrokerFound())
+    talk.join()
+    assert talk.said(talk.load(double), WorkerModels)
+    for model in (slow, lookup):
+        assert talk.said(talk.load(model), WorkerModels) == []
+    assert talk.core.due() == pytest.approx(talk.now + 0.1)
+    [models] = talk.said(talk.wait(0.1), WorkerModels)
+    assert [state.name for state in models.models] == ["slow", "lookup"]
+    assert talk.said(talk.wait(0.2), WorkerModels) == []
+
+
+def test_what_was_idle_and_is_loaded_is_told_before_it_can_be_idle_again(start_talk: StartTalk, double: Model) -> None:
+    """Else the broker would hear nothing of it, and say only once that it can go."""
+    talk = start_talk()
+    talk.join()
+    talk.load(double)
+    idle = ModelState("double", "1", IDLE, "", double.spec)
+    talk.wait(0.1)
+    talk.hear(Loaded(idle, None))
+    talk.hear(Rested("double", "1"))
+    said = [*talk.said(talk.load(double), WorkerModels), *talk.said(talk.hear(Loaded(idle, None)), WorkerModels)]
+    said += talk.said(talk.wait(0.1), WorkerModels)
+    assert [state.state for each in said for state in each.models] == [READY, IDLE]
+
+
+def test_routes_are_told_and_in_the_hello(talk: Talk) -> None:
+    talk.wait(0.1)
+    route = Route("double", ("1",), (("stable", "1"),))
+    [models] = talk.said(talk.hear(Routed(route)), WorkerModels)
+    assert (list(models.models), list(models.routes)) == ([], [route])
+    [hello] = talk.said(talk.tell(HelloWanted(7)), WorkerHello)
+    assert list(hello.routes) == [route]
+    talk.join(8)
+    talk.wait(0.1)
+    [models] = talk.said(talk.hear(Routed(Route("double"))), WorkerModels)
+    assert list(models.routes) == [Route("double")]
+    [hello] = talk.said(talk.tell(HelloWanted(8)), WorkerHello)
+    assert list(hello.routes) == []
+
+
+def test_what_the_broker_says_of_models_is_for_their_keeper(talk: Talk) -> None:
+    for message in (Unload(7, (Version("double", "1"),)), Wake(7, "double", "1"), Loads(7, 3, (Load("m", "{}"),))):
+        assert talk.tell(message) == [Order(message)]
+    [hello] = talk.said(talk.tell(HelloWanted(7)), WorkerHello)
+    assert list(hello.loads) == [Load("m", "{}")]
+
+
+def test_an_order_that_was_followed_is_told_at_once(talk: Talk, lookup: Model) -> None:
+    talk.wait(0.1)
+    talk.hear(Routed(Route("lookup", ("1",))))
+    talk.load(lookup)
+    assert talk.hear(Followed(6, 9)) == [], "that was another broker's"
+    [models] = talk.said(talk.hear(Followed(7, 3)), WorkerModels)
+    assert (models.heard, [state.name for state in models.models]) == (3, ["lookup"])
+    talk.join(8)
+    talk.wait(0.1)
+    [models] = talk.said(talk.hear(Routed(Route("lookup"))), WorkerModels)
+    assert models.heard == 0
+
+
+def test_a_version_that_nobody_asks_for_goes_when_nothing_of_it_is_held(talk: Talk, row: Request) -> None:
+    talk.wait(0.1)
+    talk.assign(A, [1], row)
+    talk.assign(A, [2], row)
+    assert talk.hear(Unwanted("double", "1")) == []
+    assert ids(talk, talk.finish()) == [1]
+    commands = talk.finish()
+    [models] = talk.said(commands, WorkerModels)
+    assert (list(models.models), list(models.gone)) == ([], [Version("double", "1")])
+    [discard] = [command for command in commands if isinstance(command, Discard)]
+    assert [model.spec.name for model in discard.models] == ["double"]
+    assert not [sample for sample in talk.core.meters.samples() if sample.labels[:2] == ("double", "1")]
+    assert failure(talk, talk.assign(A, [3], row)).code == UNAVAILABLE
+
+
+def test_a_model_that_is_gone_leaves_no_reference(
+    start_talk: StartTalk, workshop: Workshop, requests: Requests
+) -> None:
+    model = workshop.unary("Identity", FLOAT, ["N", 2], name="fleeting")
+    talk = start_talk(model)
+    talk.join()
+    talk.expect(A)
+    talk.subscribe(A)
+    talk.assign(A, [1], requests.ask(model, {"x": np.array([[1, 2]], np.float32)}))
+    talk.finish()
+    gone = weakref.ref(model)
+    del model
+    [discard] = [each for each in talk.hear(Unwanted("fleeting", "1")) if isinstance(each, Discard)]
+    assert gone() is not None
+    discard.models.clear()
+    assert gone() is None
+
+
+def test_a_version_that_is_wanted_again_in_time_stays(talk: Talk, row: Request, double: Model) -> None:
+    talk.wait(0.1)
+    talk.assign(A, [1], row)
+    talk.hear(Unwanted("double", "1"))
+    talk.load(double)
+    commands = talk.finish()
+    assert not [command for command in commands if isinstance(command, Discard) and not command.models]
+    assert all(not models.gone for models in talk.said(commands, WorkerModels))
+    talk.assign(A, [2], row)
+    assert ids(talk, talk.finish()) == [2]
+
+
+def test_requests_keep_the_model_that_they_were_planned_for_and_batches_have_one(
+    talk: Talk, workshop: Workshop, requests: Requests
+) -> None:
+    node = helper.make_node("Mul", ["x", "ten"], ["y"])
+    port = (FLOAT, ["N", "M"])
+    ten = {"ten": np.array([10], np.float32)}
+    tenfold = workshop.make([node], {"x": port}, {"y": port}, ten, name="slow", max_batch_size=2, max_queue_delay="1s")
+    row = np.array([[1, 2]], np.float32)
+    slow = talk.core.serving.find(("slow", "1"))
+    assert slow is not None
+    before = requests.ask(slow, {"x": row})
+    talk.wait(0.1)
+    talk.assign(A, [1, 2, 3], before)
+    talk.load(tenfold)
+    talk.assign(A, [4], requests.ask(tenfold, {"x": row}))
+    talk.wait(0.010)
+    assert told(talk, talk.finish()) == {number: [[2, 4]] for number in (1, 2, 3)}
+    talk.assign(A, [5], requests.ask(tenfold, {"x": row}))
+    assert told(talk, talk.finish()) == {number: [[10, 20]] for number in (4, 5)}
+
+
+def test_the_model_that_was_replaced_is_discarded_once_nothing_of_it_is_held(talk: Talk, row: Request, double: Model,
+                                                                             workshop: Workshop) -> None:  # fmt: skip
+    talk.wait(0.1)
+    talk.assign(A, [1], row)
+    again = workshop.unary("Identity", FLOAT, ["N", "M"], name="double", max_batch_size=8)
+    assert [each for each in talk.load(again) if isinstance(each, Discard)] == []
+    [discard] = [each for each in talk.finish() if isinstance(each, Discard)]
+    assert discard.models == [double]
+    [before] = [each for each in talk.load(double) if isinstance(each, Discard)]
+    assert before.models == [again]
+
+
+def test_loads_are_counted(talk: Talk) -> None:
+    talk.hear(Tried("double", "1", True, 0.5))
+    talk.hear(Tried("double", "1", False, 0.25))
+    assert count(talk, "penstock_model_loads", "double", "1", "loaded") == 1
+    assert count(talk, "penstock_model_loads", "double", "1", "failed") == 1
+    assert count(talk, "penstock_model_load_seconds", "double", "1") == 0.25
+
+
+def test_more_compute_threads_are_told_and_run_more_at_once(talk: Talk, row: Request, slow_row: Request) -> None:
+    talk.wait(0.1)
+    talk.assign(A, [1], row)
+    [models] = talk.said(talk.hear(Grown(2)), WorkerModels)
+    assert models.instances == 2
+    talk.assign(A, [2], slow_row)
+    talk.wait(0.010)
+    assert len(talk.batches) == 2
+    [hello] = talk.said(talk.tell(HelloWanted(7)), WorkerHello)
+    assert hello.instances == 2
 
 
 def test_model_that_cannot_be_loaded_is_told_with_its_reason(start_talk: StartTalk) -> None:
     talk = start_talk()
     talk.join()
+    talk.wait(0.1)
     state = ModelState("bad", "1", NOT_LOADED, "it is garbage", None)
     [models] = talk.said(talk.hear(Loaded(state, None)), WorkerModels)
     assert list(models.models) == [state]

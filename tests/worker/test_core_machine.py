@@ -24,7 +24,7 @@ from penstock.wire.errors import BAD_INPUT, DEADLINE, UNAVAILABLE
 from penstock.wire.events import BrokerFound, BrokerLost, FromBroker
 from penstock.wire.messages import Assign, Bye, Failure, Form, Freed, HelloWanted, Tasks
 from penstock.wire.slots import PLACED_MIN_BYTES, Slots
-from penstock.worker.events import Command, Event, Unsubscribed
+from penstock.worker.events import Command, Event, Unsubscribed, Unwanted
 from penstock.worker.model import Model
 
 if TYPE_CHECKING:
@@ -260,6 +260,13 @@ class CoreMachine(RuleBasedStateMachine):
         return as_freed(chosen)
 
     # --- callers, threads and time ---
+
+    @rule(name=st.sampled_from(["double", "slow", "padded", "tuned"]), leaves=st.booleans())
+    def replace(self, name: str, leaves: bool) -> None:
+        """A model is loaded anew, perhaps after nobody was to ask for it any more; requests do not notice."""
+        if leaves:
+            self.hear(Unwanted(name, "1"))
+        self.follow(self.talk.load(self.models[name]))
 
     @rule(caller=st.sampled_from(CALLERS))
     def subscribe(self, caller: bytes) -> None:

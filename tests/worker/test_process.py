@@ -1,24 +1,16 @@
-"""Where a worker's results can be heard, and what it says of models that it loads. (The rest of the process is tested
-with real ones, in tests/system.)"""
+"""Where a worker's results can be heard. (The rest of the process is tested with real ones, in tests/system.)"""
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import zmq
-from onnx import TensorProto
 
 from penstock.wire.endpoints import EndpointError
-from penstock.wire.models import READY
 from penstock.wire.sockets import Socket
-from penstock.worker.config import CPU
-from penstock.worker.process import _load, bind_results
-from penstock.worker.repository import find_models
-from tests.system.models import identity, write
+from penstock.worker.process import bind_results
 
 
 @pytest.fixture
@@ -90,16 +82,3 @@ def test_address_without_host_and_port_is_refused(results: Socket, address: str)
 def test_only_the_loopback_may_be_bound(results: Socket, host: str) -> None:
     with pytest.raises(EndpointError, match="can be reached from other machines"):
         bind_results(f"tcp://{host}:0", results)
-
-
-def test_settings_without_effect_are_a_warning_at_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sizes = "preferred_batch_sizes = [2, 4]\n"
-    write(tmp_path, "batches", identity(TensorProto.FLOAT, ["N", 2]), config=sizes)
-    write(tmp_path, "square", identity(TensorProto.FLOAT, [2, 2]), config=sizes)
-    with caplog.at_level(logging.WARNING, "penstock.worker"):
-        states = [_load(file, None, CPU).state for file in find_models(tmp_path)]
-    assert [state.state for state in states] == [READY, READY]
-    [record] = caplog.records
-    said = record.__dict__["fields"]
-    assert (record.levelno, record.message, said["model"]) == (logging.WARNING, "settings have no effect", "square")
-    assert said["reason"].startswith("key 'preferred_batch_sizes' in model.toml has no effect: ")

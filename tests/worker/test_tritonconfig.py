@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 from penstock.wire.models import ModelSpec, TensorSpec
-from penstock.worker.config import ConfigError, ModelConfig, default_config
+from penstock.worker.config import FILE_BYTES_MAX, ConfigError, ModelConfig, default_config
 from penstock.worker.probe import load_and_probe, unheeded
 from penstock.worker.repository import find_models
-from penstock.worker.textformat import FILE_BYTES_MAX, _classes
+from penstock.worker.textformat import _classes, find_line
 from penstock.worker.tritonconfig import Declared, TritonConfig, contradictions, load_triton, read_triton
 from penstock.worker.tritonfields import ACCOUNTED
 from penstock.worker.tritonschema import TRITON
@@ -390,47 +390,47 @@ def test_the_schema_is_triton_s() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name: 'other'", ": name: it is 'other', and the directory's is 'm'; make them the same"),
+        ("name: 'other'", ":1: name: it is 'other', and the directory's is 'm'; make them the same"),
         (
             "platform: 'tensorrt_plan'",
-            ": platform: only ONNX models are served ('onnxruntime_onnx'), not 'tensorrt_plan'",
+            ":1: platform: only ONNX models are served ('onnxruntime_onnx'), not 'tensorrt_plan'",
         ),
-        ("platform: 'ensemble'", ": platform: 'ensemble': there are no ensembles; merge the models into one"),
+        ("platform: 'ensemble'", ":1: platform: 'ensemble': there are no ensembles; merge the models into one"),
         (
             "backend: 'python'",
-            ": backend: only ONNX models are served ('onnxruntime'), not 'python'; export it to ONNX",
+            ":1: backend: only ONNX models are served ('onnxruntime'), not 'python'; export it to ONNX",
         ),
-        ("sequence_batching { }", ": sequence_batching: requests are independent here"),
-        ("ensemble_scheduling { step [ { model_name: 'a' } ] }", ": ensemble_scheduling: there are no ensembles"),
-        ("batch_input { kind: BATCH_ITEM_SHAPE }", ": batch_input: Triton makes these inputs"),
-        ("batch_output { target_name: 'a' }", ": batch_output: outputs are taken apart by rows"),
+        ("sequence_batching { }", ":1: sequence_batching: requests are independent here"),
+        ("ensemble_scheduling { step [ { model_name: 'a' } ] }", ":1: ensemble_scheduling: there are no ensembles"),
+        ("batch_input { kind: BATCH_ITEM_SHAPE }", ":1: batch_input: Triton makes these inputs"),
+        ("batch_output { target_name: 'a' }", ":1: batch_output: outputs are taken apart by rows"),
         (
             "model_operations { op_library_filename: 'a.so' }",
-            ": model_operations.op_library_filename: custom operators",
+            ":1: model_operations.op_library_filename: custom operators",
         ),
         (
             "model_transaction_policy { decoupled: true }",
-            ": model_transaction_policy.decoupled: a request has one answer",
+            ":1: model_transaction_policy.decoupled: a request has one answer",
         ),
-        ("max_batch_size: -1", ": max_batch_size: -1 is not from 0 to 4096"),
-        ("max_batch_size: 4097", ": max_batch_size: 4097 is not from 0 to 4096; change it, or write a model.toml"),
+        ("max_batch_size: -1", ":1: max_batch_size: -1 is not from 0 to 4096"),
+        ("max_batch_size: 4097", ":1: max_batch_size: 4097 is not from 0 to 4096; change it, or write a model.toml"),
         (
             "max_batch_size: 2 dynamic_batching { max_queue_delay_microseconds: 60000001 }",
-            ": dynamic_batching.max_queue_delay_microseconds: 60000001 is not from 0 to 60000000",
+            ":1: dynamic_batching.max_queue_delay_microseconds: 60000001 is not from 0 to 60000000",
         ),
-        ("instance_group [ { }, { count: 65 } ]", ": instance_group[1].count: 65 is not from 0 to 64"),
-        ("instance_group [ { count: 64 }, { } ]", ": instance_group.count: 65 is not from 1 to 64"),
+        ("instance_group [ { }, { count: 65 } ]", ":1: instance_group[1].count: 65 is not from 0 to 64"),
+        ("instance_group [ { count: 64 }, { } ]", ":1: instance_group.count: 65 is not from 1 to 64"),
         (
             "version_policy { latest { num_versions: 0 } }",
-            ": version_policy.latest.num_versions: 0 is not from 1 to 64",
+            ":1: version_policy.latest.num_versions: 0 is not from 1 to 64",
         ),
-        ("version_policy { specific { } }", ": version_policy.specific.versions: name 1 to 64 versions, not 0"),
-        ("version_policy { specific { versions: -1 } }", ": version_policy.specific.versions: -1 is not from 0"),
-        ("default_model_filename: '../x'", ": default_model_filename: '../x' is no file in the version's directory"),
-        ("default_model_filename: '/x'", ": default_model_filename: '/x' is no file in the version's directory"),
+        ("version_policy { specific { } }", ":1: version_policy.specific.versions: name 1 to 64 versions, not 0"),
+        ("version_policy { specific { versions: -1 } }", ":1: version_policy.specific.versions: -1 is not from 0"),
+        ("default_model_filename: '../x'", ":1: default_model_filename: '../x' is no file in the version's directory"),
+        ("default_model_filename: '/x'", ":1: default_model_filename: '/x' is no file in the version's directory"),
         (
             "parameters { key: 'intra_op_thread_count' value { string_value: '2000' } }",
-            ": parameters['intra_op_thread_count']: 2000 is not from 1 to 1024",
+            ":1: parameters['intra_op_thread_count']: 2000 is not from 1 to 1024",
         ),
     ],
 )
@@ -443,22 +443,51 @@ def test_what_cannot_be_served_is_refused(text: str, words: str) -> None:
     [
         (
             "name: 'm'\nmax_batchsize: 8",
-            ":2: unknown field 'max_batchsize' of ModelConfig; did you mean 'max_batch_size'?",
+            ":2: field 'max_batchsize': unknown in ModelConfig; did you mean 'max_batch_size'?",
         ),
         (
             "dynamic_batching {\n\n  zebra: 8 }",
-            ":3: unknown field 'zebra' of ModelDynamicBatching; if it is of a newer Triton, leave it out, or write a "
+            ":3: field 'zebra': unknown in ModelDynamicBatching; if it is of a newer Triton, leave it out, or write a "
             "model.toml, which is then read instead",
         ),
         ("input [\n {\n name: 'x'\n", ':3: Expected "}".'),
-        ("name: 'm", ':1: String missing ending quote: "\'m"'),
-        ("max_batch_size: eight", ":1: Couldn't parse integer: eight"),
-        ("max_batch_size: 99999999999", ":1: Value out of range: 99999999999"),
+        ("name: 'm", ':1: name: String missing ending quote: "\'m"'),
+        ("max_batch_size: eight", ":1: max_batch_size: Couldn't parse integer: eight"),
+        ("max_batch_size: 99999999999", ":1: max_batch_size: Value out of range: 99999999999"),
         ("name: 'a'\nname: 'b'", ':2: Message type "triton.ModelConfig" should not have multiple "name" fields.'),
     ],
 )
 def test_what_is_not_understood_has_a_line(text: str, said: str) -> None:
     assert complaint(text) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("# backend\n\nbackend: 'py' \"thon\"", ":3: backend: only"),
+        ("parameters { key: 'a' value { string_value: '{ \\' #' } }\n\nbackend: 'x'", ":3: backend: only"),
+        ("instance_group [\n{ count: 1 },\n{\n count: 65 }\n]", ":4: instance_group[1].count: 65"),
+        ("instance_group {\n count: 1 }\ninstance_group <\n count: 65; >", ":4: instance_group[1].count: 65"),
+        ("\ninstance_group [ { count: 64 },\n { } ]", ":2: instance_group.count: 65"),
+        ("version_policy {\n\n latest:\n{ num_versions: 100 } }", ":4: version_policy.latest.num_versions: 100"),
+        ("version_policy {\n specific {\n } }", ":2: version_policy.specific.versions: name 1 to 64"),
+        ("version_policy { specific {\n versions: [1,\n -2] } }", ":2: version_policy.specific.versions: -2"),
+        ("\nmax_batch_size:\n-1", ":2: max_batch_size: -1 is not"),
+        (
+            "parameters { key: 'a' }\nparameters { key: 'intra_op_thread_count' value { string_value: '2000' } }",
+            ":2: parameters['intra_op_thread_count']: 2000",
+        ),
+        ("input {\n data_type: TYPE_FOO }", ':2: data_type: Enum type "triton.DataType" has no value named TYPE_FOO.'),
+    ],
+)
+def test_what_cannot_be_followed_has_the_line_of_its_field(text: str, said: str) -> None:
+    assert complaint(text).startswith(said)
+
+
+@given(st.lists(st.sampled_from([*":{}<>[],;-#\n'", '"', "a", "'x'"])).map(" ".join))
+def test_any_text_has_a_line_or_none(text: str) -> None:
+    """Also what protobuf would not have accepted."""
+    assert (find_line(text, "a[1].a['x'].a") or 1) >= 1
 
 
 def test_one_scheduler_at_most() -> None:
@@ -523,7 +552,7 @@ def test_a_repository_follows_it(tmp_path: Path) -> None:
     text = "default_model_filename: 'net.onnx' version_policy { all { } } response_cache { enable: true }"
     put(tmp_path, text, "1/net.onnx", "2/net.onnx", "3/model.onnx")
     three, two, one = find_models(tmp_path)
-    assert three.problem == f"{tmp_path}/m/3/net.onnx does not exist"
+    assert three.problem == f"{tmp_path}/m/3/net.onnx does not exist; model.onnx is there: rename it to net.onnx"
     assert [(each.version, each.path, each.problem) for each in (two, one)] == [
         ("2", tmp_path / "m/2/net.onnx", ""),
         ("1", tmp_path / "m/1/net.onnx", ""),
@@ -551,7 +580,7 @@ def test_what_is_not_served_says_so_with_or_without_versions(tmp_path: Path, nam
     [file] = find_models(tmp_path)
     assert (file.version, file.problem.partition(", ")[0]) == (
         "1",
-        f"{tmp_path}/m/config.pbtxt: backend: only ONNX models are served ('onnxruntime')",
+        f"{tmp_path}/m/config.pbtxt:1: backend: only ONNX models are served ('onnxruntime')",
     )
 
 

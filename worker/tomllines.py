@@ -1,4 +1,4 @@
-"""On which line of a TOML text a key stands: tomllib tells that of what it cannot read, and not of what it has read.
+"""Where keys stand in a TOML text: tomllib tells that of what it cannot read, and not of what it has read.
 
 Only for text that tomllib has accepted: what it makes of any other has no meaning.
 """
@@ -6,8 +6,9 @@ Only for text that tomllib has accepted: what it makes of any other has no meani
 from __future__ import annotations
 
 import re
+import tomllib
 from bisect import bisect_right
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 KeyPath: TypeAlias = tuple[str | int, ...]  # ("workers", 1, "speed")
 
@@ -20,11 +21,41 @@ _STRING: Final = re.compile(
 _SCALAR: Final = re.compile(r"[^,\]}\n#]*")
 
 
+class Statement(NamedTuple):
+    """A key with its value, or a table's head, which has none, from ``begin`` to ``end``. ``value``: where that begins;
+    -1: a head."""
+
+    path: KeyPath
+    begin: int
+    value: int
+    end: int
+
+
+def statements_of(text: str) -> list[Statement]:
+    """In their order; what is within the values is no statement. Raises ValueError for what this cannot read."""
+    reader = _Reader(text)
+    try:
+        reader.read()
+    except (ValueError, IndexError, RecursionError) as error:
+        raise ValueError("it is not written in the way that it can be found in") from error
+    return reader.statements
+
+
 def lines_of(text: str) -> dict[KeyPath, int]:
     """The line, from 1, of each key, each table's head and each element of an array, by its path."""
-    reader = _Reader(text)
+    reader = _Reader(text.replace("\r\n", "\n"))
     reader.read()
     return reader.lines
+
+
+def find_line(text: str, path: KeyPath) -> int | None:
+    """The line of a key, or where it is not there, of the table that it is missing in. None: of the whole file, or this
+    cannot tell: no line is better than a wrong one."""
+    try:
+        lines = lines_of(text)
+    except (ValueError, IndexError, RecursionError):  # what a newer TOML may have, and arrays as deep as the stack
+        return None
+    return line_of(lines, path) if path[:1] in lines else None
 
 
 def line_of(lines: dict[KeyPath, int], path: KeyPath) -> int:
@@ -41,6 +72,7 @@ class _Reader:
 
     def __init__(self, text: str) -> None:
         self.lines: dict[KeyPath, int] = {}
+        self.statements: list[Statement] = []
         self._text = text
         self._at = 0
         self._ends = [match.start() for match in re.finditer("\n", text)]
@@ -49,14 +81,19 @@ class _Reader:
     def read(self) -> None:
         table: KeyPath = ()
         while self._skip(_BLANK) < len(self._text):
-            if self._text[self._at] == "[":
+            begin = self._at
+            if self._text[begin] == "[":
                 table = self._head()
+                self.statements.append(Statement(table, begin, -1, self._at))
             else:
-                self._pair(table)
+                path, value = self._pair(table)
+                end = value + len(self._text[value : self._at].rstrip())
+                self.statements.append(Statement(path, begin, value, end))
 
     def _skip(self, pattern: re.Pattern[str]) -> int:
         match = pattern.match(self._text, self._at)
-        assert match is not None
+        if match is None:
+            raise ValueError(f"not understood at {self._at}")
         self._at = match.end()
         return self._at
 
@@ -74,21 +111,24 @@ class _Reader:
         for number, key in enumerate(keys):
             path = (*path, key)
             last = number == len(keys) - 1
+            self._note(path, begin)
             if many and last:
-                self._note(path, begin)
                 self._tables[path] = self._tables.get(path, 0) + 1
             if path in self._tables:
                 path = (*path, self._tables[path] - 1)
         self._note(path, begin)
         return path
 
-    def _pair(self, table: KeyPath) -> None:
+    def _pair(self, table: KeyPath) -> tuple[KeyPath, int]:
+        """Its path, and where its value begins."""
         begin = self._at
         path = (*table, *self._keys())
         self._at += 1  # the equals sign
         for length in range(len(table) + 1, len(path) + 1):
             self._note(path[:length], begin)
+        value = self._skip(_SPACE)
         self._value(path)
+        return path, value
 
     def _keys(self) -> list[str]:
         """A key, with dots or without, up to what comes after it."""
@@ -96,8 +136,10 @@ class _Reader:
         while True:
             self._skip(_SPACE)
             match = _STRING.match(self._text, self._at) or _BARE.match(self._text, self._at)
-            assert match is not None, f"no key at {self._at}"
-            keys.append(match[0].strip("\"'"))
+            if match is None:
+                raise ValueError(f"no key at {self._at}")
+            quoted = match[0][0] in "\"'"
+            keys.append(tomllib.loads(f"key = {match[0]}")["key"] if quoted else match[0])
             self._at = match.end()
             if self._text[self._skip(_SPACE)] != ".":
                 return keys
@@ -113,7 +155,9 @@ class _Reader:
         elif first in "\"'":
             self._skip(_STRING)
         else:
-            self._skip(_SCALAR)
+            begin = self._at
+            if self._skip(_SCALAR) == begin:  # or an array of such would never end
+                raise ValueError(f"no value at {begin}")
 
     def _members(self, path: KeyPath, end: str) -> None:
         """Of an array, or of a table in one line."""

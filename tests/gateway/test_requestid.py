@@ -1,0 +1,81 @@
+"""``X-Request-Id``: which are taken, and where they come back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from penstock.gateway.requestid import REQUEST_ID_MAX, read_request_id, request_id_line
+from tests.gateway.serving import Loop, Peer, Serving
+from tests.gateway.test_application import Desk, ready
+
+LONGEST = "x" * REQUEST_ID_MAX
+
+
+@pytest.mark.parametrize("value", ["a", "7b1f-4c.2_9~", "Root=1-67891233-abcdef", "+49/30:80@x", LONGEST])
+def test_what_can_be_an_id_is_written_back(value: str) -> None:
+    headers = {"x-request-id": f" {value}\t".encode()}
+    assert read_request_id(headers) == value
+    assert request_id_line(headers) == f"X-Request-Id: {value}\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    "value", ["", " ", "a b", "a, b", 'a"', "a\tb", "a\r\nb: c", "<a>", "\x1b[1m", "é", LONGEST + "x"]
+)
+def test_what_cannot_is_taken_for_none(value: str) -> None:
+    headers = {"x-request-id": value.encode("latin-1")}
+    assert (read_request_id(headers), request_id_line(headers)) == ("", b"")
+    assert read_request_id({}) == ""
+
+
+@pytest.fixture
+def peer(loop: Loop, serve: Callable[..., Serving]) -> Peer:
+    return serve(Desk(loop).join(ready()).application).connect()
+
+
+def ask(method: str, url: str, *lines: str, version: str = "1.1") -> bytes:
+    return "\r\n".join([f"{method} {url} HTTP/{version}", "Host: a", *lines, "", ""]).encode()
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "status"),
+    [
+        ("GET", "/v2", 200),
+        ("HEAD", "/v2", 200),
+        ("OPTIONS", "/v2", 204),
+        ("GET", "/v2/models/nope", 404),
+        ("GET", "/v3", 404),
+        ("POST", "/v2", 405),
+        ("GET", "/%FF", 400),
+        ("POST", "/v2/models/double/infer", 400),
+    ],
+)
+def test_every_answer_has_the_id_of_its_request(peer: Peer, method: str, url: str, status: int) -> None:
+    for number in ("1", "1", "2"):  # a head that is known the second time, and another
+        peer.send(ask(method, url, f"X-Request-Id: {number}"))
+        answer = peer.response(body=method != "HEAD")
+        assert (answer.status, answer.headers["x-request-id"]) == (status, number)
+    peer.send(ask(method, url, "X-Request-Id: not one"))
+    assert "x-request-id" not in peer.response(body=method != "HEAD").headers
+
+
+def test_answers_that_end_a_connection_and_that_go_on_have_it(loop: Loop, serve: Callable[..., Serving]) -> None:
+    serving = serve(Desk(loop).join(ready()).application)
+    peer = serving.connect()
+    peer.send(ask("GET", "/v2/health/live", "X-Request-Id: 1", version="1.0"))
+    assert peer.rest() == b"HTTP/1.1 200 OK\r\nConnection: close\r\nX-Request-Id: 1\r\nContent-Length: 0\r\n\r\n"
+    peer = serving.connect()
+    peer.send(ask("GET", "/events", "X-Request-Id: 2", version="1.0"))
+    assert b"X-Request-Id: 2\r\n" in peer.raw(200)
+
+
+def test_a_failed_request_is_logged_with_it(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
+    desk = Desk(loop).join(ready())
+    with caplog.at_level(logging.INFO, "penstock.gateway"):
+        desk.ask("GET", "/v2/models/nope", X_Request_Id="a-1")
+        desk.ask("GET", "/v2/models/nope", X_Request_Id="a 1")
+    told, untold = [record.__dict__["fields"] for record in caplog.records]
+    assert told["x_request_id"] == "a-1"
+    assert "x_request_id" not in untold
