@@ -111,8 +111,10 @@ class Parser:
         return query, payload
 
     def _parse_json(self, spec: ModelSpec, body: Buffer, priority: int, tenant: str) -> tuple[Query, Payload]:
-        at = body.find(_DATA, 0, _KNOWN_BYTES_MAX) + len(_DATA) if isinstance(body, bytes) else 0
-        if at < len(_DATA) or len(body) > _FRAME_BYTES_MAX:
+        if not isinstance(body, bytes) or len(body) > _FRAME_BYTES_MAX:
+            return self._parse(spec, body, _NOTHING, priority, tenant)
+        at = body.find(_DATA, 0, _KNOWN_BYTES_MAX) + len(_DATA)
+        if at < len(_DATA):
             return self._parse(spec, body, _NOTHING, priority, tenant)
         key = (spec.name, spec.version, body[:at], priority, tenant)
         frame = self._frames.get(key)
