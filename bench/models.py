@@ -3,7 +3,7 @@
     python bench/models.py DIRECTORY [NAME...]
 
     tiny    x [N, 16]            dense 8, 4                                      y [N, 4]
-    wide    x [N, 1000]          dense 4                                         y [N, 4]
+    wide    x [N, 1000]          dense 8, 4                                      y [N, 4]
     mlp     x [N, 1024]          dense 1024, three times                         y [N, 1024]
     image   x [N, 3, 224, 224]   four convolutions, mean pooling, dense 1000     y [N, 1000]
     heavy   x [N, 64]            dense 2048, six times, then dense 8             y [N, 8]
@@ -67,7 +67,7 @@ IMAGE_CONVOLUTIONS = (
 
 PLANS = {
     "tiny": Plan(row=(16,), dense=(8, 4)),
-    "wide": Plan(row=(1000,), dense=(4,)),
+    "wide": Plan(row=(1000,), dense=(8, 4)),
     "mlp": Plan(row=(1024,), dense=(1024, 1024, 1024)),
     "image": Plan(row=(3, 224, 224), dense=(1000,), convolutions=IMAGE_CONVOLUTIONS),
     "heavy": Plan(row=(64,), dense=(2048, 2048, 2048, 2048, 2048, 2048, 8)),
