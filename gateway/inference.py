@@ -126,7 +126,7 @@ class Parser:
             except orjson.JSONDecodeError:
                 pass  # or it holds a NaN: the whole says what there is to say
             else:
-                plain = b"true" not in text and b"false" not in text
+                plain = b"r" not in text and b"l" not in text  # of true and false; a letter alone is found much faster
                 return query, pack_data(name, datatype, shape, data, plain)
         query, payload = self._parse(spec, body, _NOTHING, priority, tenant)
         known = frame is not None and frame.query.spec is spec
