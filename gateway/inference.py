@@ -111,12 +111,12 @@ class Parser:
         return query, payload
 
     def _parse_json(self, spec: ModelSpec, body: Buffer, priority: int, tenant: str) -> tuple[Query, Payload]:
-        if not isinstance(body, bytes) or len(body) > _FRAME_BYTES_MAX:
+        if isinstance(body, memoryview) or len(body) > _FRAME_BYTES_MAX:
             return self._parse(spec, body, _NOTHING, priority, tenant)
         at = body.find(_DATA, 0, _KNOWN_BYTES_MAX) + len(_DATA)
         if at < len(_DATA):
             return self._parse(spec, body, _NOTHING, priority, tenant)
-        key = (spec.name, spec.version, body[:at], priority, tenant)
+        key = (spec.name, spec.version, bytes(body[:at]), priority, tenant)
         frame = self._frames.get(key)
         if frame is not None and frame.query.spec is spec and body.endswith(frame.end):
             end, query, name, datatype, shape = frame
@@ -173,7 +173,7 @@ class Parser:
         return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable), payload
 
 
-def _frame(body: bytes, at: int, query: Query) -> _Frame | None:
+def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
     """Of a request with an input whose data begin at ``at``; None where another of its bytes could mean something
     else."""
     tensors = unpack_layout(query.form.body).tensors
@@ -188,7 +188,7 @@ def _frame(body: bytes, at: int, query: Query) -> _Frame | None:
     begin, end = body[:at], body[at + length :]
     if len(end) > _KNOWN_BYTES_MAX or b"\\" in begin or b"\\" in end:  # escaped, a key may be "data" as well
         return None
-    return _Frame(end, query, *tensors[0][:3])
+    return _Frame(bytes(end), query, *tensors[0][:3])
 
 
 def _raw_shape(spec: ModelSpec, nbytes: int) -> tuple[int, ...]:
