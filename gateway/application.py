@@ -73,6 +73,7 @@ _LENGTH_DIGITS_MAX: Final = 12
 T = TypeVar("T")
 Handler: TypeAlias = "Callable[[Exchange, Target], None]"
 Parse: TypeAlias = "Callable[[Target, Buffer], tuple[Query, Payload]]"
+Defer: TypeAlias = "Callable[[Exchange, Target, Parse], None]"
 
 
 class Application:
@@ -101,7 +102,8 @@ class Application:
         self._feed = Feed(loop, reports, lambda: caller.name, self._states)
         self._page = load_page()
         self._cors = Cors(options.cors_origins)
-        self._parser = Parser()
+        self.parser = Parser()
+        self.deferral: Callable[[Head], Defer | None] = lambda head: None  # to be replaced, see jobs.py
         self._timing = ServerTiming()
         self._answered = caller.meters.value("penstock_http_responses", "200")
         self._responses: dict[int, Value] = {200: self._answered}
@@ -138,7 +140,9 @@ class Application:
             if target is None:
                 head.lines = self.lines(head.headers)
                 handler, arguments = self._find_handler(head)
-                target = head.target = Target(handler, arguments, head.headers)
+                target = Target(handler, arguments, head.headers)
+                target.defer = self.deferral(head)
+                head.target = target
             target.handler(exchange, target)
         except PenstockError as error:
             self.fail(exchange, error)
@@ -297,10 +301,13 @@ class Application:
         self.infer(exchange, target, self._parse)
 
     def _parse(self, target: Target, body: Buffer) -> tuple[Query, Payload]:
-        return self._parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
+        return self.parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
 
     def infer(self, exchange: Exchange, target: Target, parse: Parse) -> None:
         """Answer an inference request in any protocol. ``parse`` raises PenstockError."""
+        if target.defer is not None:
+            target.defer(exchange, target, parse)
+            return
         if target.encoding:
             self.expand(exchange, target, partial(self._submit, parse))
         else:
@@ -338,7 +345,7 @@ class Application:
                 payload = placed
             inference.start(payload)
         except PenstockError as error:
-            self._count_failure(target, error.code)
+            self.count_failure(target, error.code)
             raise
         self.flush()
 
@@ -349,12 +356,12 @@ class Application:
             try:
                 inference.start(exchange.put(payload, slot))
             except PenstockError as error:
-                self._count_failure(target, error.code)
+                self.count_failure(target, error.code)
                 raise
             self.flush()
 
         def fail(sentence: str) -> None:
-            self._count_failure(target, OVERLOADED)
+            self.count_failure(target, OVERLOADED)
             raise PenstockError(OVERLOADED, sentence, 1.0)
 
         exchange.wait(len(payload), partial(self.later, exchange, start), partial(self.later, exchange, fail))
@@ -445,7 +452,7 @@ class Application:
             log.exception("request handler failed", extra=fields(url=repr(exchange.request.head.url)))
             self.crashed(exchange)
 
-    def _count_failure(self, target: Target, code: str) -> None:
+    def count_failure(self, target: Target, code: str) -> None:
         """Count a request that went no further than this gateway. Only names that the server has become labels."""
         state = self._state(target) if target.version else None
         known = state.version if state is not None else ""
@@ -481,6 +488,7 @@ def _allow(methods: Sequence[str]) -> bytes:
 
 class Target:
     """What a request's head means here. ``header_length``: bytes of JSON in front of binary tensors, None without any.
+    ``defer``: takes it where it is not to be answered with its result, see ``jobs.py``.
     ``encoding``: of the body, "" as it is. ``accepts``: the encoding that the answer should have. The others: see
     ``Terms``, of which a request then costs four look-ups less.
 
@@ -488,12 +496,14 @@ class Target:
     """
 
     __slots__ = (
-        *("accepts", "encoding", "handler", "header_length", "model", "version"),
+        *("accepts", "defer", "encoding", "handler", "header_length", "job", "model", "version"),
         *("explain", "priority", "sticky", "tenant", "timeout_s"),
     )
 
     def __init__(self, handler: Handler, arguments: Mapping[str, str], headers: Mapping[str, bytes]) -> None:
         self.handler = handler
+        self.defer: Defer | None = None
+        self.job = arguments.get("id", "")
         self.model = arguments.get("model", "")
         self.version = arguments.get("version", "")
         self.header_length = _header_length(headers.get("inference-header-content-length"))

@@ -20,7 +20,7 @@ from penstock.gateway import modelconfig, repository, statistics
 from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
-from penstock.gateway.listening import listen, url_of
+from penstock.gateway.listening import Sign, listen, reachable_url, url_of
 from penstock.gateway.modelconfig import ModelConfig
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.plain import Plain
@@ -101,6 +101,7 @@ class GatewayProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
         coupling = Coupling(loop, settings, self._arena)
+        sign = _put_up(settings.broker, self._listener)
         log.info("gateway listens", extra=fields(url=url_of(self._listener)))
         notify("READY=1")
         coupling.pump()
@@ -111,6 +112,8 @@ class GatewayProcess:
         coupling.http.watch()
         await stopped.wait()
         notify("STOPPING=1")
+        if sign is not None:
+            sign.take_down()
         await self._drain(acceptor, coupling.http)
         coupling.close()
 
@@ -129,6 +132,18 @@ class GatewayProcess:
                 log.warning("drain limit is over; requests are given up", extra=fields(requests=http.unanswered))
         log.info("gateway stopped", extra=fields(connections_left=len(http.connections)))
         http.stop()
+
+
+def _put_up(broker: BrokerAddress, listener: socket.socket) -> Sign | None:
+    """Clients of this host find HTTP by it; those that are told where it is do without."""
+    if broker.runtime is None:
+        return None
+    sign = Sign(broker.runtime.http)
+    try:
+        sign.put_up(reachable_url(listener))
+    except OSError as error:
+        log.warning("the URL is not written down", extra=fields(file=str(broker.runtime.http), reason=error.strerror))
+    return sign
 
 
 async def _within(limit_s: float, event: asyncio.Event) -> bool:
@@ -161,16 +176,16 @@ class Coupling:
         self._steady = Steady()
         self._models: object = None  # what readiness follows from, when it was last looked at
         self._epoch = 0
-        self._application = Application(
+        self.application = Application(
             loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing, self._steady
         )
-        application = self._application
+        application = self.application
         application.add(Repository(loop, application, Orders(self._link)).routes, *repository.EXTENSIONS)
         application.add(Statistics(application, reports).routes, statistics.EXTENSION)
         application.add(Plain(application).routes)
         application.add(ModelConfig(application).routes, modelconfig.EXTENSION)
         application.add(TensorFlowServing(application).routes)
-        self.http = Http(loop, settings.options, self._application, self._link.slots)
+        self.http = Http(loop, settings.options, self.application, self._link.slots)
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
