@@ -20,13 +20,14 @@ from penstock.gateway.connection import Exchange
 from penstock.gateway.inference import ONLY_JOBS_CALL, CallbackAsked
 from penstock.gateway.jobquery import prefers_async, read_ids, read_listing, read_wait, split_callback
 from penstock.gateway.jobwaits import Waits
+from penstock.gateway.jobwake import Bell
 from penstock.gateway.reader import Head, Request
 from penstock.gateway.routes import Route, RouteError
-from penstock.jobs.address import check_url
 from penstock.jobs.document import document
 from penstock.jobs.job import CANCELLED, EXPIRED, Job, StoredRequest, StoredResponse
-from penstock.jobs.options import JobsOptions
-from penstock.jobs.store import Store, StoreError, StoreFull
+from penstock.jobs.place import Place
+from penstock.jobs.store import StoreError, StoreFull, open_store
+from penstock.wire.endpoints import RuntimeDir
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, UNAVAILABLE, UNSUPPORTED, PenstockError
 from penstock.wire.tensors import Buffer
 
@@ -79,15 +80,15 @@ class Jobs:
         self,
         loop: asyncio.AbstractEventLoop,
         application: Application,
-        store: Store,
-        options: JobsOptions,
-        wake: Callable[[], None],
+        place: Place,
+        runtime: RuntimeDir | None,
     ) -> None:
-        """``wake``: tells who runs jobs that there is something to look at. Does not block."""
+        """Raises StoreError for what is no store."""
+        options = place.options
         self._application = application
-        self._store = store
+        self._store = store = open_store(place.where, options)
         self._options = options
-        self._wake = wake
+        self._bell = Bell(None if runtime is None else runtime.jobs)
         self.draining: Callable[[], bool] = lambda: False
         self._aside = Aside(loop, options.connections_max, options.store_wait_s, _LATE)
         self._waits = Waits(loop, store, options.waiting_max, lambda: self.draining())
@@ -98,6 +99,10 @@ class Jobs:
             Route("DELETE", "/v2/jobs/{id}", self._cancel),
             Route("GET", "/v2/jobs/{id}/result", self._result),
         ]
+
+    def close(self) -> None:
+        self._bell.close()
+        self._store.close()
 
     # --- taking them in ---
 
@@ -126,8 +131,6 @@ class Jobs:
         except PenstockError as error:
             self._application.count_failure(target, error.code)
             raise
-        if callback_url and (problem := check_url(callback_url, self._options)):
-            raise PenstockError(BAD_INPUT, f"callback_url: {problem}")
         headers = {name: value for name in KEPT if (value := head.headers.get(name)) is not None}
 
         def submit() -> Job:
@@ -137,7 +140,7 @@ class Jobs:
         self._ask(exchange, submit, partial(self._submitted, exchange))
 
     def _submitted(self, exchange: Exchange, job: Job) -> None:
-        self._wake()
+        self._bell.ring()
         self._application.count(202)
         extra = b"Location: /v2/jobs/%b\r\nPreference-Applied: respond-async\r\n" % job.id.encode()
         exchange.answer(202, orjson.dumps({"id": job.id, "status": job.status}), _JSON, extra)
@@ -196,8 +199,8 @@ class Jobs:
         ident, wait_s = target.job, read_wait(exchange.request.head.url)
 
         def look() -> tuple[Job, T]:
-            [job] = self._store.get([ident], time.time()) or [None]
-            found = _known(ident, job)
+            jobs = self._store.get([ident], time.time())
+            found = _known(ident, jobs[0] if jobs else None)
             return found, make(found, self._store.response_of(ident) if found.ended else None)
 
         def looked(wait_s: float, found: tuple[Job, T]) -> None:
@@ -220,15 +223,13 @@ class Jobs:
             self._list_ended(exchange, ids, read_wait(url))
             return
         listing = read_listing(url)
-        self._ask(
-            exchange, lambda: self._store.list(time.time(), *listing), partial(self._tell_all, exchange)
-        )
+        self._ask(exchange, lambda: self._store.list(time.time(), *listing), partial(self._tell_all, exchange))
 
     def _list_ended(self, exchange: Exchange, ids: list[str], wait_s: float) -> None:
         """Those of the jobs that have ended, as soon as one of them has. One that is not known has, too: nobody is to
         wait for it."""
 
-        def looked(wait_s: float, jobs: list[Job]) -> None:
+        def looked(wait_s: float, jobs: Sequence[Job]) -> None:
             ended = [job for job in jobs if job.ended]
             unknown = set(ids).difference([job.id for job in jobs])
             if wait_s and not ended and not unknown:
@@ -236,12 +237,12 @@ class Jobs:
             else:
                 self._tell_all(exchange, ended, sorted(unknown))
 
-        def look() -> list[Job]:
+        def look() -> Sequence[Job]:
             return self._store.get(ids, time.time())
 
         self._ask(exchange, look, partial(looked, wait_s))
 
-    def _tell_all(self, exchange: Exchange, jobs: list[Job], unknown: Sequence[str] = ()) -> None:
+    def _tell_all(self, exchange: Exchange, jobs: Sequence[Job], unknown: Sequence[str] = ()) -> None:
         self._application.count(200)
         found = [document(job, None) for job in jobs]
         found += [{"id": each, "status": "unknown", "error": f"there is no job '{each}'"} for each in unknown]
@@ -250,7 +251,7 @@ class Jobs:
     def _cancel(self, exchange: Exchange, target: Target) -> None:
         def cancelled(job: Job | None) -> None:
             job = _known(target.job, job)
-            self._wake()
+            self._bell.ring()
             self._tell(exchange, job, orjson.dumps(document(job)))
 
         self._ask(exchange, lambda: self._store.cancel(target.job, time.time()), cancelled)
@@ -261,5 +262,7 @@ def _known(ident: str, job: Job | None) -> Job:
     if job is None:
         raise RouteError(404, f"there is no job '{ident}'")
     if job.status == EXPIRED:
-        raise RouteError(410, f"job '{ident}' ended more than its time to live ago, and has been forgotten ([jobs] ttl_s)")
+        raise RouteError(
+            410, f"job '{ident}' ended more than its time to live ago, and has been forgotten ([jobs] ttl_s)"
+        )
     return job

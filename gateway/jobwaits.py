@@ -51,7 +51,9 @@ class Waits:
         wait without that. Raises PenstockError when too many wait already."""
         if len(self._waiters) >= self._waiting_max or self._ids + len(ids) > self._waiting_max * _IDS_EACH:
             raise PenstockError(
-                OVERLOADED, f"{len(self._waiters)} long polls wait for jobs ([jobs] waiting_max); ask without 'wait'", 1.0
+                OVERLOADED,
+                f"{len(self._waiters)} long polls wait for jobs ([jobs] waiting_max); ask without 'wait'",
+                1.0,
             )
         waiter = _Waiter(ids, self._loop.time() + seconds, then)
         self._waiters[waiter] = None

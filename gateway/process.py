@@ -20,6 +20,7 @@ from penstock.gateway import modelconfig, repository, statistics
 from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
+from penstock.gateway.jobs import Jobs, NoJobs
 from penstock.gateway.listening import Sign, listen, reachable_url, url_of
 from penstock.gateway.modelconfig import ModelConfig
 from penstock.gateway.options import GatewayOptions
@@ -30,6 +31,8 @@ from penstock.gateway.statistics import Statistics
 from penstock.gateway.steady import Steady
 from penstock.gateway.tfserving import TensorFlowServing
 from penstock.gateway.tracing import Tracing
+from penstock.gateway.waits import first_of
+from penstock.jobs.place import Place
 from penstock.wire.arena import Arena, ArenaSearch, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError
 from penstock.wire.messages import Snapshot
@@ -50,13 +53,15 @@ _DEFECT: Final = "defect; what this process knows cannot be relied on any more, 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
     """Where a gateway listens and whom it asks. ``http``: ``HOST:PORT``, or ``fd://N`` for an inherited socket.
-    ``tracing``: who is told what each request took; it is closed with the gateway."""
+    ``tracing``: who is told what each request took; it is closed with the gateway. ``jobs``: None where none are
+    kept."""
 
     broker: BrokerAddress
     http: str = "127.0.0.1:8000"
     name: str = "gateway"
     options: GatewayOptions = field(default_factory=GatewayOptions)
     tracing: Tracing | None = None
+    jobs: Place | None = None
 
 
 def _make_arena(settings: GatewaySettings) -> Arena | None:
@@ -105,7 +110,7 @@ class GatewayProcess:
         log.info("gateway listens", extra=fields(url=url_of(self._listener)))
         notify("READY=1")
         coupling.pump()
-        await _first_of(_PATIENCE_S, coupling.introduced, stopped)
+        await first_of(_PATIENCE_S, coupling.introduced, stopped)
         acceptor = Acceptor(self._listener, coupling.http.connection, _BACKLOG)
         await acceptor.start()
         coupling.http.look = acceptor.look
@@ -153,14 +158,6 @@ async def _within(limit_s: float, event: asyncio.Event) -> bool:
     return event.is_set()
 
 
-async def _first_of(limit_s: float, *events: asyncio.Event) -> None:
-    """Until one of them is set or the time is up."""
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
-
-
 class Coupling:
     """The HTTP side and the caller's connections on one loop. Requests of one turn of the loop leave in one message."""
 
@@ -176,6 +173,7 @@ class Coupling:
         self._steady = Steady()
         self._models: object = None  # what readiness follows from, when it was last looked at
         self._epoch = 0
+        self.joined_at = float("inf")  # when this broker was found, in the monotonic clock
         self.application = Application(
             loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing, self._steady
         )
@@ -185,7 +183,14 @@ class Coupling:
         application.add(Plain(application).routes)
         application.add(ModelConfig(application).routes, modelconfig.EXTENSION)
         application.add(TensorFlowServing(application).routes)
+        self._jobs = None if settings.jobs is None else Jobs(loop, application, settings.jobs, settings.broker.runtime)
+        if self._jobs is None:
+            NoJobs(application)
+        else:
+            application.add(self._jobs.routes)
         self.http = Http(loop, settings.options, self.application, self._link.slots)
+        if self._jobs is not None:
+            self._jobs.draining = lambda: self.http.draining
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
@@ -205,6 +210,8 @@ class Coupling:
         now, caller = time.monotonic(), self._link.caller
         self._watchdog.feed(now)
         models, epoch = caller.models, caller.membership.epoch
+        if epoch != self._epoch:
+            self.joined_at = now
         if models is not self._models or epoch != self._epoch:
             self._models, self._epoch = models, epoch
             self._steady.saw(caller.is_ready(), now)
@@ -269,4 +276,6 @@ class Coupling:
         self._loop.remove_reader(self._link.fileno())
         if self._timer is not None:
             self._timer.cancel()
+        if self._jobs is not None:
+            self._jobs.close()
         self._link.close()

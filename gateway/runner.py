@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.headless import Answer, Headless
+from penstock.gateway.waits import first_of
 from penstock.jobs.document import sentence_of
 from penstock.jobs.job import CANCELLED, FAILED, SUCCEEDED, Job, StoredResponse
 from penstock.jobs.options import JobsOptions
@@ -36,6 +37,7 @@ _BACKOFF_MAX_S: Final = 20.0  # ... up to this
 _NEW_S: Final = 20.0
 _KEPT_HEADERS: Final = ("content-type", "inference-header-content-length", "content-encoding")
 _FINISH_TRIES_S: Final = (0.0, 0.5, 2.0, 5.0)  # a result is not given up because its store was away for a moment
+_PUT_BACK_S: Final = 5.0  # for what is left at the end; else its lease has to run out
 
 T = TypeVar("T")
 
@@ -60,7 +62,7 @@ class _Run:
 
 def not_before(job: Job, now: float) -> float:
     """When a job that could not be run is to be tried again."""
-    return now + min(_BACKOFF_S * 2 ** min(job.attempts - 1, 20), _BACKOFF_MAX_S)
+    return now + min(_BACKOFF_S * 2.0 ** min(job.attempts - 1, 20), _BACKOFF_MAX_S)
 
 
 def may_come_right(status: int, broker_s: float) -> bool:
@@ -170,8 +172,7 @@ class Runner:
         finally:
             del self.running[job.id]
             self._room.set()
-            self._look_at = 0.0  # there is room for another
-            self.wake()
+            self.wake()  # there is room for another
         self._seconds.observe(time.monotonic() - begun)
 
     async def _answer(self, run: _Run) -> Answer | None:
@@ -184,7 +185,8 @@ class Runner:
         if request is None or run.end:
             run.end = run.end or "lost"
             return None
-        answered = run.answer = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+        run.answer = answered
         run.exchange = Headless(
             self._http,
             request.method,
@@ -215,6 +217,7 @@ class Runner:
                 extra=fields(job=job.id, after_s=round(again - now, 3), reason=sentence_of(response)),
             )
             await self._insist(self._store.put_back, job.id, self._owner, again, now)
+            asyncio.get_running_loop().call_later(again - now, self._look_again)
         else:
             status = SUCCEEDED if answer.status < 400 else FAILED
             await self._insist(self._store.finish, job.id, self._owner, status, stored(answer), "", now)
@@ -232,6 +235,10 @@ class Runner:
                     raise
                 self._say_away(error)
 
+    def _look_again(self) -> None:
+        self._look_at = 0.0
+        self.wake()
+
     # --- the end ---
 
     async def drain(self, limit_s: float) -> None:
@@ -240,7 +247,7 @@ class Runner:
         for run in list(self.running.values()):
             run.stop("drained")
         left = len(self.running)
-        await self._settle(sum(_FINISH_TRIES_S) + self._options.store_wait_s)
+        await self._settle(_PUT_BACK_S)
         log.info("jobs drained", extra=fields(put_back=left - len(self.running), left=len(self.running)))
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -264,11 +271,3 @@ class Runner:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.critical("a job could not be handled", exc_info=error)
-
-
-async def first_of(limit_s: float, *events: asyncio.Event) -> None:
-    """Until one of them is set or the time is up."""
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()

@@ -23,6 +23,7 @@ class JobsOptions:
     run_max_s: float = 3600.0  # from its submission; a job that finds no worker until then fails
     lease_s: float = 15.0  # a runner that says nothing for so long has lost its jobs
     attempts_max: int = 5  # runners that may end while they run a job; then it fails
+    drain_max_s: float = 5.0  # a runner that is to end waits so long for what it runs; then that is put back
     waiting_max: int = 1000  # long polls of one gateway: 503
 
     callback_attempts_max: int = 6
