@@ -123,6 +123,10 @@ class Store(ABC):
     @abstractmethod
     def counts(self) -> Counts: ...
 
+    def advice(self) -> str:
+        """What is set so that it may lose jobs, in a sentence for the log; "" for nothing."""
+        return ""
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -130,7 +134,9 @@ class Store(ABC):
 def open_store(where: str, options: JobsOptions) -> Store:
     """``where``: what ``locate`` gave, a Redis URL or a path. Raises StoreError for what is neither."""
     if where.startswith(_REDIS):
-        raise StoreError("Redis is not built yet")
+        from penstock.jobs.redis import RedisStore  # imported where it is used alone: 0.1 s
+
+        return RedisStore(where, options)
     from penstock.jobs.sqlite import SqliteStore
 
     return SqliteStore(Path(where), options)

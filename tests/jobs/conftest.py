@@ -10,14 +10,28 @@ import pytest
 
 from penstock.jobs.options import JobsOptions
 from penstock.jobs.store import Store, open_store
+from tests.jobs.redisserver import RedisServer
 
 Opener = Callable[..., Store]
+RequireCommand = Callable[[str, str], str]
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(scope="session")
+def redis_server(require_command: RequireCommand, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One for all tests that leave it running."""
+    command = require_command("redis-server", "redis-server")
+    with RedisServer(command, tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "redis"])
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a store of each kind lies, which nobody has used."""
-    return str(tmp_path / "jobs.sqlite")
+    if request.param == "sqlite":
+        return str(tmp_path / "jobs.sqlite")
+    server: RedisServer = request.getfixturevalue("redis_server")
+    server.flush()
+    return server.url
 
 
 @pytest.fixture
