@@ -105,7 +105,7 @@ def _call(fn: Callable[[Job], object], job: Job, error: PenstockError | None) ->
         fn(job)
 
 
-def _put_named(put: Callable[[Job, PenstockError | None], object], named: Mapping[str, Job], ident: str) -> Told:
+def _put_named(put: Callable[[Job, PenstockError | None], None], named: Mapping[str, Job], ident: str) -> Told:
     return partial(put, named[ident])
 
 
@@ -202,7 +202,7 @@ class as_completed:
         self._jobs = list({job.id: job for job in jobs}.values())
         self._timeout_s = None if timeout is None else check_timeout(timeout)
 
-    def _begin(self, put: Callable[[Job, PenstockError | None], object]) -> None:
+    def _begin(self, put: Callable[[Job, PenstockError | None], None]) -> None:
         """Have each of them put once it has ended."""
         by_client: dict[int, list[Job]] = {}
         for job in self._jobs:
@@ -233,7 +233,11 @@ class as_completed:
         loop = asyncio.get_running_loop()
         ended: asyncio.Queue[tuple[Job, PenstockError | None]] = asyncio.Queue(len(self._jobs))
         until = None if self._timeout_s is None else loop.time() + self._timeout_s
-        self._begin(lambda job, error: loop.call_soon_threadsafe(ended.put_nowait, (job, error)))
+
+        def put(job: Job, error: PenstockError | None) -> None:
+            loop.call_soon_threadsafe(ended.put_nowait, (job, error))
+
+        self._begin(put)
         for left in range(len(self._jobs), 0, -1):
             try:
                 wait_s = None if until is None else max(0.0, until - loop.time())
