@@ -27,7 +27,7 @@ from penstock.wire.process import fields
 
 log = logging.getLogger("penstock.jobs")
 
-POLL_S: Final = 1.0  # between two looks whether the store has changed, while nobody says so
+POLL_S: Final = 2.0  # between two looks whether the store has changed, while nobody says so
 BUSY_POLL_S: Final = 0.2  # likewise, while jobs run that may be cancelled
 LOOK_S: Final = 5.0  # between two looks for what only time brings: leases that are over, jobs that are to be forgotten
 _AWAY_S: Final = 1.0  # before a store that did not answer is asked again

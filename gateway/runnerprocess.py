@@ -112,7 +112,7 @@ class RunnerProcess:
         coupling.close()
 
     def _listen(self, runner: Runner, loop: asyncio.AbstractEventLoop) -> Ear | None:
-        """Without it, jobs begin up to a second later."""
+        """Without it, jobs begin some time later."""
         if self._settings.broker.runtime is None:
             return None
         try:
