@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import sys
@@ -138,8 +137,12 @@ def cancel(store: Store, job_ids: tuple[str, ...]) -> None:
 @_asks_store
 def secret(store: Store) -> None:
     """Print the secret by which callbacks are signed, as penstock.client.verify_callback takes it."""
-    given = store.options.callback_secret
-    click.echo(given or f"whsec_{base64.b64encode(store.secret()).decode()}")
+    from penstock.jobs.callbacks import show_secret, signing_key
+
+    try:
+        click.echo(show_secret(signing_key(store)))
+    except ValueError as error:
+        fail(str(error))
 
 
 @jobs.command()

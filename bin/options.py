@@ -264,7 +264,7 @@ def _limits(toml: Toml, name: str, kind: type[T]) -> T:
     for key in toml.values.get(name, ()):
         value, lowest = getattr(section, key), _LOWEST.get(key, 0)
         if isinstance(value, str):
-            if problem := _problem_of_store(value) if (name, key) == ("jobs", "store") else "":
+            if problem := _PROBLEMS[key](value) if name == "jobs" and value else "":
                 raise toml.error((name, key), f"[{name}]: key '{key}': {problem}")
             continue  # a path
         if isinstance(value, tuple):
@@ -291,6 +291,17 @@ def _problem_of_store(store: str) -> str:
     return ""
 
 
+def _problem_of_secret(secret: str) -> str:
+    """Why nothing can be signed with it, or ""."""
+    from penstock.jobs.callbacks import read_secret
+
+    try:
+        read_secret(secret)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _problem_of_network(network: str) -> str:
     """Why these are no addresses that may be called, or ""."""
     try:
@@ -298,6 +309,9 @@ def _problem_of_network(network: str) -> str:
     except ValueError as error:
         return f"{error}; a network is written as 10.0.0.0/8 or fd00::/8"
     return ""
+
+
+_PROBLEMS: Final = {"store": _problem_of_store, "callback_secret": _problem_of_secret}  # of strings in [jobs]
 
 
 def _problem_of_weight(tenant: str, weight: float) -> str:

@@ -23,6 +23,7 @@ from penstock.gateway.jobwaits import Waits
 from penstock.gateway.jobwake import Bell
 from penstock.gateway.reader import Head, Request
 from penstock.gateway.routes import Route, RouteError
+from penstock.jobs.address import CallbackRefused, read_networks, read_target
 from penstock.jobs.document import document
 from penstock.jobs.job import CANCELLED, EXPIRED, Job, StoredRequest, StoredResponse
 from penstock.jobs.place import Place
@@ -88,6 +89,7 @@ class Jobs:
         self._application = application
         self._store = store = open_store(place.where, options)
         self._options = options
+        self._allowed = read_networks(options.callback_allow)
         self._bell = Bell(None if runtime is None else runtime.jobs)
         self.draining: Callable[[], bool] = lambda: False
         self._aside = Aside(loop, options.connections_max, options.store_wait_s, _LATE)
@@ -131,6 +133,11 @@ class Jobs:
         except PenstockError as error:
             self._application.count_failure(target, error.code)
             raise
+        if callback_url:
+            try:
+                read_target(callback_url, self._allowed)
+            except CallbackRefused as error:
+                raise PenstockError(BAD_INPUT, str(error)) from None
         headers = {name: value for name in KEPT if (value := head.headers.get(name)) is not None}
 
         def submit() -> Job:

@@ -1,5 +1,5 @@
 """How whoever runs jobs is told at once that there is something to look at: a datagram to a socket in the runtime
-directory. It is a hint; who is not told looks a second later."""
+directory. It is a hint; who is not told looks some time later."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -173,6 +174,7 @@ class Coupling:
         self._steady = Steady()
         self._models: object = None  # what readiness follows from, when it was last looked at
         self._epoch = 0
+        self.measures: list[Callable[[], None]] = []  # what else is to bring its series up to date
         self.joined_at = float("inf")  # when this broker was found, in the monotonic clock
         self.application = Application(
             loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing, self._steady
@@ -266,6 +268,8 @@ class Coupling:
             caller.meters.value("penstock_arena_bytes").value = slots.arena.size
             caller.meters.value("penstock_arena_used_bytes").value = slots.arena.allocator.used
             caller.meters.value("penstock_arena_waiting").value = slots.waiting
+        for own in self.measures:
+            own()
         measure(caller.meters)
 
     def _snapshot(self) -> Snapshot:

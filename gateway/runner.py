@@ -27,7 +27,7 @@ from penstock.wire.process import fields
 
 log = logging.getLogger("penstock.jobs")
 
-POLL_S: Final = 1.0  # between two looks whether the store has changed, while nobody says so
+POLL_S: Final = 2.0  # between two looks whether the store has changed, while nobody says so
 BUSY_POLL_S: Final = 0.2  # likewise, while jobs run that may be cancelled
 LOOK_S: Final = 5.0  # between two looks for what only time brings: leases that are over, jobs that are to be forgotten
 _AWAY_S: Final = 1.0  # before a store that did not answer is asked again
@@ -87,8 +87,9 @@ class Runner:
         options: JobsOptions,
         owner: str,
         broker_s: Callable[[], float],
+        ended: Callable[[Job], None],
     ) -> None:
-        """``broker_s``: for how long the broker has been known, 0 while it is not."""
+        """``broker_s``: for how long the broker has been known, 0 while it is not. ``ended``: a job has."""
         self.running: dict[str, _Run] = {}
         self._application = application
         self._http = http
@@ -96,7 +97,9 @@ class Runner:
         self._options = options
         self._owner = owner
         self._broker_s = broker_s
-        self._seconds = application.caller.meters.histogram("penstock_job_seconds")
+        self._ended = ended
+        self._meters = application.caller.meters
+        self._seconds = self._meters.histogram("penstock_job_seconds")
         self._threads = ThreadPoolExecutor(options.connections_max, "penstock-store")
         self._tasks: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
@@ -104,7 +107,7 @@ class Runner:
         self._change = 0
         self._look_at = self._renew_at = 0.0  # in the loop's time
         self._away = False  # the store does not answer, and that has been said
-        self.swept: Callable[[], None] = lambda: None  # to be replaced: called with each look, on a thread
+        self._counted = -1  # the store's change when it was last counted what there is
 
     def wake(self) -> None:
         self._woken.set()
@@ -135,10 +138,19 @@ class Runner:
         if looks:
             self._look_at = now + LOOK_S
             await self._ask(self._store.sweep, time.time())
-            await self._ask(self.swept)
+            await self._count()
         if self.running and now >= self._renew_at:
             await self._renew(now)
         return BUSY_POLL_S if self.running else POLL_S
+
+    async def _count(self) -> None:
+        if self._counted == self._change:
+            return
+        self._counted = self._change
+        counts = await self._ask(self._store.counts)
+        for status, number in counts.by_status.items():
+            self._meters.value("penstock_jobs", status).value = number
+        self._meters.value("penstock_jobs_bytes").value = counts.bytes
 
     async def _claim(self) -> None:
         room = self._options.running_max - len(self.running)
@@ -167,6 +179,7 @@ class Runner:
         try:
             answer = await self._answer(run)
             await self._end(run, answer)
+            self._ended(job)
         except StoreError as error:  # whoever finds its lease to be over runs it again
             log.error("job cannot be ended; its store is away", extra=fields(job=job.id, reason=str(error)))
         finally:

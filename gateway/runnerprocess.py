@@ -10,6 +10,7 @@ import signal
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+import orjson
 import uvloop
 
 from penstock.client.terms import TIMEOUT_MAX_S
@@ -20,15 +21,20 @@ from penstock.gateway.process import Coupling, GatewaySettings
 from penstock.gateway.runner import Runner
 from penstock.gateway.tracing import Tracing
 from penstock.gateway.waits import first_of
+from penstock.jobs.callbacks import Callbacks
+from penstock.jobs.document import document
+from penstock.jobs.job import Job, StoredResponse
+from penstock.jobs.options import JobsOptions
 from penstock.jobs.owner import new_owner
 from penstock.jobs.place import Place
 from penstock.jobs.store import Store, open_store
 from penstock.wire.endpoints import BrokerAddress
+from penstock.wire.metrics import Meters
 from penstock.wire.process import fields, notify
 
 log = logging.getLogger("penstock.jobs")
 
-_SHUT_S: Final = 2.0  # for what threads do with the store
+_SHUT_S: Final = 2.0  # for callbacks that are under way; what has not ended by then is sent again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +74,7 @@ class RunnerProcess:
         stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
+        owner = new_owner()
         # Shared memory would be there for large tensors that come now and then, and be taken all the time. A request
         # that names no time of its own has as long as a job may take: nobody waits at the other end.
         limit_s = min(max(jobs.run_max_s, settings.options.request_timeout_s), TIMEOUT_MAX_S)
@@ -78,15 +85,19 @@ class RunnerProcess:
             None,
         )
         coupling.application.parser = Parser(callbacks=True)  # which are sent from here
+        callbacks = Callbacks(self._store, jobs, owner, lambda job, response: _body(job, response, jobs))
         runner = Runner(
             coupling.application,
             coupling.http,
             self._store,
             jobs,
-            new_owner(),
+            owner,
             lambda: max(0.0, loop.time() - coupling.joined_at),
+            lambda job: None if job.callback is None else callbacks.wake(),
         )
+        coupling.measures.append(lambda: _measure(callbacks, coupling.application.caller.meters))
         ear = self._listen(runner, loop)
+        callbacks.start()
         log.info("jobs are run", extra=fields(store=settings.place.shown))
         notify("READY=1")
         coupling.pump()
@@ -97,10 +108,11 @@ class RunnerProcess:
             loop.remove_reader(ear.fileno())
             ear.close()
         await runner.drain(jobs.drain_max_s)
+        callbacks.stop(_SHUT_S)
         coupling.close()
 
     def _listen(self, runner: Runner, loop: asyncio.AbstractEventLoop) -> Ear | None:
-        """Without it, jobs begin up to a second later."""
+        """Without it, jobs begin some time later."""
         if self._settings.broker.runtime is None:
             return None
         try:
@@ -115,3 +127,13 @@ class RunnerProcess:
 
         loop.add_reader(ear.fileno(), hear)
         return ear
+
+
+def _body(job: Job, response: StoredResponse | None, options: JobsOptions) -> bytes:
+    """What is sent of a job that has ended."""
+    return orjson.dumps(document(job, response, options.callback_result_bytes_max))
+
+
+def _measure(callbacks: Callbacks, meters: Meters) -> None:
+    for outcome, number in callbacks.outcomes.items():
+        meters.value("penstock_job_callbacks", outcome).value = number

@@ -35,7 +35,8 @@ OUTCOMES: Final = (DELIVERED, RETRIED, FAILED)
 
 _SECRET_PREFIX: Final = "whsec_"
 _SECRET_BYTES_MIN: Final = 16
-_POLL_S: Final = 1.0  # for what others have left, and what is to be tried again
+_POLL_S: Final = 5.0  # between two looks for what others have left
+_AGAIN_MAX: Final = 1000  # times that are remembered; others are looked for
 _LOOK_UP_S: Final = 60.0  # the system's resolver may take that; beside callback_timeout_s
 _JITTER: Final = 0.2  # of a wait, more or less
 
@@ -102,6 +103,7 @@ class Callbacks:
         self._lock = threading.Lock()
         self._sending: set[threading.Thread] = set()  # at most callback_threads_max
         self._main = threading.Thread(target=self._run, name="callbacks", daemon=True)
+        self._again: list[float] = []  # when what did not arrive is to be tried again, by the clock
         self._away = ""  # what the store said when it was last asked
         # How many attempts came to what, for whoever measures.
         self.outcomes: Final = dict.fromkeys(OUTCOMES, 0)
@@ -132,7 +134,14 @@ class Callbacks:
         while not self._stopped.is_set():
             self._woken.clear()
             self._begin_due()
-            self._woken.wait(_POLL_S)
+            self._woken.wait(self._pause_s())
+
+    def _pause_s(self) -> float:
+        """Until there may be something to send."""
+        now = self._clock()
+        with self._lock:
+            self._again = [at for at in self._again if at > now]
+            return max(0.0, min([_POLL_S, *[at - now for at in self._again]]))
 
     def _begin_due(self) -> None:
         room = self._options.callback_threads_max - len(self._sending)
@@ -217,6 +226,8 @@ class Callbacks:
         outcome = DELIVERED if not error else RETRIED if next_at is not None else FAILED
         with self._lock:
             self.outcomes[outcome] += 1
+            if next_at is not None and len(self._again) < _AGAIN_MAX:
+                self._again.append(next_at)
         if error:
             log.info("a callback did not arrive", extra=fields(job=job.id, outcome=outcome, reason=error))
         self._store.callback_done(job.id, self._owner, not error, error, next_at)
