@@ -94,7 +94,8 @@ class Machine(RuleBasedStateMachine):
     def any_turn(self, data: st.DataObject, owner: str) -> tuple[str, str]:
         """A job and an owner, most often its own."""
         running = [id for id, job in self.model.kept().items() if job.status == "running"]
-        if running and data.draw(st.integers(0, 3)):
+        own = data.draw(st.integers(0, 3)) > 0
+        if running and own:
             id = data.draw(st.sampled_from(running))
             return id, self.model.jobs[id].owner
         return self.any_id(data), owner
