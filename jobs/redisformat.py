@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import msgpack
 
@@ -88,4 +88,4 @@ def texts(values: Sequence[bytes]) -> list[str]:
 def without_password(url: str) -> str:
     """As it may be shown."""
     parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -64,6 +64,8 @@ class RedisTable:
                 self._check()
             yield
         except redis.RedisError as error:
+            if "maxmemory" in str(error):  # also in a script, where it has no class of its own
+                raise StoreError(f"the store of jobs {self.name} has no memory left (its maxmemory)") from None
             raise StoreError(f"the store of jobs {self.name} cannot be used: {error}") from None
         except OSError as error:
             raise StoreError(f"the store of jobs {self.name} cannot be used: {error.strerror or error}") from None

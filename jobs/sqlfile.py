@@ -20,8 +20,10 @@ from penstock.jobs.store import SCHEMA, StoreError
 
 APPLICATION: Final = 0x50454E4A  # "PENJ", which file(1) can tell
 _PAGE_BYTES: Final = 4096
-_VACUUM_PAGES: Final = 2048  # given back to the file system at a time
-_LOG_BYTES: Final = 64 << 20  # of the write-ahead log, once what is in it has been taken over
+_VACUUM_PAGES: Final = 1024  # given back to the file system in one transaction
+_VACUUM_TURNS: Final = 8  # and so many of them at a time
+_SPARE_BYTES: Final = 16 << 20  # of the disk, which new jobs leave: with nothing left, nothing could be ended or swept
+_LOG_BYTES: Final = 4 << 20  # of the write-ahead log, once what is in it has been taken over
 
 _TABLES: Final = """
 CREATE TABLE jobs (
@@ -127,10 +129,28 @@ class SqliteFile:
                 raise self._told(error) from None
             return (self._watches << 32) + version
 
+    def has_room(self, size: int) -> bool:
+        """Whether the disk has room for so many bytes, in the log and in the file, and for what comes after. Raises
+        StoreError."""
+        try:
+            about = os.statvfs(self.path.parent)
+        except OSError as error:
+            raise self._told(error) from None
+        return about.f_bavail * about.f_frsize >= 2 * size + _SPARE_BYTES
+
+    def full(self) -> str:
+        return f"there is no room left on the disk of the store of jobs {self.path}; free some"
+
     def vacuum(self) -> None:
-        """Give free pages back, a bounded number of them."""
-        with self._connection("") as connection:
-            connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+        """Give free pages back to the file system, a bounded number of them, when they are many: what is put in later
+        would take them anyway."""
+        for _ in range(_VACUUM_TURNS):
+            with self._connection("") as connection:
+                free = connection.execute("PRAGMA freelist_count").fetchone()[0]
+                if free < max(_VACUUM_PAGES, connection.execute("PRAGMA page_count").fetchone()[0] // 4):
+                    return
+                # A step for each page; ``execute`` makes one alone of what has no columns.
+                connection.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
 
     def close(self) -> None:
         with self._lock:
@@ -229,7 +249,7 @@ class SqliteFile:
                 "lies beside it under the same name and -wal or -shm, and a new one is made"
             )
         if code == sqlite3.SQLITE_FULL:
-            return StoreError(f"there is no room left on the disk of the store of jobs {self.path}; free some")
+            return StoreError(self.full())
         if code == sqlite3.SQLITE_BUSY:
             return StoreError(
                 f"others write to the store of jobs {self.path} for more than {self._wait_s:g} s (store_wait_s)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import sqlite3
 from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
@@ -21,6 +22,8 @@ from penstock.jobs.store import (
     REQUESTS_PART,
     Counts,
     Store,
+    StoreError,
+    StoreFull,
     checked_ids,
     finished,
     new_secret,
@@ -52,6 +55,8 @@ class SqliteStore(Store):
                 raise too_many(self.options)
             if used + job.bytes > self.options.bytes_max * REQUESTS_PART:
                 raise no_room(job.bytes, self.options)
+            if not self._file.has_room(job.bytes):
+                raise StoreFull(self._file.full())
             number = connection.execute(_INSERT, _row(job)).lastrowid
             connection.execute(
                 "INSERT INTO requests VALUES (?, ?, ?, ?, ?)",
@@ -169,6 +174,12 @@ class SqliteStore(Store):
         return known[0] if known else None
 
     def sweep(self, now: float) -> int:
+        count = self._bury(now)
+        with contextlib.suppress(StoreError):  # a disk that is full; another time
+            self._file.vacuum()
+        return count
+
+    def _bury(self, now: float) -> int:
         oldest = now - self.options.tombstone_s
         with self._file.reading() as connection:
             due = connection.execute(
@@ -196,7 +207,6 @@ class SqliteStore(Store):
                 "DELETE FROM tombstones WHERE number IN (SELECT number FROM tombstones ORDER BY expires_at LIMIT ?)",
                 (max(many, 0),),
             )
-        self._file.vacuum()
         return len(numbers)
 
     def due_callbacks(self, owner: str, count: int, now: float, lease_s: float) -> Sequence[Job]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,18 @@ def opened(where: str) -> Iterator[Opener]:
     yield open_one
     for store in stores:
         store.close()
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def fresh_stores(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Callable[[JobsOptions], Store]]:
+    """Each call makes an empty place; what it returns opens a store there."""
+    if request.param == "redis":
+        server: RedisServer = request.getfixturevalue("redis_server")
+
+        def flushed() -> Callable[[JobsOptions], Store]:
+            server.flush()
+            return partial(open_store, server.url)
+
+        return flushed
+    numbers = itertools.count()
+    return lambda: partial(open_store, str(tmp_path / f"{next(numbers)}.sqlite"))
