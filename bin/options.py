@@ -41,7 +41,10 @@ _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s|m)?", re.ASCII)
 
 _WEIGHT_MIN, _WEIGHT_MAX = 0.001, 1000.0  # of a tenant
 
-_LOWEST: Final = {"arena_bytes": -1, "run_bytes_max": -1, "lease_s": 1, "attempts_max": 1, "connections_max": 1}
+_LOWEST: Final = {  # of a limit; 0 of the others
+    **dict.fromkeys((("gateway", "arena_bytes"), ("worker", "arena_bytes"), ("worker", "run_bytes_max")), -1),
+    **dict.fromkeys((("jobs", "lease_s"), ("jobs", "attempts_max"), ("jobs", "connections_max")), 1),
+}
 
 EXIT_CANNOT_SERVE: Final = 2  # a file that cannot be served, or nothing that can; also click's code for bad usage
 
@@ -262,7 +265,7 @@ def _limits(toml: Toml, name: str, kind: type[T]) -> T:
     """A section. Raises ConfigError, also for what is no limit."""
     section = convert(toml, name, kind)
     for key in toml.values.get(name, ()):
-        value, lowest = getattr(section, key), _LOWEST.get(key, 0)
+        value, lowest = getattr(section, key), _LOWEST.get((name, key), 0)
         if isinstance(value, str):
             if problem := _PROBLEMS[key](value) if name == "jobs" and value else "":
                 raise toml.error((name, key), f"[{name}]: key '{key}': {problem}")

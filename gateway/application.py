@@ -38,7 +38,7 @@ from penstock.gateway.tracing import Tracing
 from penstock.wire import errors
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import UNNAMED, Payload
-from penstock.wire.metrics import Value
+from penstock.wire.metrics import Meters, Value
 from penstock.wire.models import SERVED, ModelSpec, ModelState
 from penstock.wire.process import fields
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot
@@ -88,7 +88,9 @@ class Application:
         flush: Callable[[], None],
         tracing: Tracing | None = None,
         steady: Steady | None = None,
+        meters: Meters | None = None,
     ) -> None:
+        """``meters``: where what is answered over HTTP is counted, the caller's where there are none."""
         self._inference: Callable[[Application, Exchange, Query], _Inference] = (
             _Inference if tracing is None else partial(_TracedInference, tracing)
         )
@@ -105,10 +107,11 @@ class Application:
         self.parser = Parser()
         self.deferral: Callable[[Head], Defer | None] = lambda head: None  # to be replaced, see jobs.py
         self._timing = ServerTiming()
-        self._answered = caller.meters.value("penstock_http_responses", "200")
+        self._meters = caller.meters if meters is None else meters
+        self._answered = self._meters.value("penstock_http_responses", "200")
         self._responses: dict[int, Value] = {200: self._answered}
-        self.seconds = caller.meters.histogram("penstock_http_request_seconds")
-        self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
+        self.seconds = self._meters.histogram("penstock_http_request_seconds")
+        self._refusals = self._meters.histogram("penstock_http_refusal_seconds")
         self._extensions = list(_EXTENSIONS)
         self._server = {"name": "penstock", "version": version("penstock"), "extensions": self._extensions}
         routes: list[Route[Handler]] = [
@@ -220,7 +223,7 @@ class Application:
     def count(self, status: int) -> None:
         counter = self._responses.get(status)
         if counter is None:
-            counter = self._responses[status] = self.caller.meters.value("penstock_http_responses", str(status))
+            counter = self._responses[status] = self._meters.value("penstock_http_responses", str(status))
         counter.value += 1
 
     def answer_json(self, exchange: Exchange, value: object) -> None:

@@ -37,6 +37,7 @@ from penstock.jobs.place import Place
 from penstock.wire.arena import Arena, ArenaSearch, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError
 from penstock.wire.messages import Snapshot
+from penstock.wire.metrics import Meters
 from penstock.wire.process import EXIT_DEFECT, Watchdog, check_descriptor_limit, fields, measure, notify
 
 log = logging.getLogger("penstock.gateway")
@@ -53,7 +54,8 @@ _DEFECT: Final = "defect; what this process knows cannot be relied on any more, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
-    """Where a gateway listens and whom it asks. ``http``: ``HOST:PORT``, or ``fd://N`` for an inherited socket.
+    """Where a gateway listens and whom it asks. ``http``: ``HOST:PORT``, ``fd://N`` for an inherited socket, or "" for
+    none.
     ``tracing``: who is told what each request took; it is closed with the gateway. ``jobs``: None where none are
     kept."""
 
@@ -176,8 +178,17 @@ class Coupling:
         self._epoch = 0
         self.measures: list[Callable[[], None]] = []  # what else is to bring its series up to date
         self.joined_at = float("inf")  # when this broker was found, in the monotonic clock
+        # Without a listener nothing is answered over HTTP, and so nothing is said of it.
+        self._meters = self._link.caller.meters if settings.http else Meters()
         self.application = Application(
-            loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing, self._steady
+            loop,
+            self._link.caller,
+            settings.options,
+            reports,
+            self._flush_soon,
+            settings.tracing,
+            self._steady,
+            self._meters,
         )
         application = self.application
         application.add(Repository(loop, application, Orders(self._link)).routes, *repository.EXTENSIONS)
@@ -259,9 +270,9 @@ class Coupling:
     def _measure(self) -> None:
         """Bring the series that are not counted as things happen up to date."""
         caller = self._link.caller
-        caller.meters.value("penstock_http_connections").value = len(self.http.connections)
-        caller.meters.value("penstock_http_cut_off").value = self.http.cut_off
-        caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
+        self._meters.value("penstock_http_connections").value = len(self.http.connections)
+        self._meters.value("penstock_http_cut_off").value = self.http.cut_off
+        self._meters.value("penstock_http_body_bytes").value = self.http.budget.used
         slots = self._link.slots()
         caller.meters.value("penstock_arena_missing").value = int(self._wants_arena and slots is None)
         if slots is not None:

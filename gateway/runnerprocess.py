@@ -81,7 +81,9 @@ class RunnerProcess:
         options = replace(settings.options, arena_bytes=0, request_timeout_s=limit_s)
         coupling = Coupling(
             loop,
-            GatewaySettings(broker=settings.broker, name=settings.name, options=options, tracing=settings.tracing),
+            GatewaySettings(
+                broker=settings.broker, http="", name=settings.name, options=options, tracing=settings.tracing
+            ),
             None,
         )
         coupling.application.parser = Parser(callbacks=True)  # which are sent from here
