@@ -30,6 +30,7 @@ _DECODER: Final = json.JSONDecoder()
 _NOTHING: Final = memoryview(b"")
 _ID_MAX: Final = 1024  # characters
 _NAME_MAX: Final = 256  # characters
+ONLY_JOBS_CALL: Final = "a callback_url is for requests with the header 'Prefer: respond-async', which become jobs"
 
 
 # From an answer, packed, and its payload to the JSON that is sent. Raises BadMessage or PenstockError.
@@ -75,10 +76,20 @@ class _Frame(NamedTuple):
     shape: tuple[int, ...]
 
 
+class CallbackAsked(PenstockError):
+    """A request that is a good one, but asks to have its answer sent somewhere, for which it has to be a job."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(BAD_INPUT, ONLY_JOBS_CALL)
+        self.url = url
+
+
 class Parser:
     """Parses bodies for models, and remembers the JSON parts that come again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, callbacks: bool = False) -> None:
+        """``callbacks``: requests may ask for one, and others see to it."""
+        self._callbacks = callbacks
         self._known: dict[tuple[str, str, bytes, int, str], Query] = {}
         self._frames: dict[tuple[str, str, bytes, int, str], _Frame] = {}
         self._forms = Forms()
@@ -169,6 +180,10 @@ class Parser:
             explain = _flag(parameters, "explain", False)
         layout = Layout(tuple(tensors), tuple(outputs))
         form = self._forms.find(spec, layout, len(payload), priority, tenant)
+        if "callback_url" in parameters and not self._callbacks:
+            if type(parameters["callback_url"]) is not str:
+                raise PenstockError(BAD_INPUT, "parameter 'callback_url' is a URL")
+            raise CallbackAsked(parameters["callback_url"])
         reusable = all_binary and not identifier
         return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable), payload
 

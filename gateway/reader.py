@@ -52,6 +52,7 @@ _KNOWN: Final = {
         b"penstock-sticky",
         b"penstock-tenant",
         b"penstock-timeout",
+        b"prefer",
         b"traceparent",
         b"tracestate",
         b"transfer-encoding",
