@@ -19,6 +19,7 @@ from penstock.bin import logs
 from penstock.bin.cpus import format_cpus, parse_cpus, usable_cpus
 from penstock.bin.devices import CPU, VISIBLE, Device, DeviceError, choose, choose_one
 from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
+from penstock.gateway.cachevalue import problem_of_url
 from penstock.gateway.cors import problem_of_origin
 from penstock.gateway.options import GatewayOptions
 from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
@@ -237,7 +238,9 @@ def _limits(toml: Toml, name: str, kind: type[T]) -> T:
     for key in toml.values.get(name, ()):
         value, lowest = getattr(section, key), -1 if key in ("arena_bytes", "run_bytes_max") else 0
         if isinstance(value, str):
-            continue  # a path
+            if key == "response_cache_store" and (problem := problem_of_url(value)):
+                raise toml.error((name, key), f"[{name}]: key '{key}': {problem}")
+            continue  # else a path
         if isinstance(value, tuple):
             for at, origin in enumerate(value):
                 if problem := problem_of_origin(origin):

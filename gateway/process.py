@@ -19,6 +19,7 @@ from penstock.client.orders import Orders
 from penstock.gateway import modelconfig, repository, statistics
 from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
+from penstock.gateway.caching import ResponseCache
 from penstock.gateway.connection import Http
 from penstock.gateway.listening import listen, url_of
 from penstock.gateway.modelconfig import ModelConfig
@@ -170,6 +171,8 @@ class Coupling:
         application.add(Plain(application).routes)
         application.add(ModelConfig(application).routes, modelconfig.EXTENSION)
         application.add(TensorFlowServing(application).routes)
+        runtime = settings.broker.runtime
+        self._cache = application.cache = ResponseCache(loop, application, None if runtime is None else runtime.path)
         self.http = Http(loop, settings.options, self._application, self._link.slots)
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
@@ -244,6 +247,7 @@ class Coupling:
             caller.meters.value("penstock_arena_bytes").value = slots.arena.size
             caller.meters.value("penstock_arena_used_bytes").value = slots.arena.allocator.used
             caller.meters.value("penstock_arena_waiting").value = slots.waiting
+        self._cache.stores.measure(caller.meters)
         measure(caller.meters)
 
     def _snapshot(self) -> Snapshot:
@@ -251,6 +255,7 @@ class Coupling:
         return Snapshot(self._link.caller.name, self._link.caller.meters.samples())
 
     def close(self) -> None:
+        self._cache.close()
         self._loop.remove_reader(self._link.fileno())
         if self._timer is not None:
             self._timer.cancel()

@@ -144,6 +144,7 @@ Event: TypeAlias = (
     | Subscribed
     | Unsubscribed
     | Loaded
+    | Renewing
     | Tried
     | Unwanted
     | Rested
