@@ -18,8 +18,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -36,7 +37,8 @@ _PREFIX: Final = "responses-"
 _ROUND: Final = 1 << 20  # bytes, of the whole
 _READERS_MAX: Final = 1024  # threads of all gateways of a host that read at once, or did when they were killed
 _LARGEST_PART: Final = 16  # an answer that takes more than one part in so many of all the room is not kept
-_FULL: Final = 7 / 8  # of the pages are used: then the oldest answers go. LMDB writes a page by making a new one
+_FULL: Final = 3 / 4  # of the pages are used: then the oldest answers go. LMDB changes a page by making a new one
+_MARK: Final = b"mark"  # no key has so few bytes
 _TRANSACTION_BYTES: Final = 4 << 20  # that are written at once
 _TRANSACTION_MAX: Final = 256  # answers
 _GATHER_S: Final = 0.002  # that a writer waits for more
@@ -67,7 +69,7 @@ class MemoryStore:
         self._ttl_s = ttl_s
         self._pending_bytes_max = pending_bytes_max
         self._path = directory / f"{_PREFIX}{_SCHEMA}-{nbytes}"
-        self._pages_max = int(nbytes * _FULL)
+        self._used_max = int(nbytes * _FULL)
         self._lock = _use(self._path)
         try:
             self._open(nbytes)
@@ -197,14 +199,30 @@ class MemoryStore:
             self._check_at = now + _CHECK_S
             self._env.reader_check()  # pages that a reader which was killed had in sight are free again
         try:
-            self._put(some, now, self._pages_max)
+            self._put(some, now)
+            return
         except lmdb.MapFullError:
-            # What was removed last may still be in sight of a reader; or it lies in pieces that are too small.
-            with self._env.begin(write=True) as writing:
-                self._evict(writing, self._pages_max - 2 * self.largest, now)
-            self._put(some, now, self._pages_max - 2 * self.largest)
+            pass  # what is free lies in pieces that are too small for a large answer, or in sight of a reader
+        self._turn(partial(self._evict, used_max=self._used_max - 4 * self.largest, now=now))
+        try:
+            self._put(some, now)
+        except lmdb.MapFullError:
+            self._turn(self._clear)
+            self._put(some, now)
 
-    def _put(self, some: dict[bytes, tuple[bytes, bytes]], now: float, used_max: int) -> None:
+    def _turn(self, change: Callable[[Any], None]) -> None:
+        """Pages that a transaction frees can be used by the next but one."""
+        with self._env.begin(write=True) as writing:
+            change(writing)
+        with self._env.begin(write=True) as writing:
+            writing.put(_MARK, b"", db=self._answers)
+
+    def _clear(self, writing: Any) -> None:
+        self.evicted += writing.stat(self._order)["entries"]
+        for db in (self._answers, self._order):
+            writing.drop(db, delete=False)
+
+    def _put(self, some: dict[bytes, tuple[bytes, bytes]], now: float) -> None:
         with self._env.begin(write=True) as writing:
             with writing.cursor(self._order) as order:
                 last = int.from_bytes(order.key(), "big") if order.last() else 0
@@ -215,7 +233,8 @@ class MemoryStore:
                 place = number.to_bytes(_SEQ_BYTES, "big")
                 writing.put(key, place + pack_value(key, now, body, payload), db=self._answers)
                 writing.put(place, key, db=self._order)
-            self._evict(writing, used_max, now)
+            writing.delete(_MARK, db=self._answers)
+            self._evict(writing, self._used_max, now)
 
     def _evict(self, writing: Any, used_max: int, now: float) -> None:
         """Remove the oldest until no more than so many bytes are used, and those that are too old."""
