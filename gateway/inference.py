@@ -13,6 +13,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import orjson
 
 from penstock.client.arrays import Forms
+from penstock.gateway.changes import Changes, Style
+from penstock.gateway.classification import read_classes
 from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
 from penstock.wire.codec import unpack_outcome
 from penstock.wire.datatypes import ITEM_SIZES, element_count
@@ -31,22 +33,13 @@ _NAME_MAX: Final = 256  # characters
 Write: TypeAlias = Callable[[bytes, Payload], bytes]
 
 
-class Style(NamedTuple):
-    """How outputs are to be answered: those named in ``exceptions`` the other way than ``binary`` says."""
-
-    binary: bool
-    exceptions: frozenset[str] = frozenset()
-
-    def is_binary(self, name: str) -> bool:
-        return self.binary != (name in self.exceptions)
-
-
 class Query(NamedTuple):
     """What a request's JSON says: everything but its tensors. ``timeout_s``: 0 where it names none. ``explain``: the
     answer is to say where its time went.
 
     ``reusable``: another request with the same JSON and other binary tensors means the same, as long as the model
-    stays. ``write``: how another protocol than this one says the answer.
+    stays. ``write``: how another protocol than this one says the answer. ``change``: what is to become of the answer
+    before it is said.
     """
 
     spec: ModelSpec
@@ -57,6 +50,7 @@ class Query(NamedTuple):
     explain: bool
     reusable: bool
     write: Write | None = None
+    change: Changes | None = None
 
 
 class Parser:
@@ -115,8 +109,8 @@ class Parser:
         if type(identifier) is not str or len(identifier) > _ID_MAX:
             raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
         parameters = _object(request.get("parameters", {}), "'parameters'")
-        outputs, style = _read_outputs(request.get("outputs", []), parameters)
-        _check_style(spec, outputs, style)
+        outputs, style, change = _read_outputs(spec, request.get("outputs", []), parameters)
+        _check_style(spec, outputs, style, change)
         tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
         timeout_us, explain = 0, False
         if parameters:
@@ -127,7 +121,7 @@ class Parser:
         layout = Layout(tuple(tensors), tuple(outputs))
         form = self._forms.find(spec, layout, len(payload), priority, tenant)
         reusable = all_binary and not identifier
-        return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable), payload
+        return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable, None, change), payload
 
 
 def _raw_shape(spec: ModelSpec, nbytes: int) -> tuple[int, ...]:
@@ -210,13 +204,14 @@ def _binary_size(each: dict[str, Any], name: str) -> int | None:
     return size
 
 
-def _read_outputs(outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], Style]:
+def _read_outputs(spec: ModelSpec, outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], Style, Changes | None]:
     default = _flag(parameters, "binary_data_output", False)
     if type(outputs) is not list:
         raise PenstockError(BAD_INPUT, "'outputs' is a list")
     _check_count(outputs, "outputs")
     names: list[str] = []
     exceptions: set[str] = set()
+    changes: Changes | None = None
     for each in outputs:
         name = _object(each, "an output").get("name")
         if type(name) is not str or len(name) > _NAME_MAX:
@@ -224,14 +219,17 @@ def _read_outputs(outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], 
         names.append(name)
         own = _object(each.get("parameters", {}), f"'parameters' of output '{name}'")
         if "classification" in own:
-            raise PenstockError(BAD_INPUT, f"output '{name}': the classification extension is not there")
+            changes = changes or Changes(spec.batchable)
+            changes.classes[name] = read_classes(spec, name, own["classification"])
         if _flag(own, "binary_data", default) != default:
             exceptions.add(name)
-    return names, Style(default, frozenset(exceptions))
+    return names, Style(default, frozenset(exceptions)), changes
 
 
-def _check_style(spec: ModelSpec, outputs: Sequence[str], style: Style) -> None:
+def _check_style(spec: ModelSpec, outputs: Sequence[str], style: Style, changes: Changes | None) -> None:
     for each in spec.outputs:
+        if changes is not None and changes.has(each.name):
+            continue
         if each.datatype in BINARY_ONLY and (not outputs or each.name in outputs) and not style.is_binary(each.name):
             raise PenstockError(
                 BAD_INPUT,

@@ -35,6 +35,7 @@ from penstock.wire.fields import (
 )
 from penstock.wire.metrics import Sample, check_samples
 from penstock.wire.models import (
+    MAX_LABELS,
     MAX_ROUTES,
     MAX_TENSORS,
     SERVED,
@@ -288,13 +289,18 @@ _shape: Final = sequence(integer(0, MAX_ELEMENTS), MAX_DIMS)
 _datatype: Final = one_of(DATATYPES)
 _tensor_spec: Final = record(TensorSpec, _name, _datatype, sequence(integer(-1, MAX_ELEMENTS), MAX_DIMS))
 _tensor_specs: Final = sequence(_tensor_spec, MAX_TENSORS)
-_spec_fields: Final = record(ModelSpec, _name, _name, _name, _tensor_specs, _tensor_specs, flag, integer(1, 1 << 32))
+_labels: Final = sequence(pair(_name, text(MAX_LABELS)), MAX_TENSORS)
+_spec_fields: Final = record(
+    ModelSpec, _name, _name, _name, _tensor_specs, _tensor_specs, flag, integer(1, 1 << 32), _labels
+)
 
 
 def _model_spec(value: Any) -> ModelSpec:
     spec: ModelSpec = _spec_fields(value)
     if spec.batchable and not (spec.inputs and all(each.shape for each in spec.inputs)):
         raise BadMessage("a model that is batchable has inputs, and each of them has a first dimension")
+    if sum([len(lines) for _, lines in spec.labels]) > MAX_LABELS:
+        raise BadMessage(f"a model has labels of at most {MAX_LABELS} characters")
     return spec
 
 

@@ -21,6 +21,7 @@ STATES: Final = frozenset({LOADING, READY, UNAVAILABLE, IDLE})
 SERVED: Final = frozenset({READY, IDLE})  # states of what can be asked
 
 MAX_TENSORS: Final = 1024  # inputs or outputs of a model
+MAX_LABELS: Final = 512 * 1024  # characters, of all classes of a model
 MAX_ROUTES: Final = 64  # versions, labels and parts of a Route
 WHOLE: Final = 100  # what the parts of the traffic add up to
 
@@ -35,7 +36,8 @@ class TensorSpec(NamedTuple):
 
 class ModelSpec(NamedTuple):
     """One version of a model. ``batchable``: the first dimension counts rows that do not see each other, so that rows
-    of several requests run together, at most ``max_batch_size`` at once; otherwise each request runs alone."""
+    of several requests run together, at most ``max_batch_size`` at once; otherwise each request runs alone. ``labels``:
+    of outputs that tell classes apart, by the output's name: what each class is called, a line each."""
 
     name: str
     version: str
@@ -44,6 +46,7 @@ class ModelSpec(NamedTuple):
     outputs: tuple[TensorSpec, ...]
     batchable: bool
     max_batch_size: int
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 class Unnamed(ModelSpec):

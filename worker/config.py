@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 import msgspec
 import msgspec.inspect
 
+from penstock.worker.classlabels import problem_of_file
 from penstock.worker.tomllines import KeyPath, find_line
 from penstock.worker.versions import NAMED_MAX, VersionNumber, VersionPolicy, is_version
 
@@ -58,6 +59,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     # Where requests that name no version go, in percent: labels, or numbers of versions. Nothing: to the newest version
     # that the policy asks for.
     traffic: Annotated[dict[str, _Percent], msgspec.Meta(max_length=NAMED_MAX)] = {}
+    # What the classes of an output are called, for classification: {output = "labels.txt"}, a file in the model's
+    # directory with a label in each line.
+    class_labels: Annotated[dict[str, str], msgspec.Meta(max_length=NAMED_MAX)] = {}
     # Workers that load it: "cpu", "cuda:0", or "cuda" for those on any GPU. None: all.
     devices: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=_DEVICES_MAX)] | None = None
     # 0: requests run alone, whatever the model could; None: the largest of the preferred, or DEFAULT_BATCH_SIZE.
@@ -211,6 +215,9 @@ def _problems_of_versions(config: ModelConfig) -> Iterator[tuple[KeyPath, str]]:
             what = "it is neither a label of this file nor a version's number"
             hint = _hint(target, list(config.labels), "labels are") if config.labels else "there are no labels"
             yield ("traffic", target), f"key 'traffic.{_shown(target)}': {what}; {hint}"
+    for output, file in config.class_labels.items():
+        if problem := problem_of_file(file):
+            yield ("class_labels", output), f"key 'class_labels.{_shown(output)}': {problem}"
     total = sum(config.traffic.values())
     if config.traffic and total != 100:
         yield ("traffic",), f"key 'traffic': it adds up to {total}; make it 100"

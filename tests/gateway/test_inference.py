@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.gateway.inference import Parser, Query, Style, render, render_body
+from penstock.gateway.changes import Style
+from penstock.gateway.inference import Parser, Query, render, render_body
 from penstock.wire.codec import pack_outcome, unpack_layout
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
 from penstock.wire.messages import Outcome
@@ -218,8 +219,12 @@ def changed(**values: Any) -> dict[str, Any]:
             "'parameters' of output 'sum' is not a JSON object",
         ),
         (
-            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "sum", "parameters": {"classification": 2}}]},
-            "output 'sum': the classification extension is not there",
+            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "sum", "parameters": {"classification": 0}}]},
+            "output 'sum': 'classification' is how many classes to tell, a whole number from 1 to 2147483647",
+        ),
+        (
+            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "text", "parameters": {"classification": 1}}]},
+            "class result not available for output 'text' due to unsupported type 'BYTES'",
         ),
         (changed(name=...), "an input's 'name' is a string of at most 256 characters"),
         (changed(name="x" * 257), "an input's 'name' is a string of at most 256 characters"),
