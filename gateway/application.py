@@ -62,11 +62,8 @@ STATUSES: Final = {
     errors.POISONED: 500,
     errors.INTERNAL: 500,
 }
-_EXTENSIONS: Final = (
-    "classification",
-    "binary_tensor_data",
-    "schedule_policy",
-)  # of these routes; other files bring theirs
+# Of these routes; other files bring theirs.
+_EXTENSIONS: Final = ("classification", "sequence", "binary_tensor_data", "schedule_policy")
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
@@ -403,17 +400,17 @@ class Application:
         assert query.change is not None
         work = partial(query.change.apply, answer.body, answer.payload, query.style)
 
-        def done(future: asyncio.Future[tuple[bytes, Payload, Style]]) -> None:
+        def changed(done: asyncio.Future[tuple[bytes, Payload, Style]]) -> None:
             if answer.held:  # what has come of it is another's memory
                 self.release(answer.held)
             if exchange.abandoned:
-                future.exception()
+                done.exception()
             else:
-                self.later(exchange, say, future)
+                self.later(exchange, say, done)
 
-        def say(future: asyncio.Future[tuple[bytes, Payload, Style]]) -> None:
+        def say(done: asyncio.Future[tuple[bytes, Payload, Style]]) -> None:
             try:
-                body, payload, style = future.result()
+                body, payload, style = done.result()
                 encoding = exchange.request.head.target.accepts
                 if encoding:
                     json, binary = render_body(body, payload, style, query.id, parameters)
@@ -425,14 +422,14 @@ class Application:
                 self.fail(exchange, PenstockError(code, str(error)), query.id)
 
         if len(answer.payload) > _ASIDE_MIN_BYTES:
-            self._loop.run_in_executor(None, work).add_done_callback(done)
+            self._loop.run_in_executor(None, work).add_done_callback(changed)
         else:
             now: asyncio.Future[tuple[bytes, Payload, Style]] = self._loop.create_future()
             try:
                 now.set_result(work())
             except (BadMessage, PenstockError) as error:
                 now.set_exception(error)
-            done(now)
+            changed(now)
 
     def _send_compressed(self, exchange: Exchange, json: bytes, binary: bytes, encoding: str, begin: bytes) -> None:
         if not encoding or len(json) + len(binary) < self.options.compress_bytes_min:

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
-from penstock.client.arrays import Forms
+from penstock.client.arrays import Forms, in_sequence
+from penstock.client.terms import check_sequence
 from penstock.gateway.changes import Changes, Style
 from penstock.gateway.classification import read_classes
 from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
@@ -120,7 +121,10 @@ class Parser:
             explain = _flag(parameters, "explain", False)
         layout = Layout(tuple(tensors), tuple(outputs))
         form = self._forms.find(spec, layout, len(payload), priority, tenant)
-        reusable = all_binary and not identifier
+        if "sequence_id" in parameters:
+            start, end = parameters.get("sequence_start", False), parameters.get("sequence_end", False)
+            form = in_sequence(form, *check_sequence(parameters["sequence_id"], start, end))
+        reusable = all_binary and not (identifier or form.sequence)
         return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable, None, change), payload
 
 

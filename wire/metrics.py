@@ -58,6 +58,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "penstock_queue_requests": Family(GAUGE, "Requests that wait in the broker", _MODEL),
     "penstock_running_requests": Family(GAUGE, "Requests that a worker holds", _MODEL),
     "penstock_held_bytes": Family(GAUGE, "Bytes of tensors in messages that the broker holds"),
+    "penstock_sequences": Family(GAUGE, "Sequences that are open"),
     "penstock_workers": Family(GAUGE, "Workers that are connected"),
     "penstock_callers": Family(GAUGE, "Gateways and clients that are connected"),
     # A worker's.

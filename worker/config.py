@@ -21,7 +21,12 @@ from penstock.worker.versions import NAMED_MAX, VersionNumber, VersionPolicy, is
 
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s)")
-_LONGEST_S: Final = {"max_queue_delay": 60.0, "latency_target": 60.0, "max_compute": 3600.0}
+_LONGEST_S: Final = {
+    "max_queue_delay": 60.0,
+    "latency_target": 60.0,
+    "max_compute": 3600.0,
+    "max_sequence_idle": 86400.0,
+}
 _SIZES_MAX: Final = 32  # preferred ones
 MAX_BATCH_SIZE: Final = 4096  # rows
 _FORMS: Final = {"version_policy": '"latest", "all", {latest = 2} or [3, 5]'}  # of keys that have several
@@ -72,6 +77,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     # Rows that batches are padded to, ascending; none: to none. The last is the most that run together.
     preferred_batch_sizes: Annotated[tuple[_Rows, ...], msgspec.Meta(min_length=1, max_length=_SIZES_MAX)] | None = None
     weight: Annotated[float, msgspec.Meta(ge=0.001, le=1000)] = 1.0  # the model's share of a worker beside other models
+    max_sequence_idle: str = "1s"  # when nothing of a sequence has come for so long, it is over
     # Batches of this model that run at once; on a GPU 2, unless it is said.
     instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     intra_op_threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
@@ -91,6 +97,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def max_queue_delay_s(self) -> float:
         return parse_duration(self.max_queue_delay)
+
+    @property
+    def max_sequence_idle_s(self) -> float:
+        return parse_duration(self.max_sequence_idle)
 
     @property
     def latency_target_s(self) -> float:
@@ -198,6 +208,8 @@ def _problems(config: ModelConfig) -> Iterator[tuple[KeyPath, str]]:
                 raise ValueError(f"{text!r} is longer than {most_s:.0f}s")
         except ValueError as error:
             yield (key,), f"key '{key}': {error}"
+    if not config.max_sequence_idle_s:
+        yield ("max_sequence_idle",), "key 'max_sequence_idle': it is more than nothing, such as '1s'"
     if config.max_compute is not None and not config.max_compute_s:
         yield ("max_compute",), "key 'max_compute': it is more than nothing; without the key, 30s or more"
     yield from _problems_of_versions(config)

@@ -389,7 +389,8 @@ class Serving:
             served = self._served[key]
             config = served.model.config
             rows = served.rows_told = served.line.limit
-            costs.append(Cost(*key, config.instances, rows, config.weight_thousandths, *served.curve.tell()))
+            weight, idle_us = config.weight_thousandths, max(1, round(config.max_sequence_idle_s * 1e6))
+            costs.append(Cost(*key, config.instances, rows, weight, *served.curve.tell(), idle_us))
         return [Costs(epoch, costs)] if costs else []
 
     def _has_changed(self, key: ModelKey) -> bool:

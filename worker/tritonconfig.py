@@ -36,6 +36,7 @@ FILE_NAME: Final = "config.pbtxt"
 MODEL_FILE_NAME: Final = "model.onnx"
 TRITON_KEYS: Final = frozenset(each.partition(":")[0] for each in re.split(r"[ |]", TRITON.messages["ModelConfig"]))
 _DELAY_US_MAX: Final = 60_000_000
+_IDLE_US_MAX: Final = 86_400_000_000
 _INSTANCES_MAX: Final = 64
 _THREADS_MAX: Final = 1024
 _NUMBER: Final = re.compile(r"\d{1,20}", re.ASCII)
@@ -152,6 +153,10 @@ class _Reader:
                 self._say(path, UNHEEDED[generic])
         values: dict[str, Any] = {"version_policy": self._version_policy()}
         values["class_labels"] = self._class_labels()
+        idle_us = self.message.sequence_batching.max_sequence_idle_microseconds
+        if idle_us:
+            path = "sequence_batching.max_sequence_idle_microseconds"
+            values["max_sequence_idle"] = f"{self._within(path, idle_us, 1, _IDLE_US_MAX)}us"
         values |= self._batches() | self._instances() | self._accelerators() | self._optimization()
         values |= self._parameters({key: each.string_value for key, each in self.message.parameters.items()})
         if values.get("cuda_graphs"):

@@ -655,3 +655,16 @@ def test_response_read_as_a_request_has_the_same_tensors(
         else:  # a NaN may come back as another one
             shape = before.shape
             np.testing.assert_array_equal(decode(before.datatype, shape, one), decode(before.datatype, shape, other))
+
+
+def test_a_request_of_a_sequence_has_a_form_of_its_own_and_is_not_remembered() -> None:
+    parser = Parser()
+    request = {"inputs": [A_BINARY, B_BINARY], "parameters": {"sequence_id": 7, "sequence_start": True}}
+    forms = [parse(request, A_RAW + B_RAW, parser=parser)[0].form for _ in range(2)]
+    assert [(each.sequence, each.phase) for each in forms] == [("7", 1)] * 2
+    assert forms[0] is not forms[1]
+    plain = parse({"inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW, parser=parser)[0]
+    assert (plain.form.sequence, plain.reusable) == ("", True)
+    assert "'sequence_id' is a whole number" in refusal(
+        {"inputs": [A_JSON, B_JSON], "parameters": {"sequence_id": 1.5}}
+    )

@@ -187,6 +187,7 @@ def test_the_configuration_of_models(client: Any) -> None:
 def test_the_extensions_are_those_that_work(client: Any) -> None:
     assert client.get_server_metadata()["extensions"] == [
         "classification",
+        "sequence",
         "binary_tensor_data",
         "schedule_policy",
         "model_repository",

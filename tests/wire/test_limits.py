@@ -36,6 +36,7 @@ WITHOUT_LIMIT: Final = {
     "gateway/aside.py: done.exception()": "it has ended",
     "gateway/repository.py: done.result()": "it has ended",
     "gateway/application.py: future.exception()": "it has ended",
+    "gateway/application.py: done.exception()": "it has ended",
     "gateway/process.py: event.wait()": "it is given to what has a limit",
     "gateway/process.py: stopped.wait()": "a gateway serves until a signal comes",
     "load/http.py: self._ended.wait()": "every request and every connection has its time",

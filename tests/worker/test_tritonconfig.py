@@ -399,7 +399,10 @@ def test_the_schema_is_triton_s() -> None:
             "backend: 'python'",
             ":1: backend: only ONNX models are served ('onnxruntime'), not 'python'; export it to ONNX",
         ),
-        ("sequence_batching { }", ":1: sequence_batching: requests are independent here"),
+        (
+            "sequence_batching { state { input_name: 'x' } }",
+            ":1: sequence_batching.state: nothing is kept for the next request",
+        ),
         ("ensemble_scheduling { step [ { model_name: 'a' } ] }", ":1: ensemble_scheduling: there are no ensembles"),
         ("batch_input { kind: BATCH_ITEM_SHAPE }", ":1: batch_input: Triton makes these inputs"),
         ("batch_output { target_name: 'a' }", ":1: batch_output: outputs are taken apart by rows"),
