@@ -30,7 +30,7 @@ def server(start_server: StartServer, tmp_path: Path) -> Server:
 
 def workers(server: Server) -> dict[str, int]:
     """Process ids by name, of those that have joined last."""
-    return {each["worker"]: each["pid"] for each in server.log() if each["event"] == "worker joined"}
+    return {each["worker"]: each["pid"] for each in server.log() if each["event"] == "joined the broker"}
 
 
 def test_over_http(server: Server) -> None:
