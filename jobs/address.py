@@ -25,6 +25,7 @@ Networks = tuple[Network, ...]
 
 # Of what Python calls global, these are not: protocol assignments, and the relays of 6to4, which are gone.
 _NOT_PUBLIC_4: Final = tuple(map(ipaddress.IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/4")))
+_LOOPBACK: Final = ipaddress.IPv4Address("127.0.0.1")
 _PUBLIC_6: Final = ipaddress.IPv6Network("2000::/3")
 _NOT_PUBLIC_6: Final = tuple(map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "3fff::/20")))
 # IPv6 addresses that mean one of IPv4, and at which bit from the right that one begins.
@@ -88,8 +89,9 @@ def read_target(url: str, allowed: Networks) -> Target:
         raise CallbackRefused("callback_url has no host that can be looked up")
     if port == 0:
         raise CallbackRefused("callback_url has port 0")
-    if literal is not None and not may_be_called(literal, allowed):
-        raise CallbackRefused(_not_public(str(literal)))
+    meant = _LOOPBACK if f".{host.removesuffix('.')}".endswith(".localhost") else literal  # RFC 6761
+    if meant is not None and not may_be_called(meant, allowed):
+        raise CallbackRefused(_not_public(str(meant)))
     secure = parts.scheme == "https"
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Target(secure, str(literal or host), port or _PORTS[parts.scheme], path)
@@ -126,7 +128,7 @@ def _literal(host: str, bracketed: bool) -> Address | None:
     try:
         if bracketed:
             return ipaddress.IPv6Address(host)
-        return ipaddress.IPv4Address(socket.inet_aton(host))
+        return ipaddress.IPv4Address(socket.inet_aton(host.removesuffix(".")))
     except ValueError:
         raise CallbackRefused("callback_url has something in brackets that is no address") from None
     except OSError:

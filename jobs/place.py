@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from penstock.jobs.options import JobsOptions
+from penstock.jobs.store import without_password
 
 
 class Place(NamedTuple):
@@ -16,5 +17,4 @@ class Place(NamedTuple):
     @property
     def shown(self) -> str:
         """For people and logs, which are not to have a password."""
-        before, mark, after = self.where.partition("://")
-        return f"{before}{mark}{after.rpartition('@')[2]}" if mark else self.where
+        return without_password(self.where)

@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import msgpack
 
@@ -83,9 +82,3 @@ def new_stamp() -> bytes:
 
 def texts(values: Sequence[bytes]) -> list[str]:
     return [value.decode() for value in values]
-
-
-def without_password(url: str) -> str:
-    """As it may be shown."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

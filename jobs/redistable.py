@@ -12,9 +12,9 @@ from redis.retry import Retry
 
 from penstock.jobs.job import Job, StoredResponse
 from penstock.jobs.options import JobsOptions
-from penstock.jobs.redisformat import new_stamp, packed_response, saved_values, unpacked_job, without_password
+from penstock.jobs.redisformat import new_stamp, packed_response, saved_values, unpacked_job
 from penstock.jobs.redisscripts import BURY, FORGET, SAVE, SUBMIT
-from penstock.jobs.store import SCHEMA, StoreError
+from penstock.jobs.store import SCHEMA, StoreError, without_password
 
 PREFIX: Final = "penstock:{jobs}:"
 TRIES_MAX: Final = 32  # when others change the same jobs

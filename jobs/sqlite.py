@@ -265,12 +265,12 @@ class SqliteStore(Store):
 def _candidates(connection: sqlite3.Connection, owner: str, count: int, now: float) -> list[tuple[int, Job]]:
     """Jobs that may be run now, in the order of their arrival: all that have lost their runner, and of those that wait
     ``count`` at most."""
-    running = [(row[0], _job(row)) for row in connection.execute(f"{_SELECT} WHERE status = 'running'")]
-    dead = frozenset(each for each in {job.owner for _, job in running} - {owner} if is_dead(each))
-    query = f"{_SELECT} WHERE status = 'queued' AND not_before <= ? ORDER BY number LIMIT ?"
-    queued = [(row[0], _job(row)) for row in connection.execute(query, (now, count))]
-    lost = [(number, job) for number, job in running if jobs.is_due(job, now, dead)]
-    return sorted([*lost, *queued], key=lambda each: each[0])
+    owners = connection.execute("SELECT DISTINCT owner FROM jobs WHERE status = 'running'").fetchall()
+    dead = [each for (each,) in owners if each != owner and is_dead(each)]
+    lost = f"{_SELECT} WHERE status = 'running' AND (lease_until <= ? OR owner IN ({', '.join('?' * len(dead))}))"
+    queued = f"{_SELECT} WHERE status = 'queued' AND not_before <= ? ORDER BY number LIMIT ?"
+    rows = connection.execute(lost, (now, *dead)).fetchall() + connection.execute(queued, (now, count)).fetchall()
+    return [(row[0], _job(row)) for row in sorted(rows, key=lambda row: int(row[0]))]
 
 
 def _find(connection: sqlite3.Connection, id: str) -> tuple[int, Job] | None:

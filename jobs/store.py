@@ -168,6 +168,14 @@ def locate(store: str, runtime_dir: Path) -> str:
     return str(base / "penstock" / f"jobs-{_short(runtime_dir)}.sqlite")
 
 
+def without_password(where: str) -> str:
+    """As it may be shown: of a URL neither user nor query, which may have a password, too."""
+    if not where.startswith(_REDIS):
+        return where
+    scheme, _, rest = where.partition("://")
+    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
+
+
 def _short(runtime_dir: Path) -> str:
     return hashlib.sha256(os.fsencode(runtime_dir.absolute())).hexdigest()[:12]
 

@@ -70,6 +70,10 @@ def test_nothing_is_public_that_python_does_not_take_for_it(
     assert address.is_global or not may_be_called(address, ())
 
 
+def test_this_host_keeps_its_name_where_it_is_allowed() -> None:
+    assert read_target("http://localhost:1/", read_networks(["127.0.0.0/8"])).authority == "localhost:1"
+
+
 def test_networks_that_are_allowed() -> None:
     allowed = read_networks(["10.0.0.0/8", "fd00::/8", "192.168.1.7"])
     for text, may in [("10.1.2.3", True), ("11.1.2.3", True), ("fd00::1", True), ("fc00::1", False)]:
@@ -134,6 +138,9 @@ def test_what_a_url_says(url: str, target: Target, authority: str) -> None:
         ("http://[fe80::1%25eth0]/", "not public"),
         ("http://%31%32%37.0.0.1/", "no host"),
         ("http://127.0.0.1/", "names 127.0.0.1, which is not public"),
+        ("http://127.0.0.1./", "names 127.0.0.1, which is not public"),
+        ("http://localhost:8000/", "names 127.0.0.1, which is not public"),
+        ("http://a.LOCALHOST./", "names 127.0.0.1, which is not public"),
         ("http://127.1/", "names 127.0.0.1, which is not public"),
         ("http://2130706433/", "names 127.0.0.1, which is not public"),
         ("http://0x7f000001/", "names 127.0.0.1, which is not public"),

@@ -245,7 +245,7 @@ def test_what_a_process_was_sending_when_it_was_killed_is_sent_again(
         ("http://name.example:{port}/", ["127.0.0.1"], "name.example has the address 127.0.0.1, which is not public"),
         ("http://name.example:{port}/", ["8.8.8.8", "::1"], "name.example has the address ::1, which is not public"),
         ("http://127.0.0.1:{port}/", ["127.0.0.1"], "callback_url names 127.0.0.1, which is not public"),
-        ("http://localhost:{port}/", None, "localhost has the address"),
+        ("http://localhost:{port}/", None, "callback_url names 127.0.0.1, which is not public"),
     ],
 )
 def test_who_may_not_be_called_is_not_and_not_again(

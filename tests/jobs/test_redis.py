@@ -19,7 +19,7 @@ from penstock.jobs.options import JobsOptions
 from penstock.jobs.owner import new_owner
 from penstock.jobs.redis import RedisStore
 from penstock.jobs.redistable import PREFIX
-from penstock.jobs.store import SCHEMA, StoreError, StoreFull
+from penstock.jobs.store import SCHEMA, StoreError, StoreFull, without_password
 from tests.jobs.conftest import RequireCommand
 from tests.jobs.redisserver import RedisServer
 
@@ -121,6 +121,8 @@ def test_passwords_are_never_shown() -> None:
     with pytest.raises(StoreError) as told:
         store.counts()
     assert "geheim" not in str(told.value)
+    shown = {"redis://h/1?password=geheim": "redis://h/1", "unix://:geheim@/run/r.sock?db=2": "unix:///run/r.sock"}
+    assert {url: without_password(url) for url in shown} == shown
     assert "redis://127.0.0.1:1/3 cannot be used" in str(told.value)
     with pytest.raises(StoreError) as told:
         RedisStore("redis://user:geheim@host:port", JobsOptions())

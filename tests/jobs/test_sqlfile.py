@@ -83,7 +83,9 @@ def test_many_may_make_it_at_the_same_time(path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["jobs.sqlite"]
 
 
-def test_many_threads_take_turns(store: SqliteStore) -> None:
+def test_many_threads_take_turns(path: Path) -> None:
+    store = SqliteStore(path, JobsOptions(store_wait_s=60.0, connections_max=3))
+
     def live(number: int) -> None:
         owner = f"owner {number}"
         for _ in range(10):
@@ -94,6 +96,7 @@ def test_many_threads_take_turns(store: SqliteStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(live, range(8)))
     assert store.counts().by_status["succeeded"] == 80
+    store.close()
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770])

@@ -179,6 +179,7 @@ def test_one_that_was_cancelled_does_not_run_again(opened: Opener, how: str) -> 
     store.cancel(id, 2.0)
     if how == "put back":
         assert store.put_back(id, "a", 2.0, 2.0)
+        assert status(store, id) == CANCELLED
     assert store.claim("b", 1, 100.0, 15.0) == []
     assert status(store, id) == CANCELLED
 
