@@ -20,6 +20,7 @@ from penstock.bin import logs
 from penstock.bin.cpus import format_cpus, parse_cpus, usable_cpus
 from penstock.bin.devices import CPU, VISIBLE, Device, DeviceError, choose, choose_one
 from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
+from penstock.gateway.cachevalue import problem_of_url
 from penstock.gateway.cors import problem_of_origin
 from penstock.gateway.options import GatewayOptions
 from penstock.jobs.options import JobsOptions
@@ -269,7 +270,9 @@ def _limits(toml: Toml, name: str, kind: type[T]) -> T:
         if isinstance(value, str):
             if problem := _PROBLEMS[key](value) if name == "jobs" and value else "":
                 raise toml.error((name, key), f"[{name}]: key '{key}': {problem}")
-            continue  # a path
+            if key == "response_cache_store" and (problem := problem_of_url(value)):
+                raise toml.error((name, key), f"[{name}]: key '{key}': {problem}")
+            continue  # else a path
         if isinstance(value, tuple):
             problem_of = _problem_of_network if key == "callback_allow" else problem_of_origin
             for at, each in enumerate(value):

@@ -144,6 +144,11 @@ class Exchange:
         return self._connection.begin(self, content_type, extra)
 
     @property
+    def response(self) -> bytes:
+        """All that it was answered, where that is one piece of memory; else b""."""
+        return b"" if self._response is None or self._tail else self._response
+
+    @property
     def abandoned(self) -> bool:
         return self._connection is None
 
@@ -177,6 +182,11 @@ class Exchange:
         left by then."""
         assert self._connection is not None
         self.gone = self._connection.wait(nbytes, 0, then, late).leave
+
+    def let_go(self) -> None:
+        """Nobody needs its body any more, though it is not answered yet."""
+        if self._connection is not None:
+            self._connection.budget.release(self.request)
 
     def expanded(self, body: Buffer) -> bool:
         """The body was compressed, and is this. False when there is no room for it."""

@@ -20,6 +20,7 @@ from penstock.client.orders import Orders
 from penstock.gateway import modelconfig, repository, statistics
 from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
+from penstock.gateway.caching import ResponseCache
 from penstock.gateway.connection import Http
 from penstock.gateway.jobs import Jobs, NoJobs
 from penstock.gateway.listening import Sign, listen, reachable_url, url_of
@@ -201,6 +202,9 @@ class Coupling:
             NoJobs(application)
         else:
             application.add(self._jobs.routes)
+        runtime = settings.broker.runtime
+        self._cache = application.cache = ResponseCache(loop, application, None if runtime is None else runtime.path)
+        self.measures.append(lambda: self._cache.stores.measure(application.caller.meters))
         self.http = Http(loop, settings.options, self.application, self._link.slots)
         if self._jobs is not None:
             self._jobs.draining = lambda: self.http.draining
@@ -288,6 +292,7 @@ class Coupling:
         return Snapshot(self._link.caller.name, self._link.caller.meters.samples())
 
     def close(self) -> None:
+        self._cache.close()
         self._loop.remove_reader(self._link.fileno())
         if self._timer is not None:
             self._timer.cancel()

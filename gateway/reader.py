@@ -39,6 +39,7 @@ _KNOWN: Final = {
         b"accept",
         b"accept-encoding",
         b"access-control-request-method",
+        b"cache-control",
         b"connection",
         b"content-encoding",
         b"content-length",

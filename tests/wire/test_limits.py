@@ -34,6 +34,8 @@ WITHOUT_LIMIT: Final = {
     "client/talk.py: waiter.wake.acquire()": "nobody else knows this lock yet",
     "gateway/application.py: done.result()": "it has ended",
     "gateway/aside.py: done.exception()": "it has ended",
+    "gateway/cachestore.py: self._ready.wait()": "its thread waits for work, or for the word to end",
+    "gateway/cachestores.py: opening.result()": "it has ended",
     "gateway/repository.py: done.result()": "it has ended",
     "gateway/application.py: future.exception()": "it has ended",
     "gateway/jobs.py: done.result()": "it has ended",
