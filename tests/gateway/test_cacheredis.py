@@ -81,7 +81,7 @@ class Stores:
 
     def put(self, store: RedisStore, key: bytes, body: bytes, payload: bytes) -> None:
         store.put(key, body, payload)
-        self.loop.until(lambda: not store._pending_bytes)
+        self.loop.until(lambda: not store._tasks)
 
     def close(self) -> None:
         for store in self.open:

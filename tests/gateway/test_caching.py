@@ -74,8 +74,8 @@ class Cached(Desk):
     def cancelled(self) -> list[int]:
         return [number for message in self.caller.flush(0.0) for number in message.cancels]
 
-    def fails(self, number: int, code: str = MODEL_FAILED) -> None:
-        self.deliver(number, Outcome("", "", ()), b"", pack_failure(Failure(code, "it failed", 0)), FAILED)
+    def fails(self, number: int) -> None:
+        self.deliver(number, Outcome("", "", ()), b"", pack_failure(Failure(MODEL_FAILED, "it failed", 0)), FAILED)
 
     def compute(self, exchange: Exchange, x: bytes = X) -> Said:
         """Have it answered by a worker."""
