@@ -39,7 +39,7 @@ from penstock.gateway.tracing import Tracing
 from penstock.wire import errors
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import UNNAMED, Payload
-from penstock.wire.metrics import Value
+from penstock.wire.metrics import Meters, Value
 from penstock.wire.models import SERVED, ModelSpec, ModelState
 from penstock.wire.process import fields
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot
@@ -77,6 +77,7 @@ _LENGTH_DIGITS_MAX: Final = 12
 T = TypeVar("T")
 Handler: TypeAlias = "Callable[[Exchange, Target], None]"
 Parse: TypeAlias = "Callable[[Target, Buffer], tuple[Query, Payload]]"
+Defer: TypeAlias = "Callable[[Exchange, Target, Parse], None]"
 
 
 class Application:
@@ -91,7 +92,9 @@ class Application:
         flush: Callable[[], None],
         tracing: Tracing | None = None,
         steady: Steady | None = None,
+        meters: Meters | None = None,
     ) -> None:
+        """``meters``: where what is answered over HTTP is counted, the caller's where there are none."""
         self.inference: Callable[[Application, Exchange, Query], Inference] = (
             Inference if tracing is None else partial(_TracedInference, tracing)
         )
@@ -107,12 +110,14 @@ class Application:
         self._feed = Feed(loop, reports, lambda: caller.name, self._states)
         self._page = load_page()
         self._cors = Cors(options.cors_origins)
-        self._parser = Parser()
+        self.parser = Parser()
+        self.deferral: Callable[[Head], Defer | None] = lambda head: None  # to be replaced, see jobs.py
         self._timing = ServerTiming()
-        self._answered = caller.meters.value("penstock_http_responses", "200")
+        self._meters = caller.meters if meters is None else meters
+        self._answered = self._meters.value("penstock_http_responses", "200")
         self._responses: dict[int, Value] = {200: self._answered}
-        self.seconds = caller.meters.histogram("penstock_http_request_seconds")
-        self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
+        self.seconds = self._meters.histogram("penstock_http_request_seconds")
+        self._refusals = self._meters.histogram("penstock_http_refusal_seconds")
         self._extensions = list(_EXTENSIONS)
         self._server = {"name": "penstock", "version": version("penstock"), "extensions": self._extensions}
         routes: list[Route[Handler]] = [
@@ -144,7 +149,9 @@ class Application:
             if target is None:
                 head.lines = self.lines(head.headers)
                 handler, arguments = self._find_handler(head)
-                target = head.target = Target(handler, arguments, head.headers)
+                target = Target(handler, arguments, head.headers)
+                target.defer = self.deferral(head)
+                head.target = target
             target.handler(exchange, target)
         except PenstockError as error:
             self.fail(exchange, error)
@@ -229,7 +236,7 @@ class Application:
     def count(self, status: int) -> None:
         counter = self._responses.get(status)
         if counter is None:
-            counter = self._responses[status] = self.caller.meters.value("penstock_http_responses", str(status))
+            counter = self._responses[status] = self._meters.value("penstock_http_responses", str(status))
         counter.value += 1
 
     def answer_json(self, exchange: Exchange, value: object) -> None:
@@ -310,10 +317,13 @@ class Application:
         self.infer(exchange, target, self._parse)
 
     def _parse(self, target: Target, body: Buffer) -> tuple[Query, Payload]:
-        return self._parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
+        return self.parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
 
     def infer(self, exchange: Exchange, target: Target, parse: Parse) -> None:
         """Answer an inference request in any protocol. ``parse`` raises PenstockError."""
+        if target.defer is not None:
+            target.defer(exchange, target, parse)
+            return
         if target.encoding:
             self.expand(exchange, target, partial(self._submit, parse))
         else:
@@ -503,6 +513,7 @@ def _allow(methods: Sequence[str]) -> bytes:
 
 class Target:
     """What a request's head means here. ``header_length``: bytes of JSON in front of binary tensors, None without any.
+    ``defer``: takes it where it is not to be answered with its result, see ``jobs.py``.
     ``encoding``: of the body, "" as it is. ``accepts``: the encoding that the answer should have. The others: see
     ``Terms``, of which a request then costs four look-ups less.
 
@@ -510,12 +521,14 @@ class Target:
     """
 
     __slots__ = (
-        *("accepts", "encoding", "handler", "header_length", "model", "version"),
-        *("cache_control", "explain", "priority", "repeats", "sticky", "tenant", "timeout_s"),
+        *("accepts", "cache_control", "defer", "encoding", "handler", "header_length", "job", "model", "version"),
+        *("explain", "priority", "repeats", "sticky", "tenant", "timeout_s"),
     )
 
     def __init__(self, handler: Handler, arguments: Mapping[str, str], headers: Mapping[str, bytes]) -> None:
         self.handler = handler
+        self.defer: Defer | None = None
+        self.job = arguments.get("id", "")
         self.model = arguments.get("model", "")
         self.version = arguments.get("version", "")
         self.header_length = _header_length(headers.get("inference-header-content-length"))

@@ -136,6 +136,15 @@ FAMILIES: Final[dict[str, Family]] = {
     "penstock_cache_dropped": Family(COUNTER, "Answers that could not be kept", (), "gateway"),
     "penstock_cache_corrupt": Family(COUNTER, "Kept answers that could not be believed", (), "gateway"),
     "penstock_arena_waiting": Family(GAUGE, "Requests that wait for room in shared memory", (), "gateway"),
+    # That of who runs jobs.
+    "penstock_jobs": Family(
+        GAUGE, "Jobs that the store keeps; of those that share a store, each says it", ("status",), "runner"
+    ),
+    "penstock_jobs_bytes": Family(GAUGE, "Bytes of requests and results that the store of jobs keeps", (), "runner"),
+    "penstock_job_seconds": Family(
+        HISTOGRAM, "From a job's start on this runner to its end, or to its being put back", (), "runner", SECONDS
+    ),
+    "penstock_job_callbacks": Family(COUNTER, "Attempts to call back, by what came of them", ("outcome",), "runner"),
     # Everybody's.
     "penstock_request_failures": Family(
         COUNTER,
