@@ -43,7 +43,7 @@ class RedisStore:
             from redis.exceptions import RedisError
         except ImportError:
             raise StoreError(
-                "response_cache_store needs the package redis, which is not installed: pip install 'penstock[redis]'"
+                "response_cache_store needs the package redis, which is not installed: pip install redis"
             ) from None
         self.largest = _LARGEST_BYTES
         self.dropped = 0  # answers that were not kept
