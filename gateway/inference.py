@@ -13,7 +13,10 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
-from penstock.client.arrays import Forms
+from penstock.client.arrays import Forms, in_sequence
+from penstock.client.terms import check_sequence
+from penstock.gateway.changes import Changes, Style
+from penstock.gateway.classification import read_classes
 from penstock.gateway.jsondata import BINARY_ONLY, NUMBERS, dump_data, loads, pack_data
 from penstock.wire.codec import unpack_layout, unpack_outcome
 from penstock.wire.datatypes import ITEM_SIZES, element_count
@@ -37,22 +40,13 @@ ONLY_JOBS_CALL: Final = "a callback_url is for requests with the header 'Prefer:
 Write: TypeAlias = Callable[[bytes, Payload], bytes]
 
 
-class Style(NamedTuple):
-    """How outputs are to be answered: those named in ``exceptions`` the other way than ``binary`` says."""
-
-    binary: bool
-    exceptions: frozenset[str] = frozenset()
-
-    def is_binary(self, name: str) -> bool:
-        return self.binary != (name in self.exceptions)
-
-
 class Query(NamedTuple):
     """What a request's JSON says: everything but its tensors. ``timeout_s``: 0 where it names none. ``explain``: the
     answer is to say where its time went.
 
     ``reusable``: another request with the same JSON and other binary tensors means the same, as long as the model
-    stays. ``write``: how another protocol than this one says the answer.
+    stays. ``write``: how another protocol than this one says the answer. ``change``: what is to become of the answer
+    before it is said.
     """
 
     spec: ModelSpec
@@ -63,6 +57,7 @@ class Query(NamedTuple):
     explain: bool
     reusable: bool
     write: Write | None = None
+    change: Changes | None = None
 
 
 class _Frame(NamedTuple):
@@ -169,8 +164,8 @@ class Parser:
         if type(identifier) is not str or len(identifier) > _ID_MAX:
             raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
         parameters = _object(request.get("parameters", {}), "'parameters'")
-        outputs, style = _read_outputs(request.get("outputs", []), parameters)
-        _check_style(spec, outputs, style)
+        outputs, style, change = _read_outputs(spec, request.get("outputs", []), parameters)
+        _check_style(spec, outputs, style, change)
         tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
         timeout_us, explain = 0, False
         if parameters:
@@ -180,19 +175,28 @@ class Parser:
             explain = _flag(parameters, "explain", False)
         layout = Layout(tuple(tensors), tuple(outputs))
         form = self._forms.find(spec, layout, len(payload), priority, tenant)
+        if "sequence_id" in parameters:
+            start, end = parameters.get("sequence_start", False), parameters.get("sequence_end", False)
+            form = in_sequence(form, *check_sequence(parameters["sequence_id"], start, end))
         if "callback_url" in parameters and not self._callbacks:
             if type(parameters["callback_url"]) is not str:
                 raise PenstockError(BAD_INPUT, "parameter 'callback_url' is a URL")
             raise CallbackAsked(parameters["callback_url"])
-        reusable = all_binary and not identifier
-        return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable), payload
+        reusable = all_binary and not (identifier or form.sequence)
+        return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable, None, change), payload
 
 
 def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
     """Of a request with an input whose data begin at ``at``; None where another of its bytes could mean something
     else."""
     tensors = unpack_layout(query.form.body).tensors
-    if query.id or len(tensors) != 1 or tensors[0].datatype not in NUMBERS or body.count(_DATA) != 1:
+    if (
+        query.id
+        or query.form.sequence
+        or len(tensors) != 1
+        or tensors[0].datatype not in NUMBERS
+        or body.count(_DATA) != 1
+    ):
         return None
     text = body[at:].decode("latin-1")  # a character for each byte
     start = len(text) - len(text.lstrip(" \t\r\n"))
@@ -286,13 +290,14 @@ def _binary_size(each: dict[str, Any], name: str) -> int | None:
     return size
 
 
-def _read_outputs(outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], Style]:
+def _read_outputs(spec: ModelSpec, outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], Style, Changes | None]:
     default = _flag(parameters, "binary_data_output", False)
     if type(outputs) is not list:
         raise PenstockError(BAD_INPUT, "'outputs' is a list")
     _check_count(outputs, "outputs")
     names: list[str] = []
     exceptions: set[str] = set()
+    changes: Changes | None = None
     for each in outputs:
         name = _object(each, "an output").get("name")
         if type(name) is not str or len(name) > _NAME_MAX:
@@ -300,14 +305,17 @@ def _read_outputs(outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], 
         names.append(name)
         own = _object(each.get("parameters", {}), f"'parameters' of output '{name}'")
         if "classification" in own:
-            raise PenstockError(BAD_INPUT, f"output '{name}': the classification extension is not there")
+            changes = changes or Changes(spec.batchable)
+            changes.classes[name] = read_classes(spec, name, own["classification"])
         if _flag(own, "binary_data", default) != default:
             exceptions.add(name)
-    return names, Style(default, frozenset(exceptions))
+    return names, Style(default, frozenset(exceptions)), changes
 
 
-def _check_style(spec: ModelSpec, outputs: Sequence[str], style: Style) -> None:
+def _check_style(spec: ModelSpec, outputs: Sequence[str], style: Style, changes: Changes | None) -> None:
     for each in spec.outputs:
+        if changes is not None and changes.has(each.name):
+            continue
         if each.datatype in BINARY_ONLY and (not outputs or each.name in outputs) and not style.is_binary(each.name):
             raise PenstockError(
                 BAD_INPUT,

@@ -14,8 +14,9 @@ import orjson
 
 from penstock.client.arrays import Forms
 from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.changes import Style
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import Query, Style, cut
+from penstock.gateway.inference import Query, cut
 from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
 from penstock.gateway.routes import Route
 from penstock.wire.codec import unpack_outcome

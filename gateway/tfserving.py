@@ -12,8 +12,9 @@ from typing import Any, Final, TypeAlias
 
 from penstock.client.arrays import Forms
 from penstock.gateway.application import Application, Handler, Parse, Target
+from penstock.gateway.changes import Style
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import Query, Style
+from penstock.gateway.inference import Query
 from penstock.gateway.routes import Route, RouteError
 from penstock.gateway.tfjson import SIGNATURE, TYPES, Question, read_classify, read_predict, read_regress
 from penstock.wire.errors import BAD_INPUT, NOT_FOUND, UNAVAILABLE, PenstockError
