@@ -134,13 +134,8 @@ class Store(ABC):
 def open_store(where: str, options: JobsOptions) -> Store:
     """``where``: what ``locate`` gave, a Redis URL or a path. Raises StoreError for what is neither."""
     if where.startswith(_REDIS):
-        try:
-            from penstock.jobs.redis import RedisStore  # imported where it is used alone: 0.1 s
-        except ImportError:
-            raise StoreError(
-                f"[jobs] store is {without_password(where)}, which needs the package redis, and that is not installed: "
-                "pip install 'penstock[redis]'"
-            ) from None
+        from penstock.jobs.redis import RedisStore  # imported where it is used alone: 0.1 s
+
         return RedisStore(where, options)
     from penstock.jobs.sqlite import SqliteStore
 
