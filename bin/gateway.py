@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,9 +14,17 @@ from penstock.bin import options
 @options.http
 @click.option("--name", default="gateway", show_default=True, help="What it is called in logs and metrics.")
 @options.config_file
+@options.allow_client_shm
 @options.process_options
 def gateway(
-    http: str, name: str, config: Path | None, runtime_dir: Path | None, log_format: str, log_level: str, parent: int
+    http: str,
+    name: str,
+    config: Path | None,
+    allow_client_shm: bool,
+    runtime_dir: Path | None,
+    log_format: str,
+    log_level: str,
+    parent: int,
 ) -> None:
     """Run a gateway: HTTP in, HTTP out. It takes a listening socket from systemd when there is one."""
     from penstock.bin.run import run
@@ -23,6 +32,8 @@ def gateway(
     from penstock.gateway.tracing import Tracing, TracingError
 
     address, limits = options.broker_address(runtime_dir), options.load_options(config).gateway
+    if allow_client_shm:
+        limits = replace(limits, allow_client_shm=True)
     try:
         tracing = Tracing(name) if limits.tracing else None
     except TracingError as error:

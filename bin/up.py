@@ -26,6 +26,7 @@ log = logging.getLogger("penstock.launcher")
 @options.pin
 @options.bind
 @options.config_file
+@options.allow_client_shm
 @options.record
 @options.runtime_dir
 @options.log_format
@@ -39,6 +40,7 @@ def up(
     pin: bool,
     bind: str,
     config: Path | None,
+    allow_client_shm: bool,
     record: Path | None,
     record_max_bytes: int,
     runtime_dir: Path | None,
@@ -81,6 +83,7 @@ def up(
             shares=shares,
             bind=bind,
             config=config,
+            allow_client_shm=allow_client_shm,
             record=record,
             record_max_bytes=record_max_bytes,
             options=limits,

@@ -63,7 +63,7 @@ STATUSES: Final = {
     errors.INTERNAL: 500,
 }
 # Of these routes; other files bring theirs.
-_EXTENSIONS: Final = ("classification", "sequence", "binary_tensor_data", "schedule_policy")
+_EXTENSIONS: Final = ("classification", "sequence", "binary_tensor_data", "parameters", "schedule_policy")
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
@@ -103,7 +103,7 @@ class Application:
         self._feed = Feed(loop, reports, lambda: caller.name, self._states)
         self._page = load_page()
         self._cors = Cors(options.cors_origins)
-        self._parser = Parser()
+        self.parser = Parser()
         self._timing = ServerTiming()
         self._answered = caller.meters.value("penstock_http_responses", "200")
         self._responses: dict[int, Value] = {200: self._answered}
@@ -299,7 +299,7 @@ class Application:
         self.infer(exchange, target, self._parse)
 
     def _parse(self, target: Target, body: Buffer) -> tuple[Query, Payload]:
-        return self._parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
+        return self.parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
 
     def infer(self, exchange: Exchange, target: Target, parse: Parse) -> None:
         """Answer an inference request in any protocol. ``parse`` raises PenstockError."""
@@ -307,6 +307,13 @@ class Application:
             self.expand(exchange, target, partial(self._submit, parse))
         else:
             self._submit(parse, exchange, target, exchange.request.body)
+
+    def read_body(self, exchange: Exchange, target: Target, then: Callable[[Exchange, Target, Buffer], None]) -> None:
+        """Do something with a body, compressed or not."""
+        if target.encoding:
+            self.expand(exchange, target, then)
+        else:
+            then(exchange, target, exchange.request.body)
 
     def expand(self, exchange: Exchange, target: Target, then: Callable[[Exchange, Target, Buffer], None]) -> None:
         """Do something with a body as it was before it was compressed."""
@@ -529,7 +536,7 @@ class Target:
     """
 
     __slots__ = (
-        *("accepts", "encoding", "handler", "header_length", "model", "version"),
+        *("accepts", "encoding", "handler", "header_length", "model", "region", "version"),
         *("explain", "priority", "sticky", "tenant", "timeout_s"),
     )
 
@@ -537,6 +544,7 @@ class Target:
         self.handler = handler
         self.model = arguments.get("model", "")
         self.version = arguments.get("version", "")
+        self.region = arguments.get("region", "")
         self.header_length = _header_length(headers.get("inference-header-content-length"))
         encoding = headers.get("content-encoding", b"identity").decode("latin-1").strip()
         self.encoding = "" if encoding.lower() == "identity" else encoding

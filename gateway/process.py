@@ -16,19 +16,24 @@ import uvloop
 
 from penstock.client.link import Link
 from penstock.client.orders import Orders
-from penstock.gateway import modelconfig, repository, statistics
+from penstock.gateway import logsettings, modelconfig, repository, sharedmemory, statistics, tracesettings
 from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
+from penstock.gateway.common import Common
 from penstock.gateway.connection import Http
 from penstock.gateway.listening import listen, url_of
+from penstock.gateway.logsettings import LogSettings
 from penstock.gateway.modelconfig import ModelConfig
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.plain import Plain
+from penstock.gateway.regions import Regions
 from penstock.gateway.reports import Reports
 from penstock.gateway.repository import Repository
+from penstock.gateway.sharedmemory import SharedMemory
 from penstock.gateway.statistics import Statistics
 from penstock.gateway.steady import Steady
 from penstock.gateway.tfserving import TensorFlowServing
+from penstock.gateway.tracesettings import TraceSettings
 from penstock.gateway.tracing import Tracing
 from penstock.wire.arena import Arena, ArenaSearch, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError
@@ -170,6 +175,18 @@ class Coupling:
         application.add(Plain(application).routes)
         application.add(ModelConfig(application).routes, modelconfig.EXTENSION)
         application.add(TensorFlowServing(application).routes)
+        runtime = None if settings.broker.runtime is None else settings.broker.runtime.path
+        common = Common(runtime)
+        self._logs = LogSettings(application, common)
+        regions = Regions(common, settings.options.allow_client_shm)
+        application.parser.regions = regions if regions.allowed else None
+        shared = [sharedmemory.EXTENSION] if regions.allowed else []
+        application.add(SharedMemory(loop, application, regions).routes, *shared)
+        traces = TraceSettings(application, common, runtime, settings.tracing is not None)
+        application.add(traces.routes, tracesettings.EXTENSION)
+        application.add(self._logs.routes, logsettings.EXTENSION)
+        if settings.tracing is not None:
+            settings.tracing.wants = traces.wants
         self.http = Http(loop, settings.options, self._application, self._link.slots)
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
@@ -233,7 +250,8 @@ class Coupling:
         return serial
 
     def _measure(self) -> None:
-        """Bring the series that are not counted as things happen up to date."""
+        """Bring the series that are not counted as things happen up to date, at each beat."""
+        self._logs.look()
         caller = self._link.caller
         caller.meters.value("penstock_http_connections").value = len(self.http.connections)
         caller.meters.value("penstock_http_cut_off").value = self.http.cut_off
