@@ -43,6 +43,7 @@ T = TypeVar("T")
 _JSON: Final = b"application/json"
 _AGAIN: Final = b"Retry-After: 1\r\n"
 _LATE: Final = "the store of jobs did not come to it within {} (store_wait_s)"
+_NOT_SHARED: Final = "a job may run when its client has gone, and its shared memory with it; send the tensors, without shared_memory_region"
 
 
 class NoJobs:
@@ -125,7 +126,9 @@ class Jobs:
         head = exchange.request.head
         url, callback_url = split_callback(head.url)
         try:
-            parse(target, body)
+            query, _ = parse(target, body)
+            if query.shared:
+                raise PenstockError(BAD_INPUT, _NOT_SHARED)
         except CallbackAsked as asked:
             if callback_url:
                 raise PenstockError(BAD_INPUT, "callback_url is given in the URL and in the parameters") from None
