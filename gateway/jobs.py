@@ -43,7 +43,7 @@ T = TypeVar("T")
 _JSON: Final = b"application/json"
 _AGAIN: Final = b"Retry-After: 1\r\n"
 _LATE: Final = "the store of jobs did not come to it within {} (store_wait_s)"
-_NOT_SHARED: Final = "a job may run when its client has gone, and its shared memory with it; send the tensors, without shared_memory_region"
+_NOT_SHARED: Final = "a job may run when its client has gone, and its memory; leave out shared_memory_region"
 
 
 class NoJobs:
