@@ -35,6 +35,7 @@ WITHOUT_LIMIT: Final = {
     "gateway/application.py: done.result()": "it has ended",
     "gateway/aside.py: done.exception()": "it has ended",
     "gateway/repository.py: done.result()": "it has ended",
+    "gateway/sharedmemory.py: done.result()": "it has ended",
     "gateway/application.py: future.exception()": "it has ended",
     "gateway/application.py: done.exception()": "it has ended",
     "gateway/process.py: event.wait()": "it is given to what has a limit",
