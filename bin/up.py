@@ -25,6 +25,7 @@ log = logging.getLogger("penstock.launcher")
 @options.device
 @options.pin
 @options.bind
+@options.jobs_store
 @options.config_file
 @options.allow_client_shm
 @options.record
@@ -39,6 +40,7 @@ def up(
     device: str | None,
     pin: bool,
     bind: str,
+    jobs_store: str | None,
     config: Path | None,
     allow_client_shm: bool,
     record: Path | None,
@@ -62,6 +64,7 @@ def up(
     if address.runtime is None:
         raise click.UsageError("--runtime-dir is a directory; a TCP address goes with --bind")
     limits = options.load_options(config)  # what is wrong with it is said once, here
+    options.jobs_place(jobs_store, limits.jobs, address)  # likewise
     logs.set_up("launcher", log_format, log_level)
     devices = options.find_devices(device)
     shares = _shares(workers * len(devices)) if pin else []
@@ -82,6 +85,7 @@ def up(
             devices=devices,
             shares=shares,
             bind=bind,
+            jobs_store=jobs_store,
             config=config,
             allow_client_shm=allow_client_shm,
             record=record,

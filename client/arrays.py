@@ -46,7 +46,7 @@ class Forms:
         parts: list[Buffer] = []
         at = 0
         for name, value in inputs.items():
-            array, datatype = _as_array(name, value, expected.get(name))
+            array, datatype = as_array(name, value, expected.get(name))
             try:
                 part = encode(array, datatype)
             except (PenstockError, UnicodeEncodeError) as error:
@@ -84,7 +84,7 @@ def in_sequence(form: Form, sequence: str, phase: int) -> Form:
     return form._replace(sequence=sequence, phase=phase) if sequence else form
 
 
-def _as_array(name: str, value: Any, datatype: str | None) -> tuple[Array, str]:
+def as_array(name: str, value: Any, datatype: str | None) -> tuple[Array, str]:
     """A value as an array and its datatype: lists become what the model expects, arrays say themselves what they
     are."""
     if not isinstance(value, np.ndarray) and not isinstance(value, np.generic):

@@ -6,6 +6,7 @@ of its response: both are looked up by their bytes, and parsed or built only the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -16,9 +17,9 @@ from penstock.client.arrays import Forms, in_sequence
 from penstock.client.terms import check_sequence
 from penstock.gateway.changes import Changes, Style
 from penstock.gateway.classification import read_classes
-from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
+from penstock.gateway.jsondata import BINARY_ONLY, NUMBERS, dump_data, loads, pack_data
 from penstock.gateway.regions import NOT_ALLOWED, Regions
-from penstock.wire.codec import unpack_outcome
+from penstock.wire.codec import unpack_layout, unpack_outcome
 from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
 from penstock.wire.messages import MAX_PRIORITY, MAX_TIMEOUT_US, Form, Outcome, Payload
@@ -27,8 +28,13 @@ from penstock.wire.tensors import Buffer
 
 _KNOWN_MAX: Final = 1024
 _KNOWN_BYTES_MAX: Final = 4096  # of a JSON part that is remembered
+_FRAME_BYTES_MAX: Final = 256 * 1024  # of a JSON request whose parts are looked up
+_DATA: Final = b'"data":'
+_DECODER: Final = json.JSONDecoder()
+_NOTHING: Final = memoryview(b"")
 _ID_MAX: Final = 1024  # characters
 _NAME_MAX: Final = 256  # characters
+ONLY_JOBS_CALL: Final = "a callback_url is for requests with the header 'Prefer: respond-async', which become jobs"
 
 
 # From an answer, packed, and its payload to the JSON that is sent. Raises BadMessage or PenstockError.
@@ -41,7 +47,7 @@ class Query(NamedTuple):
 
     ``reusable``: another request with the same JSON and other binary tensors means the same, as long as the model
     stays. ``write``: how another protocol than this one says the answer. ``change``: what is to become of the answer
-    before it is said.
+    before it is said. ``fleeting``: tensors lie in the client's memory, so that the same bytes may mean something else.
     """
 
     spec: ModelSpec
@@ -53,13 +59,36 @@ class Query(NamedTuple):
     reusable: bool
     write: Write | None = None
     change: Changes | None = None
+    fleeting: bool = False
+
+
+class _Frame(NamedTuple):
+    """A request in JSON that comes again with other numbers: it is found by what is before the data of its one input.
+    ``end``: what is behind them. Any JSON value in their place makes the same request with other data."""
+
+    end: bytes
+    query: Query
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class CallbackAsked(PenstockError):
+    """A request that is a good one, but asks to have its answer sent somewhere, for which it has to be a job."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(BAD_INPUT, ONLY_JOBS_CALL)
+        self.url = url
 
 
 class Parser:
     """Parses bodies for models, and remembers the JSON parts that come again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, callbacks: bool = False) -> None:
+        """``callbacks``: requests may ask for one, and others see to it."""
+        self._callbacks = callbacks
         self._known: dict[tuple[str, str, bytes, int, str], Query] = {}
+        self._frames: dict[tuple[str, str, bytes, int, str], _Frame] = {}
         self._forms = Forms()
         self.regions: Regions | None = None  # shared memory of clients, where there is any
 
@@ -70,7 +99,7 @@ class Parser:
         the body is the only input. ``priority``: what holds whatever the JSON says, unless it is 0. Raises
         PenstockError."""
         if header_length is None:
-            return self._parse(spec, body, memoryview(b""), priority, tenant)
+            return self._parse_json(spec, body, priority, tenant)
         if not header_length:
             return self._parse_raw(spec, body, priority, tenant)
         if header_length > len(body):
@@ -88,6 +117,32 @@ class Parser:
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()
             self._known[key] = query
+        return query, payload
+
+    def _parse_json(self, spec: ModelSpec, body: Buffer, priority: int, tenant: str) -> tuple[Query, Payload]:
+        if isinstance(body, memoryview) or len(body) > _FRAME_BYTES_MAX:
+            return self._parse(spec, body, _NOTHING, priority, tenant)
+        at = body.find(_DATA, 0, _KNOWN_BYTES_MAX) + len(_DATA)
+        if at < len(_DATA):
+            return self._parse(spec, body, _NOTHING, priority, tenant)
+        key = (spec.name, spec.version, bytes(body[:at]), priority, tenant)
+        frame = self._frames.get(key)
+        if frame is not None and frame.query.spec is spec and body.endswith(frame.end):
+            end, query, name, datatype, shape = frame
+            text = body[at : len(body) - len(end)]
+            try:
+                data = orjson.loads(text)
+            except orjson.JSONDecodeError:
+                pass  # or it holds a NaN: the whole says what there is to say
+            else:
+                plain = b"r" not in text and b"l" not in text  # of true and false; a letter alone is found much faster
+                return query, pack_data(name, datatype, shape, data, plain)
+        query, payload = self._parse(spec, body, _NOTHING, priority, tenant)
+        known = frame is not None and frame.query.spec is spec
+        if not known and (frame := _frame(body, at, query)) is not None:
+            if len(self._frames) >= _KNOWN_MAX:
+                self._frames.clear()
+            self._frames[key] = frame
         return query, payload
 
     def _parse_raw(self, spec: ModelSpec, body: Buffer, priority: int, tenant: str) -> tuple[Query, Payload]:
@@ -126,8 +181,40 @@ class Parser:
         if "sequence_id" in parameters:
             start, end = parameters.get("sequence_start", False), parameters.get("sequence_end", False)
             form = in_sequence(form, *check_sequence(parameters["sequence_id"], start, end))
-        reusable = all_binary and not (identifier or form.sequence or (change is not None and change.places))
-        return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable, None, change), payload
+        if "callback_url" in parameters and not self._callbacks:
+            if type(parameters["callback_url"]) is not str:
+                raise PenstockError(BAD_INPUT, "parameter 'callback_url' is a URL")
+            raise CallbackAsked(parameters["callback_url"])
+        fleeting = self.regions is not None and _is_shared(request["inputs"], change)
+        reusable = all_binary and not (identifier or form.sequence or fleeting)
+        return Query(
+            spec, form, style, identifier, timeout_us / 1e6, explain, reusable, None, change, fleeting
+        ), payload
+
+
+def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
+    """Of a request with an input whose data begin at ``at``; None where another of its bytes could mean something
+    else."""
+    tensors = unpack_layout(query.form.body).tensors
+    if (
+        query.id
+        or query.form.sequence
+        or query.fleeting
+        or len(tensors) != 1
+        or tensors[0].datatype not in NUMBERS
+        or body.count(_DATA) != 1
+    ):
+        return None
+    text = body[at:].decode("latin-1")  # a character for each byte
+    start = len(text) - len(text.lstrip(" \t\r\n"))
+    try:
+        _, length = _DECODER.raw_decode(text, start)
+    except ValueError:
+        return None
+    begin, end = body[:at], body[at + length :]
+    if len(end) > _KNOWN_BYTES_MAX or b"\\" in begin or b"\\" in end:  # escaped, a key may be "data" as well
+        return None
+    return _Frame(bytes(end), query, *tensors[0][:3])
 
 
 def _raw_shape(spec: ModelSpec, nbytes: int) -> tuple[int, ...]:
@@ -240,6 +327,13 @@ def _read_outputs(
         if _flag(own, "binary_data", default) != default:
             exceptions.add(name)
     return names, Style(default, frozenset(exceptions)), changes
+
+
+def _is_shared(inputs: list[dict[str, Any]], changes: Changes | None) -> bool:
+    """Whether anything of a request lies in its client's memory."""
+    if changes is not None and changes.places:
+        return True
+    return any("shared_memory_region" in each.get("parameters", {}) for each in inputs)
 
 
 def _allowed(regions: Regions | None) -> Regions:

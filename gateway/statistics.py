@@ -28,7 +28,6 @@ EXTENSION: Final = "statistics"
 _NS: Final = 1e9
 _MS: Final = 1e3
 _PARTS: Final = {"compute_input": "input", "compute_infer": "model", "compute_output": "output"}
-_NOT_MEASURED: Final = ("cache_hit", "cache_miss")
 
 _Version: TypeAlias = tuple[str, str]  # the name of a model and its version
 
@@ -56,7 +55,10 @@ def model_stats(samples: Iterable[Sample], versions: Iterable[_Version]) -> dict
                 "compute_input": _spent(times.requests, times.input_s),
                 "compute_infer": _spent(times.requests, times.infer_s),
                 "compute_output": _spent(times.requests, times.output_s),
-                **{name: _spent(0, 0) for name in _NOT_MEASURED},
+                **{
+                    f"cache_{name}": _spent(counts.get(key, 0.0), seconds.get(key, 0.0))
+                    for name, (counts, seconds) in told.cached().items()
+                },
             },
             "response_stats": {},
             "batch_stats": [{"batch_size": size, **batches[size]} for size in sorted(batches)],

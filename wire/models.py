@@ -36,8 +36,12 @@ class TensorSpec(NamedTuple):
 
 class ModelSpec(NamedTuple):
     """One version of a model. ``batchable``: the first dimension counts rows that do not see each other, so that rows
-    of several requests run together, at most ``max_batch_size`` at once; otherwise each request runs alone. ``labels``:
-    of outputs that tell classes apart, by the output's name: what each class is called, a line each."""
+    of several requests run together, at most ``max_batch_size`` at once; otherwise each request runs alone.
+
+    ``build``: "" where answers are not to be cached. A worker tells a digest of what it has loaded; callers are told a
+    token of the broker's, which is another as soon as any worker serves other content under the same version.
+    ``labels``: of outputs that tell classes apart, by the output's name: what each class is called, a line each.
+    """
 
     name: str
     version: str
@@ -46,6 +50,7 @@ class ModelSpec(NamedTuple):
     outputs: tuple[TensorSpec, ...]
     batchable: bool
     max_batch_size: int
+    build: str = ""
     labels: tuple[tuple[str, str], ...] = ()
 
 

@@ -159,6 +159,7 @@ class _Reader:
             values["max_sequence_idle"] = f"{self._within(path, idle_us, 1, _IDLE_US_MAX)}us"
         values |= self._batches() | self._instances() | self._accelerators() | self._optimization()
         values |= self._parameters({key: each.string_value for key, each in self.message.parameters.items()})
+        values["response_cache"] = self.message.response_cache.enable
         if values.get("cuda_graphs"):
             self._settle_graphs(values)
         return msgspec.structs.replace(default_config(self.device), **values)

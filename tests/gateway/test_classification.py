@@ -26,7 +26,7 @@ SPEC = ModelSpec(
     (TensorSpec("y", "FP32", (-1, 3)), TensorSpec("flags", "BOOL", (-1,)), TensorSpec("text", "BYTES", (-1, 1))),
     True,
     8,
-    (("y", "ant\nbee"),),
+    labels=(("y", "ant\nbee"),),
 )
 
 

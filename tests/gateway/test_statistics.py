@@ -70,6 +70,15 @@ def test_what_has_not_run_is_there_with_zeros_and_others_are_not() -> None:
     assert stats["inference_stats"]["success"] == stats["inference_stats"]["queue"] == NONE
 
 
+def test_what_gateways_kept_is_told() -> None:
+    meters = worker(0.001, 0.001, 1, 1)
+    for name, value in (("hits", 3), ("hit_seconds", 0.002), ("misses", 1), ("miss_seconds", 0.001)):
+        meters.value(f"penstock_cache_{name}", *KEY).value = value
+    [stats] = model_stats(meters.samples(), [KEY])["model_stats"]
+    assert stats["inference_stats"]["cache_hit"] == {"count": 3, "ns": 2 * MS}
+    assert stats["inference_stats"]["cache_miss"] == {"count": 1, "ns": MS}
+
+
 # --- the routes ---
 
 
