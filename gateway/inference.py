@@ -47,8 +47,7 @@ class Query(NamedTuple):
 
     ``reusable``: another request with the same JSON and other binary tensors means the same, as long as the model
     stays. ``write``: how another protocol than this one says the answer. ``change``: what is to become of the answer
-    before it is said. ``shared``: some of its tensors lie in memory of the client's, so that the same bytes may mean
-    something else the next time, and nothing once it has gone.
+    before it is said. ``fleeting``: tensors lie in the client's memory, so that the same bytes may mean something else.
     """
 
     spec: ModelSpec
@@ -60,7 +59,7 @@ class Query(NamedTuple):
     reusable: bool
     write: Write | None = None
     change: Changes | None = None
-    shared: bool = False
+    fleeting: bool = False
 
 
 class _Frame(NamedTuple):
@@ -186,16 +185,11 @@ class Parser:
             if type(parameters["callback_url"]) is not str:
                 raise PenstockError(BAD_INPUT, "parameter 'callback_url' is a URL")
             raise CallbackAsked(parameters["callback_url"])
-        shared = self.regions is not None and _is_shared(request["inputs"], change)
-        reusable = all_binary and not (identifier or form.sequence or shared)
-        return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable, None, change, shared), payload
-
-
-def _is_shared(inputs: list[dict[str, Any]], change: Changes | None) -> bool:
-    """Whether some tensors lie in memory of the client's."""
-    if change is not None and change.places:
-        return True
-    return any("shared_memory_region" in each.get("parameters", {}) for each in inputs)
+        fleeting = self.regions is not None and _is_shared(request["inputs"], change)
+        reusable = all_binary and not (identifier or form.sequence or fleeting)
+        return Query(
+            spec, form, style, identifier, timeout_us / 1e6, explain, reusable, None, change, fleeting
+        ), payload
 
 
 def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
@@ -204,8 +198,8 @@ def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
     tensors = unpack_layout(query.form.body).tensors
     if (
         query.id
-        or query.shared
         or query.form.sequence
+        or query.fleeting
         or len(tensors) != 1
         or tensors[0].datatype not in NUMBERS
         or body.count(_DATA) != 1
@@ -333,6 +327,13 @@ def _read_outputs(
         if _flag(own, "binary_data", default) != default:
             exceptions.add(name)
     return names, Style(default, frozenset(exceptions)), changes
+
+
+def _is_shared(inputs: list[dict[str, Any]], changes: Changes | None) -> bool:
+    """Whether anything of a request lies in its client's memory."""
+    if changes is not None and changes.places:
+        return True
+    return any("shared_memory_region" in each.get("parameters", {}) for each in inputs)
 
 
 def _allowed(regions: Regions | None) -> Regions:

@@ -127,7 +127,7 @@ class Jobs:
         url, callback_url = split_callback(head.url)
         try:
             query, _ = parse(target, body)
-            if query.shared:
+            if query.fleeting:
                 raise PenstockError(BAD_INPUT, _NOT_SHARED)
         except CallbackAsked as asked:
             if callback_url:

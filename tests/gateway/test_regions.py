@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import socket
 import subprocess
@@ -15,13 +17,13 @@ import pytest
 from penstock.gateway import regions as module
 from penstock.gateway.changes import Changes, Style
 from penstock.gateway.common import Common
-from penstock.gateway.inference import render
+from penstock.gateway.inference import Parser, render
 from penstock.gateway.peers import Lease, find_peer, is_alive
 from penstock.gateway.regions import Regions
 from penstock.wire.codec import pack_outcome
 from penstock.wire.errors import BAD_INPUT, NOT_FOUND, PenstockError
 from penstock.wire.messages import Outcome
-from penstock.wire.models import Tensor
+from penstock.wire.models import ModelSpec, Tensor, TensorSpec
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,7 @@ def refusal(call: Any, *given: Any) -> tuple[str, str]:
 
 
 def descriptors() -> int:
+    gc.collect()  # of what tests before this one have left
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -250,3 +253,28 @@ def test_who_is_at_the_other_end_is_found(listener: socket.socket) -> None:
             child.wait(10)
             assert find_peer(near, far) is None
     assert find_peer(("10.0.0.1", 1), ("nonsense", 2)) is None
+
+
+def test_a_request_with_shared_memory_is_read_anew_each_time(pair: tuple[Regions, Regions], directory: Path) -> None:
+    """Whatever is remembered of requests by their bytes: the same may mean other data."""
+    shape: dict[str, Any] = {"name": "x", "datatype": "UINT8", "shape": [1, 4]}
+    tensor = TensorSpec("x", "UINT8", (-1, 4))
+    spec = ModelSpec("m", "1", "onnxruntime_onnx", (tensor,), (tensor._replace(name="y"),), True, 8)
+    parser = Parser()
+    parser.regions = pair[0]
+    pair[0].register("r", {"key": "a", "byte_size": 100}, None)
+    asked = {"inputs": [{**shape, "parameters": part()}], "outputs": [{"name": "y", "parameters": part()}]}
+    given = {"inputs": [{**shape, "data": [1, 2, 3, 4]}], "outputs": [{"name": "y", "parameters": part()}]}
+    for content in (b"1234", b"5678"):
+        (directory / "a").write_bytes(content + bytes(96))
+        query, payload = parser.parse(spec, json.dumps(asked).encode(), None)
+        assert (bytes(payload), query.fleeting, query.reusable) == (content, True, False)
+    queries = [parser.parse(spec, json.dumps(given).encode(), None)[0] for _ in range(2)]
+    assert queries[0].change is not queries[1].change
+    pair[1].unregister("r")
+    for request in (asked, given):
+        with pytest.raises(PenstockError, match="Unable to find shared memory region"):
+            parser.parse(spec, json.dumps(request).encode(), None)
+    parser.regions = None
+    with pytest.raises(PenstockError, match="--allow-client-shm"):
+        parser.parse(spec, json.dumps(asked).encode(), None)
