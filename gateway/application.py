@@ -20,13 +20,16 @@ import orjson
 from penstock.client.caller import Caller
 from penstock.client.events import Complete
 from penstock.gateway.aside import Aside
+from penstock.gateway.clerks import Clerks
 from penstock.gateway.compression import choose, compress, decompress, decompress_small
 from penstock.gateway.connection import Exchange
 from penstock.gateway.cors import Cors
 from penstock.gateway.feed import FEED_HEAD, Feed
-from penstock.gateway.inference import OK, Parser, Query, render, render_body, wrap
+from penstock.gateway.inference import OK, Query, render, render_body, wrap
+from penstock.gateway.large import LARGE_ANSWER_BYTES, LARGE_BODY_BYTES, LargeJson
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.page import load_page
+from penstock.gateway.parse import Parse, ParseV2
 from penstock.gateway.reader import Head
 from penstock.gateway.reports import Reports, form_for
 from penstock.gateway.requestid import read_request_id, request_id_line
@@ -72,7 +75,6 @@ _LENGTH_DIGITS_MAX: Final = 12
 
 T = TypeVar("T")
 Handler: TypeAlias = "Callable[[Exchange, Target], None]"
-Parse: TypeAlias = "Callable[[Target, Buffer], tuple[Query, Payload]]"
 
 
 class Application:
@@ -88,8 +90,8 @@ class Application:
         tracing: Tracing | None = None,
         steady: Steady | None = None,
     ) -> None:
-        self._inference: Callable[[Application, Exchange, Query], _Inference] = (
-            _Inference if tracing is None else partial(_TracedInference, tracing)
+        self.inference: Callable[[Application, Exchange, Query], Inference] = (
+            Inference if tracing is None else partial(_TracedInference, tracing)
         )
         self._steady = steady or Steady()
         self._loop = loop
@@ -101,7 +103,9 @@ class Application:
         self._feed = Feed(loop, reports, lambda: caller.name, self._states)
         self._page = load_page()
         self._cors = Cors(options.cors_origins)
-        self._parser = Parser()
+        self._parse = ParseV2(self.find)
+        self.clerks = Clerks(loop, options)
+        self._large = LargeJson(self, self.clerks)
         self._timing = ServerTiming()
         self._answered = caller.meters.value("penstock_http_responses", "200")
         self._responses: dict[int, Value] = {200: self._answered}
@@ -296,11 +300,8 @@ class Application:
     def _infer(self, exchange: Exchange, target: Target) -> None:
         self.infer(exchange, target, self._parse)
 
-    def _parse(self, target: Target, body: Buffer) -> tuple[Query, Payload]:
-        return self._parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
-
     def infer(self, exchange: Exchange, target: Target, parse: Parse) -> None:
-        """Answer an inference request in any protocol. ``parse`` raises PenstockError."""
+        """Answer an inference request in any protocol."""
         if target.encoding:
             self.expand(exchange, target, partial(self._submit, parse))
         else:
@@ -328,8 +329,11 @@ class Application:
 
     def _submit(self, parse: Parse, exchange: Exchange, target: Target, body: Buffer) -> None:
         try:
+            if len(body) >= LARGE_BODY_BYTES and self._large.takes(target, body):
+                self._large.read(exchange, target, parse, body)
+                return
             query, payload = parse(target, body)
-            inference = self._inference(self, exchange, query)
+            inference = self.inference(self, exchange, query)
             if query.form.nbytes >= PLACED_MIN_BYTES:
                 placed = exchange.place(payload)
                 if placed is None:
@@ -338,23 +342,23 @@ class Application:
                 payload = placed
             inference.start(payload)
         except PenstockError as error:
-            self._count_failure(target, error.code)
+            self.count_failure(target, error.code)
             raise
         self.flush()
 
-    def _wait_for_room(self, exchange: Exchange, target: Target, inference: _Inference, payload: Buffer) -> None:
+    def _wait_for_room(self, exchange: Exchange, target: Target, inference: Inference, payload: Buffer) -> None:
         """Start an inference once its tensors lie where workers read them."""
 
         def start(slot: Slot) -> None:
             try:
                 inference.start(exchange.put(payload, slot))
             except PenstockError as error:
-                self._count_failure(target, error.code)
+                self.count_failure(target, error.code)
                 raise
             self.flush()
 
         def fail(sentence: str) -> None:
-            self._count_failure(target, OVERLOADED)
+            self.count_failure(target, OVERLOADED)
             raise PenstockError(OVERLOADED, sentence, 1.0)
 
         exchange.wait(len(payload), partial(self.later, exchange, start), partial(self.later, exchange, fail))
@@ -368,6 +372,9 @@ class Application:
             worker, arrived = self.caller.worker_name(answer.worker), exchange.arrived
             parameters = explanation(answer, worker, arrived - exchange.began, asked - arrived, total_s)
         encoding, write = target.accepts, query.write
+        if len(answer.payload) >= LARGE_ANSWER_BYTES and self._large.writes(query):
+            self._large.write(exchange, query, answer, begin, parameters)
+            return
         try:
             if encoding:
                 if write is not None:
@@ -445,7 +452,7 @@ class Application:
             log.exception("request handler failed", extra=fields(url=repr(exchange.request.head.url)))
             self.crashed(exchange)
 
-    def _count_failure(self, target: Target, code: str) -> None:
+    def count_failure(self, target: Target, code: str) -> None:
         """Count a request that went no further than this gateway. Only names that the server has become labels."""
         state = self._state(target) if target.version else None
         known = state.version if state is not None else ""
@@ -512,7 +519,7 @@ def _header_length(value: bytes | None) -> int | None:
     return int(value)
 
 
-class _Inference:
+class Inference:
     """An inference request under way: where its answer goes."""
 
     __slots__ = ("_application", "_asked", "_exchange", "_number", "_query")
@@ -567,7 +574,7 @@ class _Inference:
         self._application.flush()
 
 
-class _TracedInference(_Inference):
+class _TracedInference(Inference):
     """One whose spans are told."""
 
     __slots__ = ("_tracing",)

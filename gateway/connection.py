@@ -137,13 +137,16 @@ class Exchange:
             request.slot.give_back()  # some of its tensors were JSON, and now they lie together elsewhere
             request.slot = None
         request.body = b""
-        slots = None if self._connection is None else self._connection.slots()
+        slots = self.slots
         if slots is None:
             return payload
-        if len(payload) > slots.arena.size:
-            raise PenstockError(TOO_LARGE, too_large(len(payload), slots.arena.size))
-        slot = slots.take(len(payload))
+        slot = take_slot(slots, len(payload))
         return None if slot is None else self.put(payload, slot)
+
+    @property
+    def slots(self) -> Slots | None:
+        """Where workers read this gateway's tensors, if anywhere."""
+        return None if self._connection is None else self._connection.slots()
 
     def put(self, payload: Buffer, slot: Slot) -> Slot:
         """Copy a payload of this request into a slot, which is given back with the request."""
@@ -167,6 +170,13 @@ class Exchange:
         request.charged += len(body)
         request.body = body
         return True
+
+
+def take_slot(slots: Slots, nbytes: int) -> Slot | None:
+    """None while there is no room. Raises PenstockError when there never will be."""
+    if nbytes > slots.arena.size:
+        raise PenstockError(TOO_LARGE, too_large(nbytes, slots.arena.size))
+    return slots.take(nbytes)
 
 
 class Stream:

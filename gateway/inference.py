@@ -37,6 +37,10 @@ class Style(NamedTuple):
     binary: bool
     exceptions: frozenset[str] = frozenset()
 
+    @property
+    def all_binary(self) -> bool:
+        return self.binary and not self.exceptions
+
     def is_binary(self, name: str) -> bool:
         return self.binary != (name in self.exceptions)
 
@@ -56,6 +60,20 @@ class Query(NamedTuple):
     timeout_s: float
     explain: bool
     reusable: bool
+    write: Write | None = None
+
+
+class Reading(NamedTuple):
+    """What a body says beside its tensors' bytes, before it is held against the model; all as in Query. ``priority``: 0
+    where it says none. A reading can be made in another process."""
+
+    layout: Layout
+    style: Style
+    id: str = ""
+    priority: int = 0
+    timeout_s: float = 0.0
+    explain: bool = False
+    reusable: bool = False
     write: Write | None = None
 
 
@@ -110,24 +128,41 @@ class Parser:
     def _parse(
         self, spec: ModelSpec, text: Buffer, binary: memoryview, priority: int, tenant: str
     ) -> tuple[Query, Payload]:
-        request = _object(loads(text), "the request")
-        identifier = request.get("id", "")
-        if type(identifier) is not str or len(identifier) > _ID_MAX:
-            raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
-        parameters = _object(request.get("parameters", {}), "'parameters'")
-        outputs, style = _read_outputs(request.get("outputs", []), parameters)
-        _check_style(spec, outputs, style)
-        tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
-        timeout_us, explain = 0, False
-        if parameters:
-            own_priority = _integer(parameters, "priority", MAX_PRIORITY)  # checked in any case
-            priority = priority or own_priority
-            timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
-            explain = _flag(parameters, "explain", False)
-        layout = Layout(tuple(tensors), tuple(outputs))
-        form = self._forms.find(spec, layout, len(payload), priority, tenant)
-        reusable = all_binary and not identifier
-        return Query(spec, form, style, identifier, timeout_us / 1e6, explain, reusable), payload
+        reading, payload = read_request(spec, text, binary)
+        return self.query(spec, reading, len(payload), priority, tenant), payload
+
+    def query(self, spec: ModelSpec, reading: Reading, nbytes: int, priority: int = 0, tenant: str = "") -> Query:
+        """What a request asks whose tensors take ``nbytes``. Raises PenstockError when it does not fit the model."""
+        layout, style, identifier, own_priority, timeout_s, explain, reusable, write = reading
+        form = self._forms.find(spec, layout, nbytes, priority or own_priority, tenant)
+        return Query(spec, form, style, identifier, timeout_s, explain, reusable, write)
+
+
+def read_request(spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Reading, Payload]:
+    """A request's JSON, and the tensors that came behind it. Raises PenstockError."""
+    request = _object(loads(text), "the request")
+    identifier = request.get("id", "")
+    if type(identifier) is not str or len(identifier) > _ID_MAX:
+        raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
+    parameters = _object(request.get("parameters", {}), "'parameters'")
+    outputs, style = _read_outputs(request.get("outputs", []), parameters)
+    _check_style(spec, outputs, style)
+    tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
+    priority, timeout_us, explain = 0, 0, False
+    if parameters:
+        priority = _integer(parameters, "priority", MAX_PRIORITY)
+        timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
+        explain = _flag(parameters, "explain", False)
+    layout = Layout(tuple(tensors), tuple(outputs))
+    reusable = all_binary and not identifier
+    return Reading(layout, style, identifier, priority, timeout_us / 1e6, explain, reusable), payload
+
+
+def read_body(header_length: int | None, spec: ModelSpec, body: Buffer) -> tuple[Reading, Payload]:
+    """A whole body. ``header_length``: as for ``Parser.parse``, but not 0. Raises PenstockError."""
+    end = len(body) if header_length is None else header_length
+    view = memoryview(body)
+    return read_request(spec, view[:end], view[end:])
 
 
 def _raw_shape(spec: ModelSpec, nbytes: int) -> tuple[int, ...]:

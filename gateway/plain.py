@@ -12,11 +12,11 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from penstock.client.arrays import Forms
 from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import Query, Style, cut
+from penstock.gateway.inference import Reading, Style, cut
 from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
+from penstock.gateway.parse import Parse
 from penstock.gateway.routes import Route
 from penstock.wire.codec import unpack_outcome
 from penstock.wire.errors import BAD_INPUT, PenstockError
@@ -47,6 +47,12 @@ def read_inputs(spec: ModelSpec, body: Buffer) -> tuple[Layout, bytes]:
         parts.append(part)
         at += len(part)
     return Layout(tuple(tensors)), b"".join(parts)
+
+
+def read_body(spec: ModelSpec, body: Buffer) -> tuple[Reading, Payload]:
+    """Raises PenstockError."""
+    layout, payload = read_inputs(spec, body)
+    return Reading(layout, Style(False), write=write_outputs), payload
 
 
 def _unknown(name: str, model: str, expected: list[str]) -> str:
@@ -98,7 +104,7 @@ class Plain:
 
     def __init__(self, application: Application) -> None:
         self._application = application
-        self._forms = Forms()
+        self._parse = Parse(application.find, read_body)
         self.routes: list[Route[Handler]] = [
             Route("POST", f"/v2/models/{{model}}{version}/predict", self._predict)
             for version in ("", "/versions/{version}")
@@ -109,10 +115,4 @@ class Plain:
             raise PenstockError(
                 BAD_INPUT, "Inference-Header-Content-Length is for .../infer; here the whole body is JSON"
             )
-        self._application.infer(exchange, target, self._read)
-
-    def _read(self, target: Target, body: Buffer) -> tuple[Query, Payload]:
-        spec = self._application.find(target)
-        layout, payload = read_inputs(spec, body)
-        form = self._forms.find(spec, layout, len(payload), target.priority, target.tenant)
-        return Query(spec, form, Style(False), "", 0.0, False, False, write_outputs), payload
+        self._application.infer(exchange, target, self._parse)

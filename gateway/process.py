@@ -254,4 +254,5 @@ class Coupling:
         self._loop.remove_reader(self._link.fileno())
         if self._timer is not None:
             self._timer.cancel()
+        self._application.clerks.close()
         self._link.close()

@@ -7,6 +7,7 @@ two different ones (request smuggling).
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ BROKEN: Final = "broken"  # an error has been found; nothing more is read
 
 # A body of at least this many bytes, of which part is still to come, is received straight into a buffer of its own.
 _DIRECT_MIN_BYTES: Final = 64 * 1024
+_MAPPED_MIN_BYTES: Final = 1 << 20  # of these the kernel makes the memory as it is filled
 
 # A client sends the same head again and again: what it means is remembered by its bytes, which saves a fifth of the
 # gateway's time for a small request. Bounded in number and in size.
@@ -305,7 +307,7 @@ class Reader:
     def _receive_directly(self) -> None:
         size, lead, slots = sum(map(len, self._body)) + self.body_left, _lead(self._headers), self._slots()
         if not lead or slots is None:
-            self._receive_into(memoryview(bytearray(size)))
+            self._receive_into(_buffer(size))
             return
         slot = slots.take(size, lead)
         if slot is None:
@@ -442,6 +444,11 @@ class Reader:
         self.wants_continue = self.expects_large = False
         charged, self._charged = self._charged, 0
         self.requests.append(Request(self._head, body, charged, slot))
+
+
+def _buffer(size: int) -> memoryview:
+    """Room for a body. A bytearray is filled with zeros first, which takes 30 ms for 50 MB."""
+    return memoryview(bytearray(size) if size < _MAPPED_MIN_BYTES else mmap.mmap(-1, size, mmap.MAP_PRIVATE))
 
 
 def _lead(headers: Mapping[str, bytes]) -> int:

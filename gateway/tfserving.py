@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias
 
-from penstock.client.arrays import Forms
-from penstock.gateway.application import Application, Handler, Parse, Target
+from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import Query, Style
+from penstock.gateway.inference import Reading, Style
+from penstock.gateway.parse import Parse
 from penstock.gateway.routes import Route, RouteError
 from penstock.gateway.tfjson import SIGNATURE, TYPES, Question, read_classify, read_predict, read_regress
 from penstock.wire.errors import BAD_INPUT, NOT_FOUND, UNAVAILABLE, PenstockError
@@ -39,17 +39,22 @@ _Read: TypeAlias = "Callable[[ModelSpec, Buffer], Question]"
 _VERBS: Final[dict[str, _Read]] = {"predict": read_predict, "classify": read_classify, "regress": read_regress}
 
 
+def read_question(read: _Read, spec: ModelSpec, body: Buffer) -> tuple[Reading, Payload]:
+    """Raises PenstockError."""
+    layout, payload, write = read(spec, body)
+    return Reading(layout, _JSON, write=write), payload
+
+
 class TensorFlowServing:
     """``routes``: for the application to answer."""
 
     def __init__(self, application: Application) -> None:
         self._application = application
         self._caller = application.caller
-        self._forms = Forms()
         self.routes: list[Route[Handler]] = []
         for by, base in _BASES.items():
             self.routes += [
-                Route("POST", f"{base}:{verb}", partial(self._infer, partial(self._parse, by, read)), any_case=True)
+                Route("POST", f"{base}:{verb}", partial(self._infer, self._parse(by, read)), any_case=True)
                 for verb, read in _VERBS.items()
             ]
             self.routes += [
@@ -61,11 +66,8 @@ class TensorFlowServing:
     def _infer(self, parse: Parse, exchange: Exchange, target: Target) -> None:
         self._application.infer(exchange, target, parse)
 
-    def _parse(self, by: str, read: _Read, target: Target, body: Buffer) -> tuple[Query, Payload]:
-        spec = self._find(by, target)
-        layout, payload, write = read(spec, body)
-        form = self._forms.find(spec, layout, len(payload), target.priority, target.tenant)
-        return Query(spec, form, _JSON, "", 0.0, False, False, write), payload
+    def _parse(self, by: str, read: _Read) -> Parse:
+        return Parse(partial(self._find, by), partial(read_question, read))
 
     def _malformed(self, exchange: Exchange, target: Target) -> None:
         url = exchange.request.head.url.decode("latin-1")

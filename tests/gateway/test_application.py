@@ -112,7 +112,7 @@ class Desk:
     def __init__(self, loop: Loop, slots: Slots | None = None, **limits: Any) -> None:
         self.loop = loop
         self.slots = slots
-        self.options = GatewayOptions(**limits)
+        self.options = GatewayOptions(**{"json_processes_max": 0, **limits})
         self.caller = Caller(Identity(b"a caller", "gateway", 1, True, "/run/here", calls_max=4))
         self.reports = Reports(loop.loop, self._ask_broker, lambda: Snapshot("gateway", ()), 10)
         self.serials: list[int] = []
@@ -550,8 +550,8 @@ def test_header_that_asks_for_what_cannot_be_is_400_and_named(joined: Desk, head
 
 def test_invented_tenants_grow_nothing_without_a_limit(joined: Desk) -> None:
     for number in range(3000):
-        joined.application._parser.parse(spec(), json.dumps(INFER).encode(), None, 0, f"tenant {number}")
-    assert len(joined.application._parser._forms._known) <= 1024
+        joined.application._parse.parser.parse(spec(), json.dumps(INFER).encode(), None, 0, f"tenant {number}")
+    assert len(joined.application._parse.parser._forms._known) <= 1024
 
 
 def test_time_of_a_request_runs_since_its_head_has_come(joined: Desk) -> None:
