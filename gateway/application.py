@@ -21,7 +21,7 @@ from penstock.client.caller import Caller
 from penstock.client.events import Complete
 from penstock.gateway.aside import Aside
 from penstock.gateway.clerks import Clerks
-from penstock.gateway.compression import choose, compress, decompress, decompress_small
+from penstock.gateway.compression import ENCODINGS, choose, compress, decompress, decompress_small
 from penstock.gateway.connection import Exchange
 from penstock.gateway.cors import Cors
 from penstock.gateway.feed import FEED_HEAD, Feed
@@ -67,7 +67,7 @@ STATUSES: Final = {
 _EXTENSIONS: Final = ("binary_tensor_data", "schedule_policy")  # of these routes; other files bring theirs
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
-_ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
+_ACCEPT_ENCODING: Final = f"Accept-Encoding: {', '.join(ENCODINGS)}\r\n".encode()
 _JOIN_MAX_BYTES: Final = 64 * 1024  # a larger payload is written behind the head instead of being copied
 _ASIDE_MIN_BYTES: Final = 128 * 1024  # what is larger is compressed and expanded on a thread
 _EXPANDING_MAX: Final = 2  # bodies at a time: each takes a processor's time, and up to body_bytes_max of memory

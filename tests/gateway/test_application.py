@@ -697,7 +697,7 @@ def test_text_that_cannot_be_answered_is_400(joined: Desk) -> None:
         (errors.BAD_INPUT, 400, {}),
         (errors.NOT_FOUND, 404, {}),
         (errors.TOO_LARGE, 413, {}),
-        (errors.UNSUPPORTED, 501, {"Accept-Encoding": "gzip, deflate"}),
+        (errors.UNSUPPORTED, 501, {"Accept-Encoding": "gzip, deflate, zstd"}),
         (errors.OVERLOADED, 503, {"Retry-After": "3"}),
         (errors.DRAINING, 503, {"Retry-After": "3"}),
         (errors.UNAVAILABLE, 503, {"Retry-After": "3"}),
@@ -844,8 +844,8 @@ def test_identity_is_no_encoding(joined: Desk) -> None:
 
 def test_unknown_encoding_is_501_and_told_the_known_ones(joined: Desk) -> None:
     answer = said(joined.infer(Content_Encoding="br"))
-    assert (answer.status, answer.headers["Accept-Encoding"]) == (501, "gzip, deflate")
-    assert answer.error == "Content-Encoding 'br' is not known; gzip and deflate are"
+    assert (answer.status, answer.headers["Accept-Encoding"]) == (501, "gzip, deflate, zstd")
+    assert answer.error == "Content-Encoding 'br' is not known; gzip, deflate and zstd are"
 
 
 def test_body_that_expands_beyond_the_limit_is_413(loop: Loop) -> None:
