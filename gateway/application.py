@@ -175,10 +175,13 @@ class Application:
         total = total_line(time.monotonic() - exchange.arrived)
         exchange.answer_error(500, "an internal error; it is in the gateway's log", total)
 
-    def refused(self, status: int, sentence: str) -> None:
-        """A connection was answered without a request."""
+    def refused(self, status: int, sentence: str, headers: Mapping[str, bytes]) -> bytes:
+        """A connection was answered without a request, of which these headers had been read."""
         self.count(status)
-        log.info("connection refused", extra=fields(status=status, reason=sentence))
+        given = read_request_id(headers)
+        about = {"x_request_id": given} if given else {}
+        log.info("connection refused", extra=fields(status=status, reason=sentence, **about))
+        return self.lines(headers)
 
     def sent(self) -> None:
         """Results that had to wait for their clients may be acknowledged."""

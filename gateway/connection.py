@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol, cast
 
 import orjson
@@ -54,7 +54,6 @@ _STATUS_LINES: Final = {status: f"HTTP/1.1 {status} {reason}\r\n".encode() for s
 
 
 _WATCH_S: Final = 2.0  # between two looks for connections that are late
-_NO_HEAD: Final = Head(b"", b"", {}, 0, False, False)  # of what could not be read
 
 
 class Application(Protocol):
@@ -63,8 +62,9 @@ class Application(Protocol):
     def handle(self, exchange: Exchange, /) -> None:
         """Answer, now or later, by ``exchange.answer`` or ``exchange.send``. Must not raise."""
 
-    def refused(self, status: int, sentence: str, /) -> None:
-        """A connection was answered without a request."""
+    def refused(self, status: int, sentence: str, headers: Mapping[str, bytes], /) -> bytes:
+        """A connection was answered without a request, of which these headers had been read. What the answer has
+        among its own, as for every answer to them."""
 
     def sent(self) -> None:
         """What had to wait for a client has left, and whoever wanted to know has been called."""
@@ -464,8 +464,9 @@ class Connection(asyncio.BufferedProtocol):
             return  # what follows the last request is not even refused
         self._last = True
         self._phase = IDLE
-        self._http.application.refused(error.status, error.sentence)
-        exchange = Exchange(self, Request(_NO_HEAD, b"", 0))
+        head = Head(b"", b"", {}, 0, False, False)  # it could not be read, or not all of what is behind it
+        head.lines = self._http.application.refused(error.status, error.sentence, self._reader.headers)
+        exchange = Exchange(self, Request(head, b"", 0))
         self._exchanges.append(exchange)
         extra = b"Retry-After: 1\r\n" if error.status == 503 else b""
         exchange.answer_error(error.status, error.sentence, extra)

@@ -152,6 +152,7 @@ class Reader:
 
     ``direct``: where the rest of a large body goes, instead of through ``feed``. ``expects_large``: the last one went
     there, and as the next probably will, as little as possible of it should come through ``feed``, which copies it.
+    ``headers``: of the request that is being read, as far as they have come.
     ``wants_continue``: the client waits for "100 Continue" before it sends its body.
 
     A large body that holds its tensors as they are is received where workers read them. While there is no room, the
@@ -186,7 +187,7 @@ class Reader:
     def _fresh(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
         self._body: list[bytes | bytearray] = []
-        self._headers: dict[str, bytes] = {}
+        self.headers: dict[str, bytes] = {}
         self._head_bytes = 0
         self._hidden_bytes = 0
 
@@ -238,13 +239,13 @@ class Reader:
             self._break(error)
             return
         self.phase = BODY
-        self._head, self._headers = head, head.headers
+        self._head, self.headers = head, head.headers
         self._body = [start]
         self.body_left = head.length - len(start)
         self._receive_directly()
 
     def _parse(self, data: memoryview | bytes) -> None:
-        headers, shown = self._headers, self._head_bytes + self._charged
+        headers, shown = self.headers, self._head_bytes + self._charged
         while True:
             try:
                 self._parser.feed_data(data)
@@ -258,7 +259,7 @@ class Reader:
                 return
             break
         if self.phase is not IDLE and not self.body_left:
-            hidden = headers is self._headers and shown == self._head_bytes + self._charged
+            hidden = headers is self.headers and shown == self._head_bytes + self._charged
             self._limit_hidden(len(data) if hidden else 0)
         elif self.body_left >= _DIRECT_MIN_BYTES:
             self._receive_directly()
@@ -305,7 +306,7 @@ class Reader:
         self.close()
 
     def _receive_directly(self) -> None:
-        size, lead, slots = sum(map(len, self._body)) + self.body_left, _lead(self._headers), self._slots()
+        size, lead, slots = sum(map(len, self._body)) + self.body_left, _lead(self.headers), self._slots()
         if not lead or slots is None:
             self._receive_into(_buffer(size))
             return
@@ -340,7 +341,7 @@ class Reader:
     def on_message_begin(self) -> None:
         self.phase = HEAD
         self._url = b""
-        self._headers = {}
+        self.headers = {}
         self._header_count = 0
         self._head_bytes = 0
 
@@ -361,14 +362,14 @@ class Reader:
         known = _KNOWN.get(name) or _KNOWN.get(name.lower())
         if known is None or self.phase == BODY:  # behind the body come trailers, which say nothing here
             return
-        if known in self._headers:
+        if known in self.headers:
             if known in _ONCE:
                 raise HttpError(400, f"the header {known} is there twice")
-            value = self._headers[known] + b", " + value
-        self._headers[known] = value
+            value = self.headers[known] + b", " + value
+        self.headers[known] = value
 
     def on_headers_complete(self) -> None:
-        parser, headers = self._parser, self._headers
+        parser, headers = self._parser, self.headers
         version = parser.get_http_version()
         if version not in ("1.1", "1.0"):
             raise HttpError(505, f"HTTP/{version} is not spoken here; HTTP/1.1 and HTTP/1.0 are")
@@ -419,7 +420,7 @@ class Reader:
         self._charged += count
 
     def on_body(self, data: bytes) -> None:
-        if "content-length" in self._headers:
+        if "content-length" in self.headers:
             self.body_left -= len(data)
             if not self._body:
                 self._body.append(data)  # as nearly always, all of it
@@ -441,6 +442,7 @@ class Reader:
 
     def _complete(self, body: Buffer, slot: Slot | None = None) -> None:
         self.phase = IDLE
+        self.headers = {}
         self.wants_continue = self.expects_large = False
         charged, self._charged = self._charged, 0
         self.requests.append(Request(self._head, body, charged, slot))

@@ -8,7 +8,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import uvloop
@@ -175,8 +175,9 @@ class Echo:
 
     def sent(self) -> None: ...
 
-    def refused(self, status: int, sentence: str) -> None:
+    def refused(self, status: int, sentence: str, headers: Mapping[str, bytes]) -> bytes:
         self.refusals.append((status, sentence))
+        return b"X-Request-Id: %b\r\n" % headers["x-request-id"] if "x-request-id" in headers else b""
 
 
 def pattern(count: int) -> bytes:

@@ -1034,7 +1034,7 @@ def test_responses_are_counted_by_status(joined: Desk) -> None:
     joined.ask("GET", "/v2/health/live")
     joined.ask("GET", "/nope")
     joined.ask("POST", "/v2")
-    joined.application.refused(408, "late")
+    joined.application.refused(408, "late", {})
     exchange = joined.infer()
     joined.sent()
     joined.double(1, X)
