@@ -19,6 +19,7 @@ import orjson
 
 from penstock.client.caller import Caller
 from penstock.client.events import Complete
+from penstock.gateway import abouts
 from penstock.gateway.aside import Aside
 from penstock.gateway.clerks import Clerks
 from penstock.gateway.compression import ENCODINGS, choose, compress, decompress, decompress_small
@@ -112,20 +113,21 @@ class Application:
         self.seconds = caller.meters.histogram("penstock_http_request_seconds")
         self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
         self._extensions = list(_EXTENSIONS)
-        self._server = {"name": "penstock", "version": version("penstock"), "extensions": self._extensions}
+        self.version = version("penstock")
+        self._server = {"name": "penstock", "version": self.version, "extensions": self._extensions}
         routes: list[Route[Handler]] = [
-            Route("GET", "/v2", self._metadata),
-            Route("GET", "/v2/health/live", self._live),
-            Route("GET", "/v2/health/ready", self._ready),
-            Route("GET", "/metrics", self._metrics),
-            Route("GET", "/", self._dashboard),
-            Route("GET", "/events", self._events),
+            Route("GET", "/v2", self._metadata, about=abouts.METADATA),
+            Route("GET", "/v2/health/live", self._live, about=abouts.LIVE),
+            Route("GET", "/v2/health/ready", self._ready, about=abouts.READY),
+            Route("GET", "/metrics", self._metrics, about=abouts.METRICS),
+            Route("GET", "/", self._dashboard, about=abouts.DASHBOARD),
+            Route("GET", "/events", self._events, about=abouts.EVENTS),
         ]
         for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             routes += [
-                Route("GET", model, self._model_metadata),
-                Route("GET", model + "/ready", self._model_ready),
-                Route("POST", model + "/infer", self._infer),
+                Route("GET", model, self._model_metadata, about=abouts.MODEL),
+                Route("GET", model + "/ready", self._model_ready, about=abouts.MODEL_READY),
+                Route("POST", model + "/infer", self._infer, about=abouts.INFER),
             ]
         self._routes: Routes[Handler] = Routes(routes)
 
@@ -133,6 +135,11 @@ class Application:
         """Answer these as well. ``extensions``: what of Triton's they are."""
         self._routes.add(routes)
         self._extensions += extensions
+
+    @property
+    def table(self) -> Sequence[Route[Handler]]:
+        """What is answered here."""
+        return self._routes.table
 
     def handle(self, exchange: Exchange) -> None:
         """Answer a request, now or later."""

@@ -12,12 +12,14 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
+from penstock.gateway.about import INFERENCE_ERRORS, OBJECT, PLAIN, About, json
 from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.connection import Exchange
 from penstock.gateway.inference import Reading, Style, cut
 from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
 from penstock.gateway.parse import Parse
 from penstock.gateway.routes import Route
+from penstock.gateway.schemas import plain
 from penstock.wire.codec import unpack_outcome
 from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.messages import Outcome, Payload
@@ -26,6 +28,15 @@ from penstock.wire.tensors import Buffer, decode, encode
 
 _SHOWN_MAX: Final = 200  # characters of a name that is refused
 _OUTCOMES_MAX: Final = 1024
+_ABOUT: Final = About(
+    "Ask a model by the names of its inputs",
+    PLAIN,
+    json(OBJECT),
+    json(OBJECT),
+    errors=INFERENCE_ERRORS,
+    inference=True,
+    of_model=plain,
+)
 
 
 def read_inputs(spec: ModelSpec, body: Buffer) -> tuple[Layout, bytes]:
@@ -106,7 +117,7 @@ class Plain:
         self._application = application
         self._parse = Parse(application.find, read_body)
         self.routes: list[Route[Handler]] = [
-            Route("POST", f"/v2/models/{{model}}{version}/predict", self._predict)
+            Route("POST", f"/v2/models/{{model}}{version}/predict", self._predict, about=_ABOUT)
             for version in ("", "/versions/{version}")
         ]
 

@@ -22,6 +22,7 @@ from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
 from penstock.gateway.listening import listen, url_of
 from penstock.gateway.modelconfig import ModelConfig
+from penstock.gateway.openapi import OpenApi
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.plain import Plain
 from penstock.gateway.reports import Reports
@@ -170,6 +171,7 @@ class Coupling:
         application.add(Plain(application).routes)
         application.add(ModelConfig(application).routes, modelconfig.EXTENSION)
         application.add(TensorFlowServing(application).routes)
+        application.add(OpenApi(loop, application).routes)
         self.http = Http(loop, settings.options, self._application, self._link.slots)
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None

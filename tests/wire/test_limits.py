@@ -37,6 +37,7 @@ WITHOUT_LIMIT: Final = {
     "gateway/clerks.py: written.exception()": "it has ended",
     "gateway/clerks.py: written.result()": "it has ended",
     "gateway/large.py: done.exception()": "it has ended",
+    "gateway/openapi.py: done.result()": "it has ended",
     "gateway/repository.py: done.result()": "it has ended",
     "gateway/application.py: future.exception()": "it has ended",
     "gateway/process.py: event.wait()": "it is given to what has a limit",
