@@ -69,13 +69,15 @@ def document(
     alone."""
     paths: dict[str, dict[str, Any]] = {}
     schemas: dict[str, Schema] = {"Error": an_object({"error": _SENTENCE}, ("error",))}
-    for route in routes:
-        if route.about is not None:
-            paths.setdefault(route.pattern, {})[route.method.lower()] = _operation(route, route.about)
     served = sorted(
         (state.spec for state in states if state.spec is not None and state.state in SERVED),
         key=lambda spec: (spec.name, spec.version),
     )
+    examples = {"model": served[0].name, "version": served[0].version} if served else {}
+    for route in routes:
+        if route.about is not None:
+            operation = _operation(route, route.about, examples=examples)
+            paths.setdefault(route.pattern, {})[route.method.lower()] = operation
     for number, spec in enumerate(served[:VERSIONS_MAX]):
         made: dict[object, tuple[Content, Content]] = {}  # of this version, in each protocol
         for route in routes:
@@ -134,12 +136,16 @@ def _of_model(
 
 
 def _operation(
-    route: Route[Any], about: About, body: Content | None = None, answer: Content | None = None
+    route: Route[Any],
+    about: About,
+    body: Content | None = None,
+    answer: Content | None = None,
+    examples: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """``body``, ``answer``: for one model, whose path has no arguments."""
+    """``body``, ``answer``: for one model, whose path has no arguments. ``examples``: of these."""
     parameters: list[dict[str, Any]] = []
     if answer is None:
-        parameters = [_path_parameter(name) for name in _arguments(route)]
+        parameters = [_path_parameter(name, (examples or {}).get(name, "")) for name in _arguments(route)]
         body, answer = about.body, about.answer
     if about.inference:
         parameters += [_REFERENCES[name] for name in _TERMS]
@@ -165,8 +171,9 @@ def _content(content: Content) -> dict[str, Any]:
     return {kind: {"schema": schema} for kind, schema in content.items()}
 
 
-def _path_parameter(name: str) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+def _path_parameter(name: str, example: str) -> dict[str, Any]:
+    schema = {"type": "string", "minLength": 1}
+    return {"name": name, "in": "path", "required": True, "schema": schema} | ({"example": example} if example else {})
 
 
 class OpenApi:

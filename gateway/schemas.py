@@ -29,7 +29,9 @@ def element(datatype: str, rounds: bool = False) -> Schema:
         return {"type": "boolean"} if rounds else {"enum": [True, False, 0, 1]}
     if datatype in _FLOATS_MAX:
         most = _FLOATS_MAX[datatype]
-        return {"type": "number"} if rounds or most is None else {"type": "number", "minimum": -most, "maximum": most}
+        if rounds:
+            return {"description": "a number, or the token NaN, Infinity or -Infinity, for which there is no type"}
+        return {"type": "number"} if most is None else {"type": "number", "minimum": -most, "maximum": most}
     bits = int(datatype.lstrip("UINT"))
     if datatype.startswith("U"):
         return {"type": "integer", "minimum": 0, "maximum": 2**bits - 1}
@@ -93,7 +95,9 @@ def _output(spec: ModelSpec, tensor: TensorSpec) -> Schema:
             "name": {"const": tensor.name},
             "datatype": {"const": tensor.datatype},
             "shape": shapes,
-            "data": a_list({"type": ["number", "string"]} if tensor.datatype != "BOOL" else {"type": "boolean"}),
+            "data": a_list(
+                {"type": ["number", "string", "null"]} if tensor.datatype != "BOOL" else {"type": "boolean"}
+            ),
             "parameters": OBJECT,
         },
         ("name", "datatype", "shape"),
