@@ -101,7 +101,7 @@ _TENSOR: Final = TensorSpec("x", "FP32", (-1, -1))
 
 
 def model_state(name: str = "double", version: str = "1", state: str = READY, batch: int = 8) -> ModelState:
-    spec = ModelSpec(name, version, "onnx", (_TENSOR,), (TensorSpec("y", "FP32", (-1, -1)),), True, batch)
+    spec = ModelSpec(name, version, "onnx", (_TENSOR,), (TensorSpec("y", "FP32", (-1, -1)),), True, batch, "9f3c")
     return ModelState(name, version, state, "", spec if state in SERVED else None)
 
 

@@ -404,12 +404,12 @@ def print_table(rows: Sequence[tuple[Case, Figures, float]]) -> None:
 
 
 def cases(models: Sequence[str], forms: Sequence[str], connections: Sequence[int]) -> list[Case]:
-    """Binary for all; JSON and ids only for the small model, where they are what a request costs."""
+    """Binary for all; JSON and ids only for the models where they are what a request costs."""
     return [
         Case(model, form, count)
         for model in models
         for form in forms
-        if form == "binary" or model == "tiny"
+        if form == "binary" or model == "tiny" or (model, form) == ("wide", "json")
         for count in connections
     ]
 
@@ -458,7 +458,7 @@ def whole_numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = bench_models.MODELS
-    parser.add_argument("--models", type=words(models), default="tiny,mlp,image", help=f"of {', '.join(models)}")
+    parser.add_argument("--models", type=words(models), default="tiny,wide,mlp,image", help=f"of {', '.join(models)}")
     parser.add_argument("--forms", type=words(FORMS), default=",".join(FORMS))
     parser.add_argument("--connections", type=whole_numbers, default="1,16,64,256")
     parser.add_argument("--seconds", type=whole_number, default=5, help="for each run; wrk takes whole ones")

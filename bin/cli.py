@@ -11,7 +11,7 @@ import click
 EXIT_INTERRUPTED: Final = 130  # as shells have it: 128 and the number of SIGINT
 _COMMANDS: Final = {
     *("up", "restart", "check", "broker", "worker", "gateway"),
-    *("infer", "bench", "tune", "simulate", "models", "top", "systemd"),
+    *("infer", "bench", "tune", "simulate", "models", "jobs", "top", "systemd"),
 }
 
 

@@ -32,6 +32,7 @@ from penstock.bin.restart import IN_PLACE, SOCKET, Asker, RestartError, rss_byte
 from penstock.bin.supervision import LOOK_S, STUCK_S, Breaker, Pulse
 from penstock.broker.options import RECORD_MAX_BYTES
 from penstock.gateway.listening import listen, url_of
+from penstock.jobs.store import OFF
 from penstock.wire.arena import available_bytes
 from penstock.wire.endpoints import EndpointError, Guard, InUseError, RuntimeDir, binding
 from penstock.wire.process import SHORT_OF_DESCRIPTORS, WATCHDOG_FD, StopSignal, fields
@@ -40,6 +41,7 @@ from penstock.worker.gpus import EXIT_GPU_LOST
 
 log = logging.getLogger("penstock.launcher")
 
+JOBS: Final = "jobs"  # the role of who runs them
 _STOP_MORE_S: Final = 10.0  # than its drain_max_s a process may take to end before it is killed
 _KILL_MAX_S: Final = 5.0  # for the kernel to end a process that is killed; one that waits for a broken disk stays
 _START_MAX_S: Final = 30.0  # for the successor of a broker or a gateway to be ready
@@ -71,6 +73,7 @@ class Plan:
     runtime: RuntimeDir
     log_format: str
     log_level: str
+    jobs_store: str | None = None  # in place of [jobs] store
     record: Path | None = None
     record_max_bytes: int = RECORD_MAX_BYTES
     options: Options = field(default_factory=Options)
@@ -162,6 +165,7 @@ class Launcher:
             self._keep_config()
             listener = listen(plan.http)
             if self._start_all(listener):
+                self._follow_jobs()
                 self._listen_for_asks()
                 self._announce(url_of(listener))
                 self._supervise()
@@ -198,12 +202,7 @@ class Launcher:
     def _start_all(self, listener: socket.socket) -> bool:
         """Broker, workers, gateways; HTTP listens when the models are loaded. False: told to stop meanwhile."""
         plan = self._plan
-        options = [
-            f"--runtime-dir={plan.runtime.path}",
-            f"--log-format={plan.log_format}",
-            f"--log-level={plan.log_level}",
-        ]
-        config = [f"--config={self._config.copy}"] if self._config else []
+        options, config = self._common(), self._with_config()
         bind = [f"--bind={plan.bind}"] if plan.bind else []
         record = (
             [f"--record={plan.record}", f"--record-max-bytes={plan.record_max_bytes}"]
@@ -234,10 +233,43 @@ class Launcher:
         gateways = []
         for number in range(plan.gateways):
             name = f"gateway-{number}"
-            gateways.append(
-                self._start(name, ["gateway", f"--http=fd://{fd}", f"--name={name}", *options, *config], (fd,))
-            )
+            command = ["gateway", f"--http=fd://{fd}", f"--name={name}", *options, *config, *self._jobs_store()]
+            gateways.append(self._start(name, command, (fd,)))
         return self._wait(gateways) and self._wait_until(lambda: _answers(url_of(listener)))
+
+    def _common(self) -> list[str]:
+        """What every process is told."""
+        plan = self._plan
+        return [
+            f"--runtime-dir={plan.runtime.path}",
+            f"--log-format={plan.log_format}",
+            f"--log-level={plan.log_level}",
+        ]
+
+    def _with_config(self) -> list[str]:
+        return [f"--config={self._config.copy}"] if self._config else []
+
+    def _jobs_store(self) -> list[str]:
+        return [] if self._plan.jobs_store is None else [f"--jobs={self._plan.jobs_store}"]
+
+    def _keeps_no_jobs(self, options: Options) -> bool:
+        return (options.jobs.store if self._plan.jobs_store is None else self._plan.jobs_store) == OFF
+
+    def _follow_jobs(self) -> None:
+        """Whoever runs jobs is there as long as jobs are kept. Nobody waits for that: the server serves without."""
+        running = [child for child in self._children if child.role == JOBS]
+        if self._keeps_no_jobs(self._options):
+            for child in running:
+                child.held = True
+                self._stop([child], self._step)
+                self._forget(child)
+        elif not running:
+            command = [JOBS, "run", *self._common(), *self._with_config(), *self._jobs_store()]
+            try:
+                self._start(JOBS, command)
+            except LaunchError as error:  # tried again, as one that has ended
+                log.error("process cannot be started; it is tried again", extra=fields(process=JOBS, reason=str(error)))
+                self._children[-1].start_at = time.monotonic() + LOOK_S
 
     def _start(
         self,
@@ -246,9 +278,10 @@ class Launcher:
         inherits: tuple[int, ...] = (),
         environment: Mapping[str, str] | None = None,
     ) -> Child:
-        command, *options = arguments
-        start = [sys.executable, "-m", "penstock.bin", command, f"--parent={os.getpid()}"]
-        child = Child(name, command, [*start, *options], inherits, environment or {})
+        """``arguments``: the command, and its options behind it."""
+        at = next((at for at, each in enumerate(arguments) if each.startswith("-")), len(arguments))
+        start = [sys.executable, "-m", "penstock.bin", *arguments[:at], f"--parent={os.getpid()}"]
+        child = Child(name, arguments[0], [*start, *arguments[at:]], inherits, environment or {})
         self._children.append(child)
         try:
             self._spawn(child)
@@ -430,7 +463,7 @@ class Launcher:
             asker.close()
 
     def _restart(self, asker: Asker) -> None:
-        """Gateways, workers, broker: each is replaced, and serves, before the next is touched."""
+        """Gateways, who runs jobs, workers, broker: each is replaced, and serves, before the next is touched."""
         try:
             ask = asker.hear()
             log.info("rolling restart begins", extra=fields(roles=" ".join(ask.roles), in_place=ask.in_place))
@@ -519,6 +552,8 @@ class Launcher:
         except ConfigError as error:
             log.error("configuration cannot be followed; the old one stays in force", extra=fields(reason=str(error)))
             return
+        if self._keeps_no_jobs(options):
+            roles = tuple(role for role in roles if role != JOBS)  # nobody is to run them: see _follow_jobs
         log.info("configuration has changed; processes are replaced", extra=fields(roles=" ".join(roles)))
         try:
             for child in [child for role in roles for child in self._children if child.role == role]:
@@ -531,6 +566,7 @@ class Launcher:
         for child in self._children:
             child.arguments = with_config(child.arguments, old, new)
         self._options, config.copy = options, new
+        self._follow_jobs()
         old.unlink(missing_ok=True)
         log.info("configuration is in force", extra=fields(file=str(config.path)))
 
@@ -560,10 +596,13 @@ class Launcher:
     # --- stopping ---
 
     def _stop_all(self) -> None:
-        """Gateways first, so that nothing new comes; then the broker, which takes in nothing more and ends once it
-        holds nothing, for which it needs the workers: they are last."""
-        for role in ("gateway", "broker", "worker"):
+        """Gateways first, so that nothing new comes, then who runs jobs, and puts back what does not end soon; then the
+        broker, which takes in nothing more and ends once it holds nothing, for which it needs the workers: they are
+        last."""
+        for role in ("gateway", JOBS, "broker", "worker"):
             self._stop([child for child in self._children if child.role == role], self._turn)
+        for path in (self._plan.runtime.http, self._plan.runtime.jobs):
+            path.unlink(missing_ok=True)
         self._plan.runtime.sweep()  # after those that were killed
 
     def _stop(self, children: Sequence[Child], turn: Callable[[float], None]) -> bool:

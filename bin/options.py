@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import difflib
+import ipaddress
 import math
 import os
 import re
@@ -19,8 +20,12 @@ from penstock.bin import logs
 from penstock.bin.cpus import format_cpus, parse_cpus, usable_cpus
 from penstock.bin.devices import CPU, VISIBLE, Device, DeviceError, choose, choose_one
 from penstock.broker.options import RECORD_MAX_BYTES, BrokerOptions
+from penstock.gateway.cachevalue import problem_of_url
 from penstock.gateway.cors import problem_of_origin
 from penstock.gateway.options import GatewayOptions
+from penstock.jobs.options import JobsOptions
+from penstock.jobs.place import Place
+from penstock.jobs.store import StoreError, locate
 from penstock.wire.endpoints import BrokerAddress, EndpointError, default_runtime_dir, parse_broker
 from penstock.wire.messages import MAX_TENANT
 from penstock.worker.config import ConfigError, Toml, convert, read_toml
@@ -36,6 +41,11 @@ _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s|m)?", re.ASCII)
 
 _WEIGHT_MIN, _WEIGHT_MAX = 0.001, 1000.0  # of a tenant
+
+_LOWEST: Final = {  # of a limit; 0 of the others
+    **dict.fromkeys((("gateway", "arena_bytes"), ("worker", "arena_bytes"), ("worker", "run_bytes_max")), -1),
+    **dict.fromkeys((("jobs", "lease_s"), ("jobs", "attempts_max"), ("jobs", "connections_max")), 1),
+}
 
 EXIT_CANNOT_SERVE: Final = 2  # a file that cannot be served, or nothing that can; also click's code for bad usage
 
@@ -88,7 +98,7 @@ config_file = click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=None,
-    help="Limits of the server, in TOML: sections [broker], [worker] and [gateway].",
+    help="Limits of the server, in TOML: sections [broker], [worker], [gateway] and [jobs].",
 )
 log_format = click.option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
 log_level = click.option(
@@ -145,6 +155,25 @@ _record_max_bytes = click.option(
 )
 
 
+jobs_store = click.option(
+    "--jobs",
+    "jobs_store",
+    metavar="STORE",
+    default=None,
+    help="Where jobs are kept: sqlite, a file's absolute path, redis://HOST:PORT/N or off.  [default: [jobs] store]",
+)
+
+
+def jobs_place(given: str | None, limits: JobsOptions, address: BrokerAddress) -> Place | None:
+    """Where the jobs of a server are kept; None for nowhere. ``given``: what --jobs says. Raises click.UsageError."""
+    runtime = default_runtime_dir() if address.runtime is None else address.runtime.path
+    try:
+        where = locate(limits.store if given is None else given, runtime)
+    except StoreError as error:
+        raise click.UsageError(str(error)) from None
+    return Place(where, limits) if where else None
+
+
 def record(command: F) -> F:
     """Both options of a trace."""
     return _record(_record_max_bytes(command))
@@ -198,6 +227,7 @@ class Options(NamedTuple):
     broker: BrokerOptions = BrokerOptions()
     worker: WorkerOptions = WorkerOptions()
     gateway: GatewayOptions = GatewayOptions()
+    jobs: JobsOptions = JobsOptions()
 
 
 def load_options(path: Path | None) -> Options:
@@ -217,6 +247,7 @@ def options_of(toml: Toml) -> Options:
         _limits(toml, "broker", BrokerOptions),
         _limits(toml, "worker", WorkerOptions),
         _limits(toml, "gateway", GatewayOptions),
+        _limits(toml, "jobs", JobsOptions),
     )
 
 
@@ -235,12 +266,17 @@ def _limits(toml: Toml, name: str, kind: type[T]) -> T:
     """A section. Raises ConfigError, also for what is no limit."""
     section = convert(toml, name, kind)
     for key in toml.values.get(name, ()):
-        value, lowest = getattr(section, key), -1 if key in ("arena_bytes", "run_bytes_max") else 0
+        value, lowest = getattr(section, key), _LOWEST.get((name, key), 0)
         if isinstance(value, str):
-            continue  # a path
+            if problem := _PROBLEMS[key](value) if name == "jobs" and value else "":
+                raise toml.error((name, key), f"[{name}]: key '{key}': {problem}")
+            if key == "response_cache_store" and (problem := problem_of_url(value)):
+                raise toml.error((name, key), f"[{name}]: key '{key}': {problem}")
+            continue  # else a path
         if isinstance(value, tuple):
-            for at, origin in enumerate(value):
-                if problem := problem_of_origin(origin):
+            problem_of = _problem_of_network if key == "callback_allow" else problem_of_origin
+            for at, each in enumerate(value):
+                if problem := problem_of(each):
                     raise toml.error((name, key, at), f"[{name}]: key '{key}': {problem}")
             continue
         if isinstance(value, dict):
@@ -250,6 +286,38 @@ def _limits(toml: Toml, name: str, kind: type[T]) -> T:
         elif not lowest <= value < math.inf:
             raise toml.error((name, key), f"[{name}]: key '{key}': it is {lowest} or more, not {value}")
     return section
+
+
+def _problem_of_store(store: str) -> str:
+    """Why jobs cannot be kept there, as far as that can be told without a look, or ""."""
+    try:
+        locate(store, Path("/"))
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def _problem_of_secret(secret: str) -> str:
+    """Why nothing can be signed with it, or ""."""
+    from penstock.jobs.callbacks import read_secret
+
+    try:
+        read_secret(secret)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _problem_of_network(network: str) -> str:
+    """Why these are no addresses that may be called, or ""."""
+    try:
+        ipaddress.ip_network(network)
+    except ValueError as error:
+        return f"{error}; a network is written as 10.0.0.0/8 or fd00::/8"
+    return ""
+
+
+_PROBLEMS: Final = {"store": _problem_of_store, "callback_secret": _problem_of_secret}  # of strings in [jobs]
 
 
 def _problem_of_weight(tenant: str, weight: float) -> str:

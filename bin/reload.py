@@ -15,6 +15,7 @@ from penstock.bin.restart import ROLES
 from penstock.worker.config import ConfigError, Toml, read_toml
 
 CONFIG_LOOK_S: Final = 0.7  # between two looks at the file
+_BOTH: Final = {"gateway", "jobs"}
 _COPY: Final = "penstock-{}.toml"  # in the runtime directory, which nobody else can read
 
 Mark: TypeAlias = tuple[int, ...]  # what differs when a file is written or replaced; (): there is none
@@ -44,8 +45,12 @@ class Watch:
 
 
 def changed_roles(old: Options, new: Options) -> tuple[str, ...]:
-    """The kinds of processes whose section differs, in the order in which they are replaced."""
-    return tuple(role for role in ROLES if getattr(old, role) != getattr(new, role))
+    """The kinds of processes whose section differs, in the order in which they are replaced. Who runs jobs answers
+    requests as a gateway does, and a gateway takes jobs in: each has both sections."""
+    differ = {role for role in ROLES if getattr(old, role) != getattr(new, role)}
+    if differ & _BOTH:
+        differ |= _BOTH
+    return tuple(role for role in ROLES if role in differ)
 
 
 def with_config(arguments: list[str], old: Path, new: Path) -> list[str]:

@@ -15,7 +15,7 @@ import click
 
 from penstock.bin import options
 
-ROLES: Final = ("gateway", "worker", "broker")  # in the order in which they are replaced
+ROLES: Final = ("gateway", "jobs", "worker", "broker")  # in the order in which they are replaced
 SOCKET: Final = "restart.sock"  # in the runtime directory
 IN_PLACE: Final = "it is stopped before its successor starts"
 _HEAR_S: Final = 1.0  # for the launcher to hear what is asked, which is sent at once
@@ -82,7 +82,7 @@ def rss_bytes(pid: int) -> int:
 
 
 @click.command()
-@click.argument("roles", nargs=-1, type=click.Choice(ROLES), metavar="[gateway] [worker] [broker]")
+@click.argument("roles", nargs=-1, type=click.Choice(ROLES), metavar="[gateway] [jobs] [worker] [broker]")
 @click.option(
     "--in-place", is_flag=True, help="Stop each before its successor starts: where memory does for one alone."
 )
@@ -90,9 +90,9 @@ def rss_bytes(pid: int) -> int:
 def restart(roles: tuple[str, ...], in_place: bool, runtime_dir: Path | None) -> None:
     """Replace the processes of a running 'penstock up' one after another, while it serves.
 
-    All of them, or those of some kinds: gateways, then workers, then the broker. The next is touched when the one
-    before is ready; of gateways and workers the new one is started before the old one drains. Exit code 1: something
-    did not work, and what has not been replaced serves on.
+    All of them, or those of some kinds: gateways, who runs jobs, then workers, then the broker. The next is touched
+    when the one before is ready; but for the broker, the new one is started before the old one drains. Exit code 1:
+    something did not work, and what has not been replaced serves on.
     """
     address = options.broker_address(runtime_dir)
     if address.runtime is None:

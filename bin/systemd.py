@@ -40,7 +40,8 @@ _STEPS_SINCE: Final = 254  # the first systemd that lengthens the time between r
     help="What workers serve, unless /etc/penstock/penstock.conf says PENSTOCK_MODELS=...",
 )
 def systemd(to: Path | None, install: bool, models: Path) -> None:
-    """Write systemd units for this installation: a broker, gateways on one socket, a worker for each device.
+    """Write systemd units for this installation: a broker, gateways on one socket, who runs jobs, a worker for each
+    device.
 
     DIR/systemd/system, DIR/sysusers.d and DIR/tmpfiles.d are filled; --install fills those of /etc.
     """
@@ -78,7 +79,7 @@ def systemd(to: Path | None, install: bool, models: Path) -> None:
 def render(penstock: str, models: Path, version: int) -> dict[str, str]:
     """The files, by their path below /etc. ``penstock``: the command, as ExecStart= has it; ``version``: systemd's."""
     steps = "RestartSteps=6\nRestartMaxDelaySec=60s\n" if version >= _STEPS_SINCE else ""
-    arguments = [f"PENSTOCK{kind}_ARGS=" for kind in ("", "_BROKER", "_GATEWAY", "_WORKER")]
+    arguments = [f"PENSTOCK{kind}_ARGS=" for kind in ("", "_BROKER", "_GATEWAY", "_JOBS", "_WORKER")]
     environment = [f"PENSTOCK_MODELS={models}", *arguments]
     values: Mapping[str, str] = {
         "@PENSTOCK@": penstock,

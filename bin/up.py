@@ -25,6 +25,7 @@ log = logging.getLogger("penstock.launcher")
 @options.device
 @options.pin
 @options.bind
+@options.jobs_store
 @options.config_file
 @options.record
 @options.runtime_dir
@@ -38,6 +39,7 @@ def up(
     device: str | None,
     pin: bool,
     bind: str,
+    jobs_store: str | None,
     config: Path | None,
     record: Path | None,
     record_max_bytes: int,
@@ -60,6 +62,7 @@ def up(
     if address.runtime is None:
         raise click.UsageError("--runtime-dir is a directory; a TCP address goes with --bind")
     limits = options.load_options(config)  # what is wrong with it is said once, here
+    options.jobs_place(jobs_store, limits.jobs, address)  # likewise
     logs.set_up("launcher", log_format, log_level)
     devices = options.find_devices(device)
     shares = _shares(workers * len(devices)) if pin else []
@@ -80,6 +83,7 @@ def up(
             devices=devices,
             shares=shares,
             bind=bind,
+            jobs_store=jobs_store,
             config=config,
             record=record,
             record_max_bytes=record_max_bytes,

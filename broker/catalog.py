@@ -59,6 +59,8 @@ class Catalog:
     def due(self) -> float:
         """When ``tick`` has something to do."""
         tell = self._tell_at if self.changed and self._open else float("inf")
+        if self.changed and self._open and self._registry.builds.withdrawn:
+            tell = 0.0
         return min(tell, max(self._retire_at, self._registry.due))
 
     def open(self) -> None:
@@ -74,7 +76,7 @@ class Catalog:
             self._retire_at = now + _RETIRE_LOOK_S
             for worker, keys in self._registry.retire(now).items():
                 self._say(ToWorker(worker.id, Unload(self._epoch, [Version(*key) for key in keys])))
-        if self.changed and self._open and now >= self._tell_at:
+        if self.changed and self._open and (now >= self._tell_at or self._registry.builds.withdrawn):
             self._tell_callers()
             if len(self._registry.queues) > _TOLD_AT_ONCE_MAX:
                 self._tell_at = now + _TELL_S
@@ -130,7 +132,7 @@ class Catalog:
         return Models(self._epoch, self._registry.states(), self._registry.routes(), repository)
 
     def _tell_callers(self) -> None:
-        self.changed = False
+        self.changed = self._registry.builds.withdrawn = False
         told = self._models()
         for number in self._callers:
             self._say(ToCaller(number, told))

@@ -84,7 +84,7 @@ class Core:
         self.callers: dict[bytes, CallerPeer] = {}
         self.workers: dict[bytes, WorkerPeer] = {}
         self._names = Names(_BROKER)
-        self.registry = Registry(options.models_max, options.tenant_weights, now + options.unserved_grace_s)
+        self.registry = Registry(options.models_max, options.tenant_weights, now + options.unserved_grace_s, epoch)
         self.meters = Meters()
         self._assigner = Assigner()
         self.ledger = Ledger(options, self.registry, self._assigner, self.meters, self.workers)

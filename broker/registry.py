@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final, NamedTuple
 
+from penstock.broker.builds import Builds
 from penstock.broker.peers import WorkerPeer
 from penstock.broker.queues import ModelKey, ModelQueue
 from penstock.broker.routing import Tally, choose
@@ -41,7 +42,13 @@ class Registry:
     after a while it is not found any more, and once no request for it is left its workers may unload it.
     """
 
-    def __init__(self, models_max: int, weights: Mapping[str, float] = _NO_WEIGHTS, young_until: float = 0.0) -> None:
+    def __init__(
+        self,
+        models_max: int,
+        weights: Mapping[str, float] = _NO_WEIGHTS,
+        young_until: float = 0.0,
+        epoch: int = 0,
+    ) -> None:
         """``weights``: of tenants."""
         self.queues: dict[ModelKey, ModelQueue] = {}
         self._versions: dict[str, set[str]] = {}
@@ -55,6 +62,7 @@ class Registry:
         self._retiring: dict[ModelKey, _Retiring] = {}
         self._looks: dict[ModelKey, None] = {}  # of those, what some worker has not been told of that has it
         self.due = _NEVER  # when ``retire`` has something to do, if nothing happens before
+        self.builds = Builds(epoch)
         self._young_until = young_until
         self._models_max = models_max
         self._weights = weights
@@ -90,6 +98,7 @@ class Registry:
         for name in changed:
             for key in self._keys(name):
                 self._enlist(self.queues[key], worker, now)
+                self._see_builds(self.queues[key])
                 if not any(key in models for models in self._declared.values()):
                     gone.append(self._forget(key))
             self._route(name, now)
@@ -104,6 +113,7 @@ class Registry:
             queue = self.queues.get(key)
             if queue is not None:
                 self._dismiss(queue, worker, now)
+                self._see_builds(queue)
         for name in {name for name, _ in worker.models}:
             self._route(name, now)
 
@@ -145,18 +155,21 @@ class Registry:
 
     def state(self, key: ModelKey) -> ModelState:
         """How a model fares on the server as a whole: as well as on the worker where it fares best."""
-        queue = self.queues[key]
+        queue, token = self.queues[key], self.builds.token(key)
+        spec = queue.spec
+        if spec is not None and spec.build != token:
+            spec = spec._replace(build=token)
         told = [models[key] for models in self._declared.values() if key in models]
         if queue.workers or queue.sleepers:
             state = READY if queue.workers else IDLE
             reason = next((each.reason for each in told if each.state == state and each.reason), "")
-            return ModelState(*key, state, reason, queue.spec)
+            return ModelState(*key, state, reason, spec)
         loading = [state for state in told if state.state == LOADING]
         failed = [state for state in told if state.state == UNAVAILABLE_STATE]
         if loading:
-            return ModelState(*key, LOADING, loading[0].reason, queue.spec)
+            return ModelState(*key, LOADING, loading[0].reason, spec)
         reason = failed[0].reason if failed else "no worker serves it at present"
-        return ModelState(*key, UNAVAILABLE_STATE, reason, queue.spec)
+        return ModelState(*key, UNAVAILABLE_STATE, reason, spec)
 
     def states(self) -> list[ModelState]:
         return [self.state(key) for key in sorted(self.queues.keys() - self._unheard)]
@@ -207,6 +220,8 @@ class Registry:
             assert set(queue.workers) == serving, f"{key} is served by others than its workers"
             assert set(queue.sleepers) == {worker for worker in workers if worker.could_serve(key)}, f"{key} sleeps"
             queue.validate()
+            builds = {worker.models[key].spec.build for worker in (*queue.workers, *queue.sleepers)}  # type: ignore[union-attr]
+            assert bool(self.builds.token(key)) == (len(builds) == 1 and builds != {""}), f"{key} is of {builds}"
         assert self._versions == versions, f"versions {self._versions} are {versions}"
         assert self._away.keys() <= self._declared.keys(), "a worker has gone that never declared anything"
         assert self._unheard == self.queues.keys() - set().union(*self._declared.values()), "a model is (not) declared"
@@ -296,6 +311,14 @@ class Registry:
         if worker in queue.workers:
             queue.dismiss(worker, now)
 
+    def _see_builds(self, queue: ModelQueue) -> None:
+        """What those say that serve it, or would once they are asked to."""
+        told = set()
+        for worker in (*queue.workers, *queue.sleepers):
+            spec = worker.models[queue.key].spec
+            told.add("" if spec is None else spec.build)
+        self.builds.saw(queue.key, told)
+
     def _make(self, key: ModelKey, now: float) -> ModelQueue:
         queue = self.queues[key] = ModelQueue(key, None, self._weights)
         queue.unserved_since = now
@@ -308,6 +331,7 @@ class Registry:
             del self._versions[name]
         self._retiring.pop(key, None)
         self._looks.pop(key, None)
+        self.builds.forget(key)
         return self.queues.pop(key)
 
 

@@ -6,6 +6,8 @@
 """
 
 from penstock.client.client import Client, Result
+from penstock.client.jobs import Job, as_completed
+from penstock.client.webhooks import verify_callback
 from penstock.wire.errors import PenstockError
 
-__all__ = ["Client", "PenstockError", "Result"]
+__all__ = ["Client", "Job", "PenstockError", "Result", "as_completed", "verify_callback"]

@@ -46,7 +46,7 @@ class Forms:
         parts: list[Buffer] = []
         at = 0
         for name, value in inputs.items():
-            array, datatype = _as_array(name, value, expected.get(name))
+            array, datatype = as_array(name, value, expected.get(name))
             try:
                 part = encode(array, datatype)
             except (PenstockError, UnicodeEncodeError) as error:
@@ -79,7 +79,7 @@ def make_form(spec: ModelSpec, layout: Layout, nbytes: int, priority: int = 0, t
     return Form(spec.name, version, priority, tenant, rows, nbytes, key, pack_layout(layout))
 
 
-def _as_array(name: str, value: Any, datatype: str | None) -> tuple[Array, str]:
+def as_array(name: str, value: Any, datatype: str | None) -> tuple[Array, str]:
     """A value as an array and its datatype: lists become what the model expects, arrays say themselves what they
     are."""
     if not isinstance(value, np.ndarray) and not isinstance(value, np.generic):

@@ -269,6 +269,12 @@ class Caller:
         serve what they are ordered to."""
         return self.membership.joined and self._fresh and bool(self.models or self.repository) and not self.unserved()
 
+    @property
+    def is_told(self) -> bool:
+        """Whether the broker that has welcomed this caller has said which models there are, so that it would say when
+        they change."""
+        return self._fresh
+
     def unserved(self) -> list[ModelState]:
         """The versions of models of which none can be asked."""
         return [

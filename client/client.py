@@ -18,6 +18,8 @@ from penstock.client.arrays import Forms, decode_outcome
 from penstock.client.caller import Caller
 from penstock.client.events import Complete
 from penstock.client.explain import explain
+from penstock.client.jobhttp import where_from
+from penstock.client.jobs import Job, Jobs, terms
 from penstock.client.link import Link
 from penstock.client.orders import ORDER_WAIT_S, Orders, late
 from penstock.client.short import Plan, Short
@@ -180,7 +182,8 @@ class Client:
     ``address``: the server's runtime directory (default: where ``penstock up`` puts it), ``ipc://`` and that
     directory, or ``tcp://HOST:PORT``. ``timeout``, ``tenant``: for each call that does not say otherwise, see
     ``infer``. Connecting is part of the first call. ``arena_bytes``: shared memory for large inputs on the way to
-    workers on this host, which is allocated then; with 0 they are sent. Raises PenstockError for an address that cannot
+    workers on this host, which is allocated then; with 0 they are sent. ``http``: where jobs are submitted, such as
+    http://host:8000; needed only for a server that is not on this host. Raises PenstockError for an address that cannot
     be one.
     """
 
@@ -191,6 +194,7 @@ class Client:
         timeout: float = 30.0,
         tenant: str = "",
         arena_bytes: int = DEFAULT_ARENA_BYTES,
+        http: str = "",
     ) -> None:
         self._timeout_s = check_timeout(timeout)
         check_terms(0, tenant)
@@ -200,6 +204,7 @@ class Client:
             self._address = parse_broker(address if address is not None else default_runtime_dir())
         except ValueError as error:
             raise PenstockError(BAD_INPUT, str(error)) from None
+        self._jobs = Jobs(where_from(http, self._address.runtime), self._timeout_s)
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
@@ -317,6 +322,40 @@ class Client:
             call.end(None, PenstockError(CANCELLED, "the client was closed"))
         return call
 
+    def submit_job(
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        *,
+        version: str = "",
+        outputs: Sequence[str] = (),
+        time_limit: float | None = None,
+        priority: int = 0,
+        tenant: str | None = None,
+        sticky: str = "",
+        callback_url: str = "",
+    ) -> Job:
+        """Have the server keep a request, run it when it can, and keep the result for some time: both outlive this
+        client, and a restart of the server. Returns once the request is on disk.
+
+        Arguments as for ``infer``, but that ``time_limit`` is what running it may take, in seconds. ``callback_url``:
+        where the server is to send the result by POST, see ``verify_callback``. Raises PenstockError when the request
+        does not fit the model, the store of jobs is full (OVERLOADED) or no gateway is reached; of one that was reached
+        and did not answer, the request may have been taken in.
+        """
+        headers = terms(priority, self._tenant if tenant is None else tenant, sticky, time_limit)
+        return self._checked_jobs().submit(model, inputs, version, outputs, headers, callback_url)
+
+    def job(self, id: str) -> Job:
+        """The job of this id, which another client may have submitted. Whether there is one is seen when it is
+        asked."""
+        return Job(self._checked_jobs(), id)
+
+    def _checked_jobs(self) -> Jobs:
+        if self._pid != os.getpid():
+            raise _made_before_fork()
+        return self._jobs
+
     def models(self, *, timeout: float | None = None) -> list[ModelState]:
         """What the server serves, and how each model fares. Raises PenstockError when no server is reached in time."""
         talk = self._reach(check_timeout(self._timeout_s if timeout is None else timeout))
@@ -377,6 +416,7 @@ class Client:
         with self._lock:
             self._closed, self._open = True, None
             talk = self._talk
+        self._jobs.close()
         if talk is not None:
             talk.close()
         self._end_orders(PenstockError(CANCELLED, "the client was closed"))
@@ -396,9 +436,7 @@ class Client:
     def _reach(self, limit_s: float) -> Talk:
         """The link and its threads, once the server has said what it serves. Raises PenstockError."""
         if self._pid != os.getpid():
-            raise PenstockError(
-                BAD_INPUT, "this Client was made before a fork and cannot be used after it; make one in each process"
-            )
+            raise _made_before_fork()
         talk = self._talk or self._start()
         if not talk.known.is_set() and not talk.known.wait(limit_s):
             raise PenstockError(
@@ -483,6 +521,12 @@ class Client:
                 1.0,
             )
         return slot
+
+
+def _made_before_fork() -> PenstockError:
+    return PenstockError(
+        BAD_INPUT, "this Client was made before a fork and cannot be used after it; make one in each process"
+    )
 
 
 def _end_order(done: Future[None], error: PenstockError | None) -> None:

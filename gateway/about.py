@@ -24,7 +24,8 @@ INFERENCE: Final = "Inference"
 PLAIN: Final = "Plain JSON"
 TENSORFLOW: Final = "TensorFlow Serving"
 REPOSITORY: Final = "Repository"
-TAGS: Final = (SERVER, MODELS, INFERENCE, PLAIN, TENSORFLOW, REPOSITORY)
+JOBS: Final = "Jobs"
+TAGS: Final = (SERVER, MODELS, INFERENCE, PLAIN, TENSORFLOW, JOBS, REPOSITORY)
 
 INFERENCE_ERRORS: Final = (400, 404, 413, 500, 501, 503, 504)
 
@@ -33,6 +34,7 @@ INFERENCE_ERRORS: Final = (400, 404, 413, 500, 501, 503, 504)
 class About:
     """``answer``: what 200 holds, nothing where it is empty. ``body``: what a request may hold; None: nothing.
     ``optional``: it may be left out. ``errors``: the statuses that are worth naming; any other may come too.
+    ``query``: what may stand in the URL's query. ``later``: what 202 holds, where that may come.
     ``inference``: it takes the headers of inference requests, and ``of_model`` says what a request and an answer hold
     for one version of a model."""
 
@@ -44,6 +46,8 @@ class About:
     errors: tuple[int, ...] = ()
     inference: bool = False
     of_model: Callable[[ModelSpec], tuple[Content, Content]] | None = None
+    query: Mapping[str, Schema] = field(default_factory=dict)
+    later: Content = field(default_factory=dict)
 
 
 def an_object(properties: Mapping[str, Schema], required: Sequence[str] = (), **more: Any) -> Schema:
@@ -64,6 +68,9 @@ TENSOR: Final = an_object(
     {"name": STRING, "datatype": STRING, "shape": a_list({"type": "integer", "minimum": -1})},
     ("name", "datatype", "shape"),
 )
+
+
+JOB: Final = an_object({"id": STRING, "status": STRING}, ("id", "status"))
 
 
 def json(schema: Schema) -> Content:

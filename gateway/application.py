@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import orjson
 
 from penstock.client.caller import Caller
-from penstock.client.events import Complete
+from penstock.client.events import Complete, Sink
 from penstock.gateway import abouts
 from penstock.gateway.aside import Aside
+from penstock.gateway.cache import read_cache_control
 from penstock.gateway.clerks import Clerks
 from penstock.gateway.compression import ENCODINGS, choose, compress, decompress, decompress_small
 from penstock.gateway.connection import Exchange
@@ -42,11 +43,14 @@ from penstock.gateway.tracing import Tracing
 from penstock.wire import errors
 from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import UNNAMED, Payload
-from penstock.wire.metrics import Value
+from penstock.wire.metrics import Meters, Value
 from penstock.wire.models import SERVED, ModelSpec, ModelState
 from penstock.wire.process import fields
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot
 from penstock.wire.tensors import Buffer
+
+if TYPE_CHECKING:
+    from penstock.gateway.caching import ResponseCache
 
 log = logging.getLogger("penstock.gateway")
 
@@ -76,6 +80,7 @@ _LENGTH_DIGITS_MAX: Final = 12
 
 T = TypeVar("T")
 Handler: TypeAlias = "Callable[[Exchange, Target], None]"
+Defer: TypeAlias = "Callable[[Exchange, Target, Parse], None]"
 
 
 class Application:
@@ -90,10 +95,14 @@ class Application:
         flush: Callable[[], None],
         tracing: Tracing | None = None,
         steady: Steady | None = None,
+        meters: Meters | None = None,
     ) -> None:
+        """``meters``: where what is answered over HTTP is counted, the caller's where there are none."""
         self.inference: Callable[[Application, Exchange, Query], Inference] = (
             Inference if tracing is None else partial(_TracedInference, tracing)
         )
+        self.is_traced = tracing is not None
+        self.cache: ResponseCache | None = None  # of models that have one
         self._steady = steady or Steady()
         self._loop = loop
         self.caller = caller
@@ -104,14 +113,16 @@ class Application:
         self._feed = Feed(loop, reports, lambda: caller.name, self._states)
         self._page = load_page()
         self._cors = Cors(options.cors_origins)
-        self._parse = ParseV2(self.find)
+        self.parse = ParseV2(self.find)
         self.clerks = Clerks(loop, options)
-        self._large = LargeJson(self, self.clerks)
+        self.large = LargeJson(self, self.clerks)
+        self.deferral: Callable[[Head], Defer | None] = lambda head: None  # to be replaced, see jobs.py
         self._timing = ServerTiming()
-        self._answered = caller.meters.value("penstock_http_responses", "200")
+        self._meters = caller.meters if meters is None else meters
+        self._answered = self._meters.value("penstock_http_responses", "200")
         self._responses: dict[int, Value] = {200: self._answered}
-        self.seconds = caller.meters.histogram("penstock_http_request_seconds")
-        self._refusals = caller.meters.histogram("penstock_http_refusal_seconds")
+        self.seconds = self._meters.histogram("penstock_http_request_seconds")
+        self._refusals = self._meters.histogram("penstock_http_refusal_seconds")
         self._extensions = list(_EXTENSIONS)
         self.version = version("penstock")
         self._server = {"name": "penstock", "version": self.version, "extensions": self._extensions}
@@ -149,7 +160,9 @@ class Application:
             if target is None:
                 head.lines = self.lines(head.headers)
                 handler, arguments = self._find_handler(head)
-                target = head.target = Target(handler, arguments, head.headers)
+                target = Target(handler, arguments, head.headers)
+                target.defer = self.deferral(head)
+                head.target = target
             target.handler(exchange, target)
         except PenstockError as error:
             self.fail(exchange, error)
@@ -227,10 +240,17 @@ class Application:
         it."""
         return identifier or (f"{self.caller.identity.id.hex()}:{number}" if number else "")
 
+    def repeat(self, exchange: Exchange, response: bytes, seconds: float) -> None:
+        """Answer an inference request, after some time, with what others were answered."""
+        if self.seconds.observe_one(seconds):
+            self.seconds.exemplify(seconds, self.name("", 0))
+        self._answered.value += 1
+        exchange.send(200, response)
+
     def count(self, status: int) -> None:
         counter = self._responses.get(status)
         if counter is None:
-            counter = self._responses[status] = self.caller.meters.value("penstock_http_responses", str(status))
+            counter = self._responses[status] = self._meters.value("penstock_http_responses", str(status))
         counter.value += 1
 
     def answer_json(self, exchange: Exchange, value: object) -> None:
@@ -308,10 +328,13 @@ class Application:
     # --- inference ---
 
     def _infer(self, exchange: Exchange, target: Target) -> None:
-        self.infer(exchange, target, self._parse)
+        self.infer(exchange, target, self.parse)
 
     def infer(self, exchange: Exchange, target: Target, parse: Parse) -> None:
         """Answer an inference request in any protocol."""
+        if target.defer is not None:
+            target.defer(exchange, target, parse)
+            return
         if target.encoding:
             self.expand(exchange, target, partial(self._submit, parse))
         else:
@@ -338,11 +361,15 @@ class Application:
         ).leave
 
     def _submit(self, parse: Parse, exchange: Exchange, target: Target, body: Buffer) -> None:
+        if target.repeats and self.cache is not None and self.cache.repeat(exchange, target, body):
+            return
         try:
-            if len(body) >= LARGE_BODY_BYTES and self._large.takes(target, body):
-                self._large.read(exchange, target, parse, body)
+            if len(body) >= LARGE_BODY_BYTES and self.large.takes(target, body):
+                self.large.read(exchange, target, parse, body)
                 return
             query, payload = parse(target, body)
+            if query.spec.build and self.cache is not None and self.cache.take(exchange, target, query, payload, body):
+                return
             inference = self.inference(self, exchange, query)
             if query.form.nbytes >= PLACED_MIN_BYTES:
                 placed = exchange.place(payload)
@@ -373,17 +400,22 @@ class Application:
 
         exchange.wait(len(payload), partial(self.later, exchange, start), partial(self.later, exchange, fail))
 
-    def finish(self, exchange: Exchange, query: Query, answer: Complete, asked: float, total_s: float) -> None:
+    def finish(
+        self, exchange: Exchange, query: Query, answer: Complete, asked: float, total_s: float, lines: bytes = b""
+    ) -> None:
         """Answer an inference request with its result, which was back ``total_s`` seconds after all of it had come.
-        ``asked``: when it was on its way to the broker, in seconds of the monotonic clock."""
+        ``asked``: when it was on its way to the broker, in seconds of the monotonic clock. ``lines``: more header
+        lines."""
         target: Target = exchange.request.head.target
         begin, parameters = self._timing.begin(answer.batch, answer.queue_us, total_s), b""
+        if lines:
+            begin += lines
         if query.explain or target.explain:
             worker, arrived = self.caller.worker_name(answer.worker), exchange.arrived
             parameters = explanation(answer, worker, arrived - exchange.began, asked - arrived, total_s)
         encoding, write = target.accepts, query.write
-        if len(answer.payload) >= LARGE_ANSWER_BYTES and self._large.writes(query):
-            self._large.write(exchange, query, answer, begin, parameters)
+        if len(answer.payload) >= LARGE_ANSWER_BYTES and self.large.writes(query):
+            self.large.write(exchange, query, answer, begin, parameters)
             return
         try:
             if encoding:
@@ -498,6 +530,7 @@ def _allow(methods: Sequence[str]) -> bytes:
 
 class Target:
     """What a request's head means here. ``header_length``: bytes of JSON in front of binary tensors, None without any.
+    ``defer``: takes it where it is not to be answered with its result, see ``jobs.py``.
     ``encoding``: of the body, "" as it is. ``accepts``: the encoding that the answer should have. The others: see
     ``Terms``, of which a request then costs four look-ups less.
 
@@ -505,12 +538,14 @@ class Target:
     """
 
     __slots__ = (
-        *("accepts", "encoding", "handler", "header_length", "model", "version"),
-        *("explain", "priority", "sticky", "tenant", "timeout_s"),
+        *("accepts", "cache_control", "defer", "encoding", "handler", "header_length", "job", "model", "version"),
+        *("explain", "priority", "repeats", "sticky", "tenant", "timeout_s"),
     )
 
     def __init__(self, handler: Handler, arguments: Mapping[str, str], headers: Mapping[str, bytes]) -> None:
         self.handler = handler
+        self.defer: Defer | None = None
+        self.job = arguments.get("id", "")
         self.model = arguments.get("model", "")
         self.version = arguments.get("version", "")
         self.header_length = _header_length(headers.get("inference-header-content-length"))
@@ -518,6 +553,8 @@ class Target:
         self.encoding = "" if encoding.lower() == "identity" else encoding
         self.accepts = choose(headers.get("accept-encoding", b"").decode("latin-1"))
         self.timeout_s, self.priority, self.tenant, self.explain, self.sticky = read_terms(headers)
+        self.cache_control = read_cache_control(headers)
+        self.repeats = False  # answers to such requests are remembered, see repeats.py
 
 
 def _header_length(value: bytes | None) -> int | None:
@@ -539,19 +576,29 @@ class Inference:
         self._exchange = exchange
         self._query = query
 
-    def start(self, payload: Payload) -> None:
-        """Raises PenstockError when too much is under way, or its time is up already.
+    def limit(self) -> tuple[float, float]:
+        """The seconds that it has, and since when.
 
         A time that the request names runs since its head has come, so a body that comes slowly uses it up, and so do
         expanding it and waiting for room. The time of those that name none begins when all of them is there.
         """
-        application, exchange, query = self._application, self._exchange, self._query
-        timeout_s, since = query.timeout_s, exchange.began
+        exchange, timeout_s = self._exchange, self._query.timeout_s
         header_s: float = exchange.request.head.target.timeout_s
         if header_s and not 0 < timeout_s <= header_s:
             timeout_s = header_s
-        if not timeout_s:
-            timeout_s, since = application.options.request_timeout_s, exchange.arrived
+        if timeout_s:
+            return timeout_s, exchange.began
+        return self._application.options.request_timeout_s, exchange.arrived
+
+    def unasked(self) -> None:
+        """Its answer comes of something else than a request of its own."""
+        self._asked, self._number = self._exchange.arrived, 0
+
+    def start(self, payload: Payload, sink: Sink | None = None) -> None:
+        """``sink``: that is told what comes of it in its place. Raises PenstockError when too much is under way, or its
+        time is up already."""
+        application, exchange = self._application, self._exchange
+        timeout_s, since = self.limit()
         self._asked = now = time.monotonic()
         if now >= since + timeout_s:
             raise PenstockError(
@@ -559,16 +606,17 @@ class Inference:
                 f"time was up before the request was queued: {now - since:.3f} s after it began to come, and it has "
                 f"{timeout_s:g} s",
             )
-        self._number = application.caller.submit(query.form, payload, timeout_s, self, since)
+        self._number = application.caller.submit(self._query.form, payload, timeout_s, sink or self, since)
         exchange.gone = self
 
-    def complete(self, answer: Complete) -> None:
+    def complete(self, answer: Complete, lines: bytes = b"") -> None:
+        """``lines``: more header lines of the answer."""
         application, exchange, query = self._application, self._exchange, self._query
         seconds = time.monotonic() - exchange.arrived
         if application.seconds.observe_one(seconds):
             application.seconds.exemplify(seconds, application.name(query.id, self._number))
         try:
-            application.finish(exchange, query, answer, self._asked, seconds)
+            application.finish(exchange, query, answer, self._asked, seconds, lines)
         except Exception:  # of one answer, which is no reason to end: the core would not be told the rest of its batch
             log.exception("answer cannot be written", extra=fields(model=query.form.model))
             if answer.held and not exchange.status:  # else it goes with what has been sent
@@ -593,8 +641,8 @@ class _TracedInference(Inference):
         super().__init__(application, exchange, query)
         self._tracing = tracing
 
-    def complete(self, answer: Complete) -> None:
-        super().complete(answer)
+    def complete(self, answer: Complete, lines: bytes = b"") -> None:
+        super().complete(answer, lines)
         self._ended(200, answer)
 
     def fail(self, error: PenstockError) -> None:

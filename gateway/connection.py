@@ -38,6 +38,7 @@ REASONS: Final = {
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
+    410: "Gone",
     413: "Content Too Large",
     415: "Unsupported Media Type",
     417: "Expectation Failed",
@@ -70,6 +71,19 @@ class Application(Protocol):
         """What had to wait for a client has left, and whoever wanted to know has been called."""
 
 
+class Line(Protocol):
+    """What an exchange knows of where its answer goes."""
+
+    @property
+    def budget(self) -> Budget: ...
+    def slots(self) -> Slots | None: ...
+    def answered(self, exchange: Exchange, /) -> None: ...
+    def begin(self, exchange: Exchange, content_type: bytes, extra: bytes, /) -> Stream: ...
+    def wait(
+        self, nbytes: int, lead: int, then: Callable[[Slot], None], late: Callable[[str], None], /
+    ) -> BoundedWait: ...
+
+
 class Exchange:
     """A request and its one answer. ``gone`` is called when the client leaves before it has been answered, and when a
     gateway that drains ends an answer that goes on. ``began``, ``arrived``: when all of the request's head, and all of
@@ -77,14 +91,14 @@ class Exchange:
 
     __slots__ = ("_connection", "_response", "_sent", "_tail", "arrived", "began", "gone", "request", "status")
 
-    def __init__(self, connection: Connection, request: Request, began: float = 0.0) -> None:
+    def __init__(self, connection: Line, request: Request, began: float = 0.0) -> None:
         """``began``: 0 where the body came with its head."""
         self.arrived = time.monotonic()
         self.began = began or self.arrived
         self.request = request
         self.status = 0
         self.gone: Callable[[], None] | None = None
-        self._connection: Connection | None = connection
+        self._connection: Line | None = connection
         self._response: bytes | None = None
         self._tail: Buffer = b""
         self._sent: Callable[[], None] | None = None
@@ -112,6 +126,13 @@ class Exchange:
         """Answer with a body. ``extra``: more header lines, each with its CRLF."""
         self.send(status, _response(status, body, content_type, extra))
 
+    def answer_large(
+        self, status: int, body: bytes, content_type: bytes = b"application/json", extra: bytes = b""
+    ) -> None:
+        """As ``answer``, with a body that is not copied."""
+        head = b"%bContent-Type: %b\r\n%bContent-Length: %d\r\n\r\n"
+        self.send(status, head % (_STATUS_LINES[status], content_type, extra, len(body)), body)
+
     def answer_error(self, status: int, sentence: str, extra: bytes = b"") -> None:
         self.answer(status, error_body(sentence), extra=extra)
 
@@ -121,6 +142,11 @@ class Exchange:
         gateway drains."""
         assert self._connection is not None, "the client has left"
         return self._connection.begin(self, content_type, extra)
+
+    @property
+    def response(self) -> bytes:
+        """All that it was answered, where that is one piece of memory; else b""."""
+        return b"" if self._response is None or self._tail else self._response
 
     @property
     def abandoned(self) -> bool:
@@ -159,6 +185,11 @@ class Exchange:
         left by then."""
         assert self._connection is not None
         self.gone = self._connection.wait(nbytes, 0, then, late).leave
+
+    def let_go(self) -> None:
+        """Nobody needs its body any more, though it is not answered yet."""
+        if self._connection is not None:
+            self._connection.budget.release(self.request)
 
     def expanded(self, body: Buffer) -> bool:
         """The body was compressed, and is this. False when there is no room for it."""

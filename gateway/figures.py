@@ -28,6 +28,7 @@ _FULL: Final = 0.9  # of shared memory, from which on it is a problem
 BROKER: Final = "broker"
 GATEWAY: Final = "gateway"
 WORKER: Final = "worker"
+RUNNER: Final = "jobs"  # who runs them
 
 # Failures that say something of the server, and not only of who asked.
 _OURS: Final = frozenset(
@@ -52,6 +53,7 @@ _COUNTED: Final = frozenset(
         "penstock_request_seconds",
         "penstock_batch_rows",
         "penstock_http_request_seconds",
+        "penstock_job_seconds",
         "penstock_process_cpu_seconds",
     }
 )
@@ -255,12 +257,15 @@ class Window:
         return _view(self.last, _Sums(self._steps), self._known, gateway)
 
 
+_ROLES: Final = {"worker": WORKER, "gateway": GATEWAY, "runner": RUNNER}  # by whose families a process has
+
+
 def _role(name: str, families: Iterable[str]) -> str:
     """What a process is, as far as its series tell; "" while it has none."""
     if name == BROKER:
         return BROKER
     found = {FAMILIES[family].process for family in families if family in FAMILIES}
-    return WORKER if "worker" in found else GATEWAY if "gateway" in found else ""
+    return next((role for family, role in _ROLES.items() if family in found), "")
 
 
 class _Sums:
@@ -371,8 +376,12 @@ def _model(
     )
 
 
-_ORDER: Final = (BROKER, GATEWAY, WORKER)
-_LATENCIES: Final = {GATEWAY: "penstock_http_request_seconds", WORKER: "penstock_request_seconds"}
+_ORDER: Final = (BROKER, GATEWAY, RUNNER, WORKER)
+_LATENCIES: Final = {
+    GATEWAY: "penstock_http_request_seconds",
+    RUNNER: "penstock_job_seconds",
+    WORKER: "penstock_request_seconds",
+}
 
 
 def _processes(

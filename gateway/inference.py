@@ -6,6 +6,7 @@ of its response: both are looked up by their bytes, and parsed or built only the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -13,8 +14,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import orjson
 
 from penstock.client.arrays import Forms
-from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
-from penstock.wire.codec import unpack_outcome
+from penstock.gateway.jsondata import BINARY_ONLY, NUMBERS, dump_data, loads, pack_data
+from penstock.wire.codec import unpack_layout, unpack_outcome
 from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
 from penstock.wire.messages import MAX_PRIORITY, MAX_TIMEOUT_US, Form, Outcome, Payload
@@ -23,8 +24,13 @@ from penstock.wire.tensors import Buffer
 
 _KNOWN_MAX: Final = 1024
 _KNOWN_BYTES_MAX: Final = 4096  # of a JSON part that is remembered
+_FRAME_BYTES_MAX: Final = 256 * 1024  # of a JSON request whose parts are looked up
+_DATA: Final = b'"data":'
+_DECODER: Final = json.JSONDecoder()
+_NOTHING: Final = memoryview(b"")
 _ID_MAX: Final = 1024  # characters
 _NAME_MAX: Final = 256  # characters
+ONLY_JOBS_CALL: Final = "a callback_url is for requests with the header 'Prefer: respond-async', which become jobs"
 
 
 # From an answer, packed, and its payload to the JSON that is sent. Raises BadMessage or PenstockError.
@@ -65,7 +71,8 @@ class Query(NamedTuple):
 
 class Reading(NamedTuple):
     """What a body says beside its tensors' bytes, before it is held against the model; all as in Query. ``priority``: 0
-    where it says none. A reading can be made in another process."""
+    where it says none. ``callback_url``: what it gives for it, None where it gives nothing. A reading can be made in
+    another process."""
 
     layout: Layout
     style: Style
@@ -75,13 +82,36 @@ class Reading(NamedTuple):
     explain: bool = False
     reusable: bool = False
     write: Write | None = None
+    callback_url: Any = None
+
+
+class _Frame(NamedTuple):
+    """A request in JSON that comes again with other numbers: it is found by what is before the data of its one input.
+    ``end``: what is behind them. Any JSON value in their place makes the same request with other data."""
+
+    end: bytes
+    query: Query
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class CallbackAsked(PenstockError):
+    """A request that is a good one, but asks to have its answer sent somewhere, for which it has to be a job."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(BAD_INPUT, ONLY_JOBS_CALL)
+        self.url = url
 
 
 class Parser:
     """Parses bodies for models, and remembers the JSON parts that come again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, callbacks: bool = False) -> None:
+        """``callbacks``: requests may ask for one, and others see to it."""
+        self._callbacks = callbacks
         self._known: dict[tuple[str, str, bytes, int, str], Query] = {}
+        self._frames: dict[tuple[str, str, bytes, int, str], _Frame] = {}
         self._forms = Forms()
 
     def parse(
@@ -91,7 +121,7 @@ class Parser:
         the body is the only input. ``priority``: what holds whatever the JSON says, unless it is 0. Raises
         PenstockError."""
         if header_length is None:
-            return self._parse(spec, body, memoryview(b""), priority, tenant)
+            return self._parse_json(spec, body, priority, tenant)
         if not header_length:
             return self._parse_raw(spec, body, priority, tenant)
         if header_length > len(body):
@@ -109,6 +139,32 @@ class Parser:
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()
             self._known[key] = query
+        return query, payload
+
+    def _parse_json(self, spec: ModelSpec, body: Buffer, priority: int, tenant: str) -> tuple[Query, Payload]:
+        if isinstance(body, memoryview) or len(body) > _FRAME_BYTES_MAX:
+            return self._parse(spec, body, _NOTHING, priority, tenant)
+        at = body.find(_DATA, 0, _KNOWN_BYTES_MAX) + len(_DATA)
+        if at < len(_DATA):
+            return self._parse(spec, body, _NOTHING, priority, tenant)
+        key = (spec.name, spec.version, bytes(body[:at]), priority, tenant)
+        frame = self._frames.get(key)
+        if frame is not None and frame.query.spec is spec and body.endswith(frame.end):
+            end, query, name, datatype, shape = frame
+            text = body[at : len(body) - len(end)]
+            try:
+                data = orjson.loads(text)
+            except orjson.JSONDecodeError:
+                pass  # or it holds a NaN: the whole says what there is to say
+            else:
+                plain = b"r" not in text and b"l" not in text  # of true and false; a letter alone is found much faster
+                return query, pack_data(name, datatype, shape, data, plain)
+        query, payload = self._parse(spec, body, _NOTHING, priority, tenant)
+        known = frame is not None and frame.query.spec is spec
+        if not known and (frame := _frame(body, at, query)) is not None:
+            if len(self._frames) >= _KNOWN_MAX:
+                self._frames.clear()
+            self._frames[key] = frame
         return query, payload
 
     def _parse_raw(self, spec: ModelSpec, body: Buffer, priority: int, tenant: str) -> tuple[Query, Payload]:
@@ -133,8 +189,12 @@ class Parser:
 
     def query(self, spec: ModelSpec, reading: Reading, nbytes: int, priority: int = 0, tenant: str = "") -> Query:
         """What a request asks whose tensors take ``nbytes``. Raises PenstockError when it does not fit the model."""
-        layout, style, identifier, own_priority, timeout_s, explain, reusable, write = reading
+        layout, style, identifier, own_priority, timeout_s, explain, reusable, write, callback_url = reading
         form = self._forms.find(spec, layout, nbytes, priority or own_priority, tenant)
+        if callback_url is not None and not self._callbacks:
+            if type(callback_url) is not str:
+                raise PenstockError(BAD_INPUT, "parameter 'callback_url' is a URL")
+            raise CallbackAsked(callback_url)
         return Query(spec, form, style, identifier, timeout_s, explain, reusable, write)
 
 
@@ -148,14 +208,21 @@ def read_request(spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Rea
     outputs, style = _read_outputs(request.get("outputs", []), parameters)
     _check_style(spec, outputs, style)
     tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
-    priority, timeout_us, explain = 0, 0, False
+    priority, timeout_us, explain, callback_url = 0, 0, False, None
     if parameters:
         priority = _integer(parameters, "priority", MAX_PRIORITY)
         timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
         explain = _flag(parameters, "explain", False)
+        callback_url = _given(parameters["callback_url"]) if "callback_url" in parameters else None
     layout = Layout(tuple(tensors), tuple(outputs))
     reusable = all_binary and not identifier
-    return Reading(layout, style, identifier, priority, timeout_us / 1e6, explain, reusable), payload
+    timeout_s = timeout_us / 1e6
+    return Reading(layout, style, identifier, priority, timeout_s, explain, reusable, None, callback_url), payload
+
+
+def _given(value: Any) -> Any:
+    """None is nothing that was given."""
+    return False if value is None else value
 
 
 def read_body(header_length: int | None, spec: ModelSpec, body: Buffer) -> tuple[Reading, Payload]:
@@ -163,6 +230,24 @@ def read_body(header_length: int | None, spec: ModelSpec, body: Buffer) -> tuple
     end = len(body) if header_length is None else header_length
     view = memoryview(body)
     return read_request(spec, view[:end], view[end:])
+
+
+def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
+    """Of a request with an input whose data begin at ``at``; None where another of its bytes could mean something
+    else."""
+    tensors = unpack_layout(query.form.body).tensors
+    if query.id or len(tensors) != 1 or tensors[0].datatype not in NUMBERS or body.count(_DATA) != 1:
+        return None
+    text = body[at:].decode("latin-1")  # a character for each byte
+    start = len(text) - len(text.lstrip(" \t\r\n"))
+    try:
+        _, length = _DECODER.raw_decode(text, start)
+    except ValueError:
+        return None
+    begin, end = body[:at], body[at + length :]
+    if len(end) > _KNOWN_BYTES_MAX or b"\\" in begin or b"\\" in end:  # escaped, a key may be "data" as well
+        return None
+    return _Frame(bytes(end), query, *tensors[0][:3])
 
 
 def _raw_shape(spec: ModelSpec, nbytes: int) -> tuple[int, ...]:

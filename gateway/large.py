@@ -104,6 +104,34 @@ class LargeJson:
         )
         exchange.gone = errand.leave
 
+    def check(
+        self,
+        exchange: Exchange,
+        target: Target,
+        parse: Parse,
+        body: Buffer,
+        then: Callable[[Callable[[], object]], None],
+    ) -> None:
+        """Look whether a body is a request, and ask nothing. ``then`` is called with what raises PenstockError if it is
+        none; its defects answer the exchange, as do those that a clerk finds. Raises PenstockError."""
+        if len(body) < LARGE_BODY_BYTES or not self.takes(target, body):
+            then(lambda: parse(target, body))
+            return
+        spec = parse.find(target)
+
+        def checked(done: tuple[Reading, Sheet]) -> None:
+            reading, sheet = done
+            then(lambda: parse.query(target, spec, reading, sheet.nbytes))
+
+        errand = self._clerks.run(
+            read,
+            (parse.reader(target), spec),
+            body,
+            lambda reading, sheet: self._application.later(exchange, checked, (reading, sheet)),
+            partial(self._fail, exchange, target),
+        )
+        exchange.gone = errand.leave
+
     def _start(self, exchange: Exchange, target: Target, query: Query, sheet: Sheet) -> None:
         application, request = self._application, exchange.request
         inference = application.inference(application, exchange, query)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from pathlib import Path
 from typing import Final
 
 from penstock.wire.endpoints import EndpointError, parse_host_port
@@ -44,3 +45,34 @@ def _inherited(number: str) -> socket.socket:
 def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def reachable_url(listener: socket.socket) -> str:
+    """As processes of this host reach it: a socket that listens everywhere has no address that they could ask."""
+    url = url_of(listener)
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+class Sign:
+    """The file that says where this host's HTTP is. All gateways of a server write the same there, and the last that
+    has written takes it away with it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = 0
+
+    def put_up(self, url: str) -> None:
+        """Whole, or not at all. Raises OSError."""
+        new = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        try:
+            new.write_text(url + "\n")
+            self._inode = new.stat().st_ino
+            new.replace(self._path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
+
+    def take_down(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()

@@ -38,6 +38,8 @@ def model_config(spec: ModelSpec) -> dict[str, Any]:
         "output": [_tensor(each, spec.batchable) for each in spec.outputs],
         "model_transaction_policy": {"decoupled": False},
     }
+    if spec.build:
+        config["response_cache"] = {"enable": True}
     return config | {"dynamic_batching": {}} if spec.batchable else config
 
 

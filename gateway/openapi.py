@@ -16,7 +16,20 @@ from urllib.parse import quote
 
 import orjson
 
-from penstock.gateway.about import BINARY, JSON, OBJECT, SERVER, STRING, TAGS, About, Content, Schema, an_object, json
+from penstock.gateway.about import (
+    BINARY,
+    JOB,
+    JSON,
+    OBJECT,
+    SERVER,
+    STRING,
+    TAGS,
+    About,
+    Content,
+    Schema,
+    an_object,
+    json,
+)
 from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.aside import Aside, Work
 from penstock.gateway.connection import Exchange
@@ -25,12 +38,14 @@ from penstock.gateway.routes import Route
 from penstock.wire.models import SERVED, ModelSpec, ModelState
 
 VERSIONS_MAX: Final = 100  # of models that have paths of their own; some 50 ms of a thread, and 500 KB
+_LATER: Final = "Not yet: a job."
 _MAKE_WAIT_S: Final = 10.0  # for those before
 _NOT_MADE: Final = "the document could not be made within {}"
 _SENTENCE: Final[Schema] = {"type": "string", "description": "what is wrong, and the way out"}
 _ERRORS: Final = {
     400: "The request is wrong; the error names the field, what was expected and what came.",
     404: "There is no such thing.",
+    410: "There was one, and it has been forgotten.",
     413: "It is larger than a limit allows.",
     500: "The model failed on this input, or the server did.",
     501: "This is not done here.",
@@ -42,6 +57,7 @@ _TERMS: Final[dict[str, tuple[Schema, str]]] = {
     "Penstock-Priority": ({"type": "integer", "minimum": 1, "maximum": 5}, "1 is the most urgent"),
     "Penstock-Tenant": ({"type": "string", "pattern": "^[a-z0-9]{1,64}$"}, "for whom it is"),
     "Penstock-Explain": ({"enum": ["0", "1"]}, "1: the answer says where its time went"),
+    "Prefer": ({"enum": ["respond-async"]}, "respond-async: the answer is a job, where such are kept"),
     "X-Request-Id": ({"type": "string", "pattern": "^[A-Za-z0-9]{1,128}$"}, "comes back with the answer"),
 }
 _LENGTH: Final = "Inference-Header-Content-Length"
@@ -149,14 +165,17 @@ def _operation(
         body, answer = about.body, about.answer
     if about.inference:
         parameters += [_REFERENCES[name] for name in _TERMS]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in about.query.items()]
     if body and BINARY in body and JSON in about.answer:
         parameters.append(_REFERENCES[_LENGTH])
+    later = json(JOB) if about.inference else about.later
     operation: dict[str, Any] = {
         "operationId": f"{route.method.lower()} {route.pattern}",
         "summary": about.summary,
         "tags": [about.tag],
         "responses": {
             "200": {"description": "Done."} | ({"content": _content(answer)} if answer else {}),
+            **({"202": {"description": _LATER, "content": _content(later)}} if later else {}),
             **{str(status): {"$ref": f"#/components/responses/{status}"} for status in (*about.errors, "default")},
         },
     }

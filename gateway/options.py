@@ -40,3 +40,12 @@ class GatewayOptions:
     model_push: bool = False  # new versions of models may be published over HTTP, see repository.py
     cors_origins: tuple[str, ...] = ()  # whose pages may ask from a browser, see cors.py; "*": anybody's
     tracing: bool = False  # OpenTelemetry spans of every request, see tracing.py
+
+    # Answers of models that have response_cache, see cache.py.
+    response_cache_bytes: int = 256 << 20  # of shared memory, for all gateways of a host; 0: none are kept
+    response_cache_ttl_s: float = 0.0  # for which an answer is kept; 0: until there is no room (Redis: for an hour)
+    response_cache_store: str = ""  # "redis://HOST:PORT/DB": kept there instead, for gateways of several hosts
+    response_cache_wait_ms: int = 20  # for Redis: then the answer is computed
+    response_cache_request_bytes_max: int = 16 << 20  # inputs; larger requests are not looked for
+    response_cache_pending_bytes: int = 32 << 20  # answers that are yet to be written; more are not kept
+    response_cache_waiting_max: int = 4096  # requests that wait for the same to be computed; more are computed, too

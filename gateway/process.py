@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,8 +20,10 @@ from penstock.client.orders import Orders
 from penstock.gateway import modelconfig, repository, statistics
 from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
+from penstock.gateway.caching import ResponseCache
 from penstock.gateway.connection import Http
-from penstock.gateway.listening import listen, url_of
+from penstock.gateway.jobs import Jobs, NoJobs
+from penstock.gateway.listening import Sign, listen, reachable_url, url_of
 from penstock.gateway.modelconfig import ModelConfig
 from penstock.gateway.openapi import OpenApi
 from penstock.gateway.options import GatewayOptions
@@ -31,9 +34,12 @@ from penstock.gateway.statistics import Statistics
 from penstock.gateway.steady import Steady
 from penstock.gateway.tfserving import TensorFlowServing
 from penstock.gateway.tracing import Tracing
+from penstock.gateway.waits import first_of
+from penstock.jobs.place import Place
 from penstock.wire.arena import Arena, ArenaSearch, make_arena
 from penstock.wire.endpoints import BrokerAddress, EndpointError
 from penstock.wire.messages import Snapshot
+from penstock.wire.metrics import Meters
 from penstock.wire.process import EXIT_DEFECT, Watchdog, check_descriptor_limit, fields, measure, notify
 
 log = logging.getLogger("penstock.gateway")
@@ -50,14 +56,17 @@ _DEFECT: Final = "defect; what this process knows cannot be relied on any more, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
-    """Where a gateway listens and whom it asks. ``http``: ``HOST:PORT``, or ``fd://N`` for an inherited socket.
-    ``tracing``: who is told what each request took; it is closed with the gateway."""
+    """Where a gateway listens and whom it asks. ``http``: ``HOST:PORT``, ``fd://N`` for an inherited socket, or "" for
+    none.
+    ``tracing``: who is told what each request took; it is closed with the gateway. ``jobs``: None where none are
+    kept."""
 
     broker: BrokerAddress
     http: str = "127.0.0.1:8000"
     name: str = "gateway"
     options: GatewayOptions = field(default_factory=GatewayOptions)
     tracing: Tracing | None = None
+    jobs: Place | None = None
 
 
 def _make_arena(settings: GatewaySettings) -> Arena | None:
@@ -102,16 +111,19 @@ class GatewayProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
         coupling = Coupling(loop, settings, self._arena)
+        sign = _put_up(settings.broker, self._listener)
         log.info("gateway listens", extra=fields(url=url_of(self._listener)))
         notify("READY=1")
         coupling.pump()
-        await _first_of(_PATIENCE_S, coupling.introduced, stopped)
+        await first_of(_PATIENCE_S, coupling.introduced, stopped)
         acceptor = Acceptor(self._listener, coupling.http.connection, _BACKLOG)
         await acceptor.start()
         coupling.http.look = acceptor.look
         coupling.http.watch()
         await stopped.wait()
         notify("STOPPING=1")
+        if sign is not None:
+            sign.take_down()
         await self._drain(acceptor, coupling.http)
         coupling.close()
 
@@ -132,19 +144,23 @@ class GatewayProcess:
         http.stop()
 
 
+def _put_up(broker: BrokerAddress, listener: socket.socket) -> Sign | None:
+    """Clients of this host find HTTP by it; those that are told where it is do without."""
+    if broker.runtime is None:
+        return None
+    sign = Sign(broker.runtime.http)
+    try:
+        sign.put_up(reachable_url(listener))
+    except OSError as error:
+        log.warning("the URL is not written down", extra=fields(file=str(broker.runtime.http), reason=error.strerror))
+    return sign
+
+
 async def _within(limit_s: float, event: asyncio.Event) -> bool:
     """Whether it is set before the time is up."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), max(0.0, limit_s))
     return event.is_set()
-
-
-async def _first_of(limit_s: float, *events: asyncio.Event) -> None:
-    """Until one of them is set or the time is up."""
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
 
 
 class Coupling:
@@ -162,17 +178,38 @@ class Coupling:
         self._steady = Steady()
         self._models: object = None  # what readiness follows from, when it was last looked at
         self._epoch = 0
-        self._application = Application(
-            loop, self._link.caller, settings.options, reports, self._flush_soon, settings.tracing, self._steady
+        self.measures: list[Callable[[], None]] = []  # what else is to bring its series up to date
+        self.joined_at = float("inf")  # when this broker was found, in the monotonic clock
+        # Without a listener nothing is answered over HTTP, and so nothing is said of it.
+        self._meters = self._link.caller.meters if settings.http else Meters()
+        self.application = Application(
+            loop,
+            self._link.caller,
+            settings.options,
+            reports,
+            self._flush_soon,
+            settings.tracing,
+            self._steady,
+            self._meters,
         )
-        application = self._application
+        application = self.application
         application.add(Repository(loop, application, Orders(self._link)).routes, *repository.EXTENSIONS)
         application.add(Statistics(application, reports).routes, statistics.EXTENSION)
         application.add(Plain(application).routes)
         application.add(ModelConfig(application).routes, modelconfig.EXTENSION)
         application.add(TensorFlowServing(application).routes)
         application.add(OpenApi(loop, application).routes)
-        self.http = Http(loop, settings.options, self._application, self._link.slots)
+        self._jobs = None if settings.jobs is None else Jobs(loop, application, settings.jobs, settings.broker.runtime)
+        if self._jobs is None:
+            NoJobs(application)
+        else:
+            application.add(self._jobs.routes)
+        runtime = settings.broker.runtime
+        self._cache = application.cache = ResponseCache(loop, application, None if runtime is None else runtime.path)
+        self.measures.append(lambda: self._cache.stores.measure(application.caller.meters))
+        self.http = Http(loop, settings.options, self.application, self._link.slots)
+        if self._jobs is not None:
+            self._jobs.draining = lambda: self.http.draining
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
@@ -192,6 +229,8 @@ class Coupling:
         now, caller = time.monotonic(), self._link.caller
         self._watchdog.feed(now)
         models, epoch = caller.models, caller.membership.epoch
+        if epoch != self._epoch:
+            self.joined_at = now
         if models is not self._models or epoch != self._epoch:
             self._models, self._epoch = models, epoch
             self._steady.saw(caller.is_ready(), now)
@@ -237,15 +276,17 @@ class Coupling:
     def _measure(self) -> None:
         """Bring the series that are not counted as things happen up to date."""
         caller = self._link.caller
-        caller.meters.value("penstock_http_connections").value = len(self.http.connections)
-        caller.meters.value("penstock_http_cut_off").value = self.http.cut_off
-        caller.meters.value("penstock_http_body_bytes").value = self.http.budget.used
+        self._meters.value("penstock_http_connections").value = len(self.http.connections)
+        self._meters.value("penstock_http_cut_off").value = self.http.cut_off
+        self._meters.value("penstock_http_body_bytes").value = self.http.budget.used
         slots = self._link.slots()
         caller.meters.value("penstock_arena_missing").value = int(self._wants_arena and slots is None)
         if slots is not None:
             caller.meters.value("penstock_arena_bytes").value = slots.arena.size
             caller.meters.value("penstock_arena_used_bytes").value = slots.arena.allocator.used
             caller.meters.value("penstock_arena_waiting").value = slots.waiting
+        for own in self.measures:
+            own()
         measure(caller.meters)
 
     def _snapshot(self) -> Snapshot:
@@ -253,8 +294,11 @@ class Coupling:
         return Snapshot(self._link.caller.name, self._link.caller.meters.samples())
 
     def close(self) -> None:
+        self._cache.close()
         self._loop.remove_reader(self._link.fileno())
         if self._timer is not None:
             self._timer.cancel()
-        self._application.clerks.close()
+        if self._jobs is not None:
+            self._jobs.close()
+        self.application.clerks.close()
         self._link.close()

@@ -33,7 +33,7 @@ _MAPPED_MIN_BYTES: Final = 1 << 20  # of these the kernel makes the memory as it
 _HEADS_MAX: Final = 1024
 _LENGTH_DIGITS_MAX: Final = 12
 _HEAD_BYTES_MAX: Final = 2048
-_KNOWN_READ_BYTES_MAX: Final = 8192  # a larger read is not looked up
+_KNOWN_READ_BYTES_MAX: Final = 32 * 1024  # a larger read is not looked up
 
 _KNOWN: Final = {
     name: name.decode()
@@ -41,6 +41,7 @@ _KNOWN: Final = {
         b"accept",
         b"accept-encoding",
         b"access-control-request-method",
+        b"cache-control",
         b"connection",
         b"content-encoding",
         b"content-length",
@@ -54,6 +55,7 @@ _KNOWN: Final = {
         b"penstock-sticky",
         b"penstock-tenant",
         b"penstock-timeout",
+        b"prefer",
         b"traceparent",
         b"tracestate",
         b"transfer-encoding",

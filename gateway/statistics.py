@@ -27,7 +27,7 @@ from penstock.wire.models import SERVED
 
 EXTENSION: Final = "statistics"
 _NS: Final = 1e9
-_NOT_MEASURED: Final = ("compute_input", "compute_output", "cache_hit", "cache_miss")
+_NOT_MEASURED: Final = ("compute_input", "compute_output")
 
 _Version: TypeAlias = tuple[str, str]  # the name of a model and its version
 
@@ -57,6 +57,10 @@ def model_stats(samples: Iterable[Sample], versions: Iterable[_Version]) -> dict
                 "queue": _spent(count, queue_s),
                 "compute_infer": _spent(count, max(0.0, total_s - queue_s)),
                 **{name: _spent(0, 0) for name in _NOT_MEASURED},
+                **{
+                    f"cache_{name}": _spent(counts.get(key, 0.0), seconds.get(key, 0.0))
+                    for name, (counts, seconds) in told.cached().items()
+                },
             },
             "response_stats": {},
             "batch_stats": [],

@@ -13,6 +13,9 @@ from penstock.wire.messages import Batch
 
 _TOTAL: Final = b"Server-Timing: total;dur=%.3f\r\n"
 _PARTS: Final = b"%bServer-Timing: queue;dur=%.3f, batch;dur=%.3f, model;dur=%.3f, total;dur="
+# Of an answer that was kept: no batch at all.
+CACHED: Final = Batch(0, 0, "cached", 0, 0)
+_FOUND: Final = b"%bPenstock-Cache: hit\r\nServer-Timing: cache;desc=hit, total;dur=" % OK
 
 
 class ServerTiming:
@@ -33,7 +36,10 @@ class ServerTiming:
         """The first two lines of a response: that all is well, and this header."""
         if batch is not self._batch or queue_us != self._queue_us:
             self._batch, self._queue_us = batch, queue_us
-            self._parts = _PARTS % (OK, queue_us * 1e-3, batch.compute_us * 1e-3, batch.model_us * 1e-3)
+            if batch is CACHED:
+                self._parts = _FOUND
+            else:
+                self._parts = _PARTS % (OK, queue_us * 1e-3, batch.compute_us * 1e-3, batch.model_us * 1e-3)
         return b"%b%.3f\r\n" % (self._parts, total_s * 1e3)
 
 
@@ -51,6 +57,9 @@ def explanation(answer: Complete, worker: str, body_s: float, ahead_s: float, to
     gRPC by type, and some clients check that. And here, not in a header: binary answers have this JSON too, and client
     libraries such as tritonclient show it to their users, but not headers.
     """
+    if answer.batch is CACHED:
+        about = {"body_ms": _ms(body_s * 1e6), "total_ms": _ms(total_s * 1e6)}
+        return orjson.dumps({"why": "the same had been asked before, and the answer was kept", "cache": "hit"} | about)
     batch = answer.batch
     waited_us = max(0, answer.queue_us - answer.held_us)
     rest_us = total_s * 1e6 - ahead_s * 1e6 - answer.queue_us - batch.compute_us

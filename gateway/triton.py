@@ -38,6 +38,10 @@ _HELP: Final = {
     "nv_inference_request_duration_us": "From a request's acceptance to the end of its batch, of all requests",
     "nv_inference_queue_duration_us": "From a request's acceptance to the start of its batch, of all requests",
     "nv_inference_compute_infer_duration_us": "From the start of its batch to its end, of all requests",
+    "nv_cache_num_hits_per_model": "Requests whose answer was in the response cache",
+    "nv_cache_num_misses_per_model": "Requests whose answer was not in the response cache",
+    "nv_cache_hit_duration_per_model": "From a request's end to its answer from the response cache, of all such",
+    "nv_cache_miss_duration_per_model": "From a request's end until it was known that none is there, of all such",
 }
 
 _GPU: Final = {
@@ -58,6 +62,7 @@ def triton_metrics(samples: Iterable[Sample]) -> Iterator[Metric]:
     told = Told(samples)
     failed = told.failures()
     total, queued = told.sums("penstock_request_seconds"), told.sums("penstock_queue_seconds")
+    cached = told.cached()
     values: Mapping[str, _Sums] = {
         "nv_inference_request_success": told.answered(),
         "nv_inference_request_failure": failed,
@@ -69,6 +74,10 @@ def triton_metrics(samples: Iterable[Sample]) -> Iterator[Metric]:
         "nv_inference_compute_infer_duration_us": {
             key: max(0.0, value - queued.get(key, 0.0)) * _US for key, value in total.items()
         },
+        "nv_cache_num_hits_per_model": cached["hit"][0],
+        "nv_cache_num_misses_per_model": cached["miss"][0],
+        "nv_cache_hit_duration_per_model": {key: value * _US for key, value in cached["hit"][1].items()},
+        "nv_cache_miss_duration_per_model": {key: value * _US for key, value in cached["miss"][1].items()},
     }
     for name, sums in values.items():
         if sums:
@@ -104,6 +113,13 @@ class Told:
                 value = sum(value[:-1]) if count else value[-1]
             found[sample.labels] = found.get(sample.labels, 0.0) + value
         return found
+
+    def cached(self) -> Mapping[str, tuple[_Sums, _Sums]]:
+        """By whether an answer was kept, "hit" or "miss": how many requests, and seconds that it took to find out."""
+        return {
+            "hit": (self.sums("penstock_cache_hits"), self.sums("penstock_cache_hit_seconds")),
+            "miss": (self.sums("penstock_cache_misses"), self.sums("penstock_cache_miss_seconds")),
+        }
 
     def once(self, family: str) -> _Sums:
         """By labels, from whichever process tells it: several workers on one GPU tell the same."""

@@ -1,8 +1,9 @@
-"""Waiting for room in shared memory: on an event loop, and with a limit."""
+"""Waiting on an event loop, with a limit: for room in shared memory, for one of several events."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from penstock.wire.slots import Slot, Slots
@@ -61,3 +62,11 @@ def too_large(nbytes: int, size: int) -> str:
         f"the request takes {nbytes} bytes of shared memory, and this gateway has {size}; send fewer rows at a time, "
         "or raise arena_bytes ([gateway] in the configuration)"
     )
+
+
+async def first_of(limit_s: float, *events: asyncio.Event) -> None:
+    """Until one of them is set or the time is up."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, timeout=None if limit_s == math.inf else limit_s, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,13 +68,27 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where models are prepared unless a test says otherwise, also by processes that it starts: never for the user
     who runs the tests."""
     path = tmp_path_factory.mktemp("cache")
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(path)
-    yield path
+    with _environment("XDG_CACHE_HOME", path):
+        yield path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Likewise, where servers keep jobs."""
+    path = tmp_path_factory.mktemp("state")
+    with _environment("XDG_STATE_HOME", path):
+        yield path
+
+
+@contextmanager
+def _environment(name: str, path: Path) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = str(path)
+    yield
     if before is None:
-        del os.environ["XDG_CACHE_HOME"]
+        del os.environ[name]
     else:
-        os.environ["XDG_CACHE_HOME"] = before
+        os.environ[name] = before
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,8 @@
 """Where processes find each other: a runtime directory on one host, a TCP address between hosts.
 
 A runtime directory (0700) holds ``callers.sock`` and ``workers.sock`` (the broker's ROUTERs), ``control.sock`` (its
-Unix control socket) and one ``worker-<id>.sock`` for each worker's results. Each bound path is guarded by a lock that
+Unix control socket), one ``worker-<id>.sock`` for each worker's results, ``jobs.sock``, by which who runs jobs is
+woken, and ``http``, a gateway's URL. Each bound path is guarded by a lock that
 its owner holds for life, because ZeroMQ binds a second time without a word (zmq_ipc(7) unlinks what is there).
 """
 
@@ -74,6 +75,16 @@ class RuntimeDir:
     @property
     def control(self) -> Path:
         return self.path / "control.sock"
+
+    @property
+    def http(self) -> Path:
+        """Where a gateway says which URL it listens at."""
+        return self.path / "http"
+
+    @property
+    def jobs(self) -> Path:
+        """Where who runs jobs is told that there is something to look at."""
+        return self.path / "jobs.sock"
 
     def results(self, worker: bytes) -> Path:
         return self.path / f"worker-{worker.hex()}.sock"

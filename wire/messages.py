@@ -63,6 +63,7 @@ MAX_PEERS: Final = 16_384
 MAX_MODELS: Final = 4096
 MAX_CONFIG: Final = 64 * 1024  # characters of a model's configuration
 MAX_PATH: Final = 4096
+MAX_BUILD: Final = 64
 MAX_TIMEOUT_US: Final = 24 * 3600 * 1_000_000  # what callers let their users ask for
 MAX_RETRY_AFTER_MS: Final = 1 << 32
 MAX_PRIORITY: Final = 5  # the least urgent; 1 is the most, and 0 stands for
@@ -288,7 +289,9 @@ _shape: Final = sequence(integer(0, MAX_ELEMENTS), MAX_DIMS)
 _datatype: Final = one_of(DATATYPES)
 _tensor_spec: Final = record(TensorSpec, _name, _datatype, sequence(integer(-1, MAX_ELEMENTS), MAX_DIMS))
 _tensor_specs: Final = sequence(_tensor_spec, MAX_TENSORS)
-_spec_fields: Final = record(ModelSpec, _name, _name, _name, _tensor_specs, _tensor_specs, flag, integer(1, 1 << 32))
+_spec_fields: Final = record(
+    ModelSpec, _name, _name, _name, _tensor_specs, _tensor_specs, flag, integer(1, 1 << 32), text(MAX_BUILD)
+)
 
 
 def _model_spec(value: Any) -> ModelSpec:

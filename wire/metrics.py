@@ -123,7 +123,28 @@ FAMILIES: Final[dict[str, Family]] = {
         COUNTER, "HTTP connections that were cut off because nobody read the answer", (), "gateway"
     ),
     "penstock_http_body_bytes": Family(GAUGE, "Bytes of request bodies in memory", (), "gateway"),
+    "penstock_cache_hits": Family(COUNTER, "Requests whose answer was kept", _MODEL, "gateway"),
+    "penstock_cache_misses": Family(COUNTER, "Requests whose answer was not kept, so computed", _MODEL, "gateway"),
+    "penstock_cache_waits": Family(COUNTER, "Requests that waited for the same to be computed", _MODEL, "gateway"),
+    "penstock_cache_hit_seconds": Family(COUNTER, "From the end of requests to their kept answers", _MODEL, "gateway"),
+    "penstock_cache_miss_seconds": Family(
+        COUNTER, "From the end of requests until it was known that there is no kept answer", _MODEL, "gateway"
+    ),
+    "penstock_cache_entries": Family(GAUGE, "Answers that are kept, of all gateways of the host", (), "gateway"),
+    "penstock_cache_bytes": Family(GAUGE, "Shared memory that these take", (), "gateway"),
+    "penstock_cache_evictions": Family(COUNTER, "Answers that it has removed to make room", (), "gateway"),
+    "penstock_cache_dropped": Family(COUNTER, "Answers that could not be kept", (), "gateway"),
+    "penstock_cache_corrupt": Family(COUNTER, "Kept answers that could not be believed", (), "gateway"),
     "penstock_arena_waiting": Family(GAUGE, "Requests that wait for room in shared memory", (), "gateway"),
+    # That of who runs jobs.
+    "penstock_jobs": Family(
+        GAUGE, "Jobs that the store keeps; of those that share a store, each says it", ("status",), "runner"
+    ),
+    "penstock_jobs_bytes": Family(GAUGE, "Bytes of requests and results that the store of jobs keeps", (), "runner"),
+    "penstock_job_seconds": Family(
+        HISTOGRAM, "From a job's start on this runner to its end, or to its being put back", (), "runner", SECONDS
+    ),
+    "penstock_job_callbacks": Family(COUNTER, "Attempts to call back, by what came of them", ("outcome",), "runner"),
     # Everybody's.
     "penstock_request_failures": Family(
         COUNTER,

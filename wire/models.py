@@ -35,7 +35,11 @@ class TensorSpec(NamedTuple):
 
 class ModelSpec(NamedTuple):
     """One version of a model. ``batchable``: the first dimension counts rows that do not see each other, so that rows
-    of several requests run together, at most ``max_batch_size`` at once; otherwise each request runs alone."""
+    of several requests run together, at most ``max_batch_size`` at once; otherwise each request runs alone.
+
+    ``build``: "" where answers are not to be cached. A worker tells a digest of what it has loaded; callers are told a
+    token of the broker's, which is another as soon as any worker serves other content under the same version.
+    """
 
     name: str
     version: str
@@ -44,6 +48,7 @@ class ModelSpec(NamedTuple):
     outputs: tuple[TensorSpec, ...]
     batchable: bool
     max_batch_size: int
+    build: str = ""
 
 
 class Unnamed(ModelSpec):

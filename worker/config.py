@@ -67,6 +67,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     latency_target: str | None = None
     # Rows that batches are padded to, ascending; none: to none. The last is the most that run together.
     preferred_batch_sizes: Annotated[tuple[_Rows, ...], msgspec.Meta(min_length=1, max_length=_SIZES_MAX)] | None = None
+    response_cache: bool = False  # gateways keep answers, and give them again to requests of the same inputs
     weight: Annotated[float, msgspec.Meta(ge=0.001, le=1000)] = 1.0  # the model's share of a worker beside other models
     # Batches of this model that run at once; on a GPU 2, unless it is said.
     instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1

@@ -58,6 +58,7 @@ from penstock.worker.events import (
     Loaded,
     Order,
     Publish,
+    Renewing,
     Rested,
     Routed,
     Run,
@@ -165,6 +166,8 @@ class Core:
                 self.serving.loaded(event, now)
             case Tried():
                 self.serving.tried(event)
+            case Renewing(name, version, on):
+                self.serving.renewing((name, version), on)
             case Unwanted(name, version):
                 self.serving.unwanted((name, version))
             case Rested(name, version):

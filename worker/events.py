@@ -45,6 +45,16 @@ class Tried:
 
 
 @dataclass(slots=True)
+class Renewing:
+    """A version is about to be loaded, perhaps in place of what serves: answers are not to be cached any more. With
+    ``on`` false that is over, whatever has come of it."""
+
+    name: str
+    version: str
+    on: bool
+
+
+@dataclass(slots=True)
 class Unwanted:
     """Nobody will ask for a version any more: it can go once nothing of it waits or runs."""
 
@@ -134,6 +144,7 @@ Event: TypeAlias = (
     | Subscribed
     | Unsubscribed
     | Loaded
+    | Renewing
     | Tried
     | Unwanted
     | Rested

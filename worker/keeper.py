@@ -21,7 +21,8 @@ from penstock.wire.messages import EXPLICIT, MAX_SENTENCE, NONE, WATCH, Loads, U
 from penstock.wire.models import READY, UNAVAILABLE, ModelState
 from penstock.wire.process import fields
 from penstock.worker.config import CPU
-from penstock.worker.events import Discard, Followed, Loaded, Rested, Routed, Tried, Unwanted
+from penstock.worker.content import content_digest
+from penstock.worker.events import Discard, Followed, Loaded, Renewing, Rested, Routed, Tried, Unwanted
 from penstock.worker.lifecycle import Declare, Lifecycle, Placed, Ticket, Used, Word
 from penstock.worker.memory import give_back
 from penstock.worker.model import LoadError, Model
@@ -40,7 +41,7 @@ _BEGIN_MAX_S: Final = 10.0  # that the beginning waits for files to be still
 _END_MAX_S: Final = 2.0  # that the end waits for a model that is being loaded
 _FOREVER: Final = float("inf")
 
-Event: TypeAlias = Loaded | Tried | Unwanted | Rested | Routed | Followed
+Event: TypeAlias = Loaded | Renewing | Tried | Unwanted | Rested | Routed | Followed
 
 
 class Keeper:
@@ -230,6 +231,17 @@ class Keeper:
     # --- loading ---
 
     def _load_all(self, files: Sequence[ModelFile]) -> None:
+        """Callers hear that answers are not to be cached long before any of these can give other ones: to try and load
+        a model takes longer."""
+        self._renew(files, True)
+        self._try_all(files)
+        self._renew(files, False)
+
+    def _renew(self, files: Sequence[ModelFile], on: bool) -> None:
+        self._events += [Renewing(file.name, file.version, on) for file in files]
+        os.eventfd_write(self._wake, 1)
+
+    def _try_all(self, files: Sequence[ModelFile]) -> None:
         for file, problem, store in self._tester.ahead(files, self._device, self._store):
             if self._stopping:
                 return
@@ -283,7 +295,8 @@ def load(file: ModelFile, store: Store | None, device: str, problem: str = "") -
         # In one line, since of each kind only some a second are written.
         about = fields(model=file.name, version=file.version, reason=". ".join(said))
         log.warning("settings have no effect", extra=about)
-    return ModelState(file.name, file.version, READY, model.why_alone, model.spec), model
+    spec = model.spec._replace(build=content_digest(file)) if file.config.response_cache else model.spec
+    return ModelState(file.name, file.version, READY, model.why_alone, spec), model
 
 
 def _describe(weights: Weights | None) -> dict[str, object]:

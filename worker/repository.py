@@ -43,6 +43,7 @@ VERSIONS_MAX: Final = MAX_MODELS // 2
 ENTRIES_MAX: Final = 4096  # of a directory that is looked at
 _FILES_MAX: Final = 1024  # that a version is made of
 _DEPTH_MAX: Final = 3  # of directories in a version
+_INSIDE_MAX: Final = 64  # directories in one of a model, or of a version, that are watched with it
 _OTHERS_MAX: Final = 4  # versions that nothing asks for, the newest, which may stand in
 _NAMED_MAX: Final = 3  # files in a sentence
 _DEFAULTS: Final = ModelConfig()
@@ -252,15 +253,21 @@ class Repository:
             return Found(name, Route(name), config=stamp, directories=(directory,))
         if not there and not strays:
             lacking = f"{directory} has no version directory; put the model at {name}/1/{found.file_name}"
-            return replace(_missing(name, directory, lacking), config=stamp, problem=problem)
+            looked = [directory / each for each in entries][:_INSIDE_MAX]
+            missing = _missing(name, directory, lacking)
+            return replace(missing, config=stamp, problem=problem, directories=(directory, *looked))
         asked = asked_for(config.version_policy, there) if there else []
         route = Route(name, tuple(asked), _labels(config), tuple(config.traffic.items())[:MAX_ROUTES])
         versions = wanted(config.version_policy, there, config.labels, config.traffic) if there else []
         files = [self._find_version(name, directory / each, kept, root) for each in versions]
         beside = [each for each in sorted(there, key=int, reverse=True) if each not in versions][:_OTHERS_MAX]
         others = [self._find_version(name, directory / each, kept, root) for each in beside]
-        looked = (directory, *[directory / each for each in (*versions, *beside) if each in there])
-        return Found(name, route, tuple(files), tuple(others), strays, not there, stamp, problem, looked)
+        # What is no version yet may become one that is wrong, and a version's files may lie deeper.
+        besides = [each for each in entries if not is_version(each) and not each.startswith(".")]
+        looked = [directory, *[directory / each for each in besides[:_INSIDE_MAX]]]
+        for each in dict.fromkeys((*versions, *beside)):
+            looked += _directories_of(directory / each) if each in there else ()
+        return Found(name, route, tuple(files), tuple(others), strays, not there, stamp, problem, tuple(looked))
 
     def _configuration(self, directory: Path, stamp: Fingerprint, override: str) -> _Kept:
         """A model's configuration, which is read when its file has changed. Raises ConfigError."""
@@ -448,6 +455,20 @@ def _configuration(directory: Path, device: str) -> tuple[TritonConfig, str]:
         except FileNotFoundError:
             pass
     return TritonConfig(load_config(own, device)), own.name
+
+
+def _directories_of(version: Path, depth: int = 1) -> list[Path]:
+    """Where the files of a version may lie: what comes into a directory is seen only where it is watched."""
+    found = [version]
+    if depth < _DEPTH_MAX:
+        try:
+            entries = sorted(_entries(version))
+        except OSError:
+            return found
+        for path in entries:
+            if os.path.isdir(path):
+                found += _directories_of(path, depth + 1)
+    return found[:_INSIDE_MAX]
 
 
 def _is_stray(directory: Path) -> bool:

@@ -77,6 +77,10 @@ class _Served:
         self.series: _Series | None = None
 
 
+def _with_build(state: ModelState, build: str) -> ModelState:
+    return state if state.spec is None else state._replace(spec=state.spec._replace(build=build))
+
+
 class Serving:
     """``states``, ``routes``: as they are now, by version and by model. ``instances``: compute threads."""
 
@@ -108,6 +112,7 @@ class Serving:
         self._tell_at = 0.0
         self._heard = 0  # the order that was followed last
         self._urgent = False  # at once
+        self._renewing: dict[ModelKey, str] = {}  # versions that may be replaced, and the builds that are not told
         self._ran: set[ModelKey] = set()  # whose batches have ended since it was last told of costs
         self._costs_due = 0.0  # when it may be told again
         self._unmeasured: set[ModelKey] = set()  # that are new, or have run, since the last beat
@@ -129,6 +134,10 @@ class Serving:
         before_state = self.states.get(key)
         if before_state is not None and before_state.state == IDLE != state.state:
             self._urgent = True  # or the broker would not hear that it has been loaded, should it soon be IDLE again
+        if model is not None:
+            self._renewing.pop(key, None)
+        elif key in self._renewing:
+            state = _with_build(state, "")
         self.states[key] = state
         self._changed[key] = None
         self._gone.pop(key, None)
@@ -152,6 +161,19 @@ class Serving:
         elif key in self._leaving:
             self._leaving[key] = False
         self._meters.value("penstock_model_ready", *key).value = int(state.state in SERVED)
+
+    def renewing(self, key: ModelKey, on: bool) -> None:
+        """See Renewing. The broker is told at once that what serves is not to be cached any more; of what has just been
+        loaded it is told, and so it is of what was not loaded and serves on."""
+        state = self.states.get(key)
+        if on:
+            if state is not None and state.spec is not None and state.spec.build:
+                self._renewing[key] = state.spec.build
+                self.states[key], self._changed[key], self._urgent = _with_build(state, ""), None, True
+            return
+        build = self._renewing.pop(key, "")
+        if build and state is not None and state.spec is not None:
+            self.states[key], self._changed[key] = _with_build(state, build), None
 
     def rested(self, key: ModelKey) -> None:
         """It is IDLE, and goes from memory once nothing of it is held."""
@@ -196,6 +218,7 @@ class Serving:
             if gone:
                 del self.states[key]
                 self._changed.pop(key, None)
+                self._renewing.pop(key, None)
                 self._gone[key] = None
                 self._meters.forget(*key)
         return released

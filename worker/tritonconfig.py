@@ -152,6 +152,7 @@ class _Reader:
         values: dict[str, Any] = {"version_policy": self._version_policy()}
         values |= self._batches() | self._instances() | self._accelerators() | self._optimization()
         values |= self._parameters({key: each.string_value for key, each in self.message.parameters.items()})
+        values["response_cache"] = self.message.response_cache.enable
         if values.get("cuda_graphs"):
             self._settle_graphs(values)
         return msgspec.structs.replace(default_config(self.device), **values)

@@ -45,7 +45,6 @@ UNHEEDED: Final = {
     "metric_tags": "metrics are labelled by model and version; relabel them in Prometheus",
     "model_warmup": "models are warmed up with made-up inputs, at every batch size; these samples are not run",
     "model_repository_agents": "nothing is checked or decrypted before a model is loaded; do it before it is put there",
-    "response_cache.enable": "no answer is cached; put a cache before the server",
     "model_metrics": "histograms have the buckets that they have; see /metrics",
 }
 # What it asks for is so anyway, or says nothing of how the model is served.
@@ -90,6 +89,7 @@ TAKEN: Final = frozenset(
         "instance_group.count",
         "instance_group.gpus",
         "default_model_filename",
+        "response_cache.enable",
         "parameters",
     }
 )

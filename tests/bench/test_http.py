@@ -266,8 +266,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--models=tiny,huge", "argument --models: 'huge' is none of tiny, mlp, image, heavy"),
-        ("--models=", "argument --models: '' is none of tiny, mlp, image, heavy"),
+        ("--models=tiny,huge", "argument --models: 'huge' is none of tiny, wide, mlp, image, heavy"),
+        ("--models=", "argument --models: '' is none of tiny, wide, mlp, image, heavy"),
         ("--forms=jsn", "argument --forms: 'jsn' is none of binary, json, binary-id"),
         ("--connections=1,0", "argument --connections: '0' is no whole number from 1 on"),
         ("--connections=many", "argument --connections: 'many' is no whole number from 1 on"),

@@ -12,8 +12,8 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "models.py"
 
-ROWS = {"tiny": (16,), "mlp": (1024,), "image": (3, 224, 224), "heavy": (64,)}
-OUTPUTS = {"tiny": 4, "mlp": 1024, "image": 1000, "heavy": 8}
+ROWS = {"tiny": (16,), "wide": (1000,), "mlp": (1024,), "image": (3, 224, 224), "heavy": (64,)}
+OUTPUTS = {"tiny": 4, "wide": 4, "mlp": 1024, "image": 1000, "heavy": 8}
 
 
 def load(script: Path) -> ModuleType:
@@ -102,4 +102,4 @@ def test_unknown_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stopped:
         models.main([str(tmp_path), "huge"])
     assert stopped.value.code == 2
-    assert "no benchmark model 'huge', only tiny, mlp, image, heavy" in capsys.readouterr().err
+    assert "no benchmark model 'huge', only tiny, wide, mlp, image, heavy" in capsys.readouterr().err

@@ -380,7 +380,7 @@ def test_the_plot_is_a_small_picture(tmp_path: Path) -> None:
             "--peers=mosec,triiton",
             "argument --peers: 'triiton' is none of fastapi, mosec, triton, pytriton, mlserver, ",
         ),
-        ("--models=huge", "argument --models: 'huge' is none of tiny, mlp, image, heavy"),
+        ("--models=huge", "argument --models: 'huge' is none of tiny, wide, mlp, image, heavy"),
         ("--connections=0", "argument --connections: '0' is no whole number from 1 on"),
     ],
 )

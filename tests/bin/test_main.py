@@ -88,6 +88,7 @@ def test_help_names_every_command(option: str) -> None:
         "broker",
         "worker",
         "gateway",
+        "jobs",
         "infer",
         "bench",
         "tune",

@@ -20,6 +20,7 @@ from penstock.bin.cli import cli
 from penstock.bin.devices import CPU, Device
 from penstock.broker.options import BrokerOptions
 from penstock.gateway.options import GatewayOptions
+from penstock.jobs.options import JobsOptions
 from penstock.worker.gpus import Gpu, Gpus
 from penstock.worker.options import WorkerOptions
 from tests.system.servers import PENSTOCK
@@ -143,7 +144,7 @@ def complaint(tmp_path: Path, content: str | bytes) -> str:
 
 
 def test_without_a_file_every_limit_has_its_default() -> None:
-    assert options.load_options(None) == (BrokerOptions(), WorkerOptions(), GatewayOptions())
+    assert options.load_options(None) == options.Options()
 
 
 def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
@@ -152,10 +153,11 @@ def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
         "[broker]\nattempts_max = 5\n[broker.tenant_weights]\ngold = 4\n[gateway]\nkeep_alive_s = 10\n"
         "[worker]\narena_bytes = 0\nnuma = false\n"
     )
-    broker, worker, gateway = options.load_options(path)
+    broker, worker, gateway, jobs = options.load_options(path)
     assert broker == BrokerOptions(attempts_max=5, tenant_weights={"gold": 4.0})
     assert worker == WorkerOptions(arena_bytes=0, numa=False)
     assert gateway == GatewayOptions(keep_alive_s=10.0)
+    assert jobs == JobsOptions()
     path.write_text("")
     assert options.load_options(path) == options.Options()
 
@@ -164,7 +166,7 @@ def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("[brokr]\n", "1: 'brokr' is not a section; did you mean [broker]?"),
-        ("broker = 1\n", "1: 'broker' is not a section; known are [broker], [worker], [gateway]"),
+        ("broker = 1\n", "1: 'broker' is not a section; known are [broker], [worker], [gateway], [jobs]"),
         ("attempts_max = 1\n", "1: 'attempts_max' is not a section; it is a key of [broker]"),
         ("[broker]\natempts_max = 1\n", "2: [broker]: key 'atempts_max': unknown; did you mean 'attempts_max'?"),
         ("[gateway]\nattempts_max = 1\n", "2: [gateway]: key 'attempts_max': unknown; "),
@@ -195,7 +197,7 @@ def test_a_file_says_only_what_is_to_differ(tmp_path: Path) -> None:
         ("[worker]\nnuma = true\n[gateway]\n# x\ntenant = 1\n", "5: [gateway]: key 'tenant': unknown; known keys are"),
         ("worker.numa = true\nworker.nume = 1\n", "2: [worker]: key 'nume': unknown; did you mean 'numa'?"),
         ("worker = {numa = true, store = 1}\n", "1: [worker]: key 'store': Expected `str`, got `int`"),
-        ("[[worker]]\nnuma = true\n", "1: 'worker' is not a section; known are [broker], [worker], [gateway]"),
+        ("[[worker]]\nnuma = true\n", "1: 'worker' is not a section; known are [broker], [worker], [gateway], [jobs]"),
         ('[broker.tenant_weights]\ngold = 1\n\n"a b" = 0\n', "4: [broker]: key 'tenant_weights': the weight of "),
     ],
 )

@@ -13,7 +13,9 @@ from penstock.bin.options import Options
 from penstock.bin.reload import ConfigFile, Mark, Watch, changed_roles, mark_of, sweep, with_config
 from penstock.broker.options import BrokerOptions
 from penstock.gateway.options import GatewayOptions
+from penstock.jobs.options import JobsOptions
 from penstock.worker.config import ConfigError
+from penstock.worker.options import WorkerOptions
 
 
 def test_a_change_is_told_once_and_when_it_is_over() -> None:
@@ -56,9 +58,11 @@ def test_a_file_that_is_written_replaced_or_removed_has_another_mark(tmp_path: P
 def test_a_change_is_about_the_processes_whose_section_differs() -> None:
     plain = Options()
     assert changed_roles(plain, Options()) == ()
-    assert changed_roles(plain, Options(gateway=GatewayOptions(headers_max=3))) == ("gateway",)
+    assert changed_roles(plain, Options(gateway=GatewayOptions(headers_max=3))) == ("gateway", "jobs")
+    assert changed_roles(plain, Options(jobs=JobsOptions(ttl_s=3))) == ("gateway", "jobs")
+    assert changed_roles(plain, Options(worker=WorkerOptions(arena_bytes=3))) == ("worker",)
     both = Options(BrokerOptions(workers_max=3), gateway=GatewayOptions(headers_max=3))
-    assert changed_roles(plain, both) == ("gateway", "broker")
+    assert changed_roles(plain, both) == ("gateway", "jobs", "broker")
 
 
 def test_a_command_line_gets_another_configuration() -> None:

@@ -21,6 +21,7 @@ def test_files_are_written_where_a_package_has_them(tmp_path: Path) -> None:
         "systemd/system/penstock-broker.service",
         "systemd/system/penstock-gateway.socket",
         "systemd/system/penstock-gateway@.service",
+        "systemd/system/penstock-jobs.service",
         "systemd/system/penstock-worker@.service",
         "systemd/system/penstock.target",
         "sysusers.d/penstock.conf",

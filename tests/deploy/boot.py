@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.request import Request, urlopen
 
 from penstock.bin.systemd import command, render
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 UNITS = ("penstock.target", "penstock-gateway@1", "penstock-gateway@2", "penstock-worker@cpu")
 ROLLED = ("penstock-gateway@1", "penstock-gateway@2", "penstock-worker@cpu")
-SERVICES = ("penstock-broker", "penstock-gateway@1", "penstock-gateway@2", "penstock-worker@cpu")
+SERVICES = ("penstock-broker", "penstock-gateway@1", "penstock-gateway@2", "penstock-jobs", "penstock-worker@cpu")
 MANAGER = Path("/lib/systemd/systemd")
 PATIENCE_S = 30.0
 DROP_IN = """[Service]
@@ -77,7 +77,8 @@ def install(config: Path) -> int:
     for name, text in render(command(sys.executable), ROOT / "bin" / "models", 252).items():
         if name.startswith("systemd/system/"):
             (units / Path(name).name).write_text(text)
-    for service in ("penstock-broker.service", "penstock-gateway@.service", "penstock-worker@.service"):
+    for kind in ("broker", "gateway@", "jobs", "worker@"):
+        service = f"penstock-{kind}.service"
         (units / f"{service}.d").mkdir()
         (units / f"{service}.d" / "test.conf").write_text(DROP_IN.format(models=ROOT / "bin" / "models"))
     (units / "penstock-gateway.socket.d").mkdir()
@@ -97,6 +98,7 @@ def main() -> None:
         "XDG_RUNTIME_DIR": str(runtime),
         "XDG_CONFIG_HOME": str(directory / "config"),
         "XDG_CACHE_HOME": str(directory / "cache"),
+        "XDG_STATE_HOME": str(directory / "state"),
         "HOME": str(directory),
     }
     url = f"http://127.0.0.1:{install(directory / 'config')}/v2"
@@ -155,6 +157,7 @@ def boot(url: str) -> dict[str, Any]:
             wait_for(asking.more(5), "answers after a restart")
     told["while restarted"] = sorted(set(asking.answers), key=str)
     told["restarted"] = [each for each in ROLLED if shown(each, "MainPID") not in ("0", pids[each])]
+    job = defer(url)
     # Killed: systemd starts it again, and the server serves again.
     before = shown("penstock-worker@cpu", "MainPID")
     os.kill(int(before), signal.SIGKILL)
@@ -167,6 +170,7 @@ def boot(url: str) -> dict[str, Any]:
     wait_for(lambda: shown("penstock-broker", "MainPID") not in ("0", before), "another broker")
     wait_for(lambda: is_ready(url), "a server with another broker")
     told["after a hang"] = infer(url)
+    told["a job from before"] = digit_of(urlopen(f"{url}/jobs/{job}/result?wait=30", timeout=40))
     # One gateway goes, and the other has the same socket.
     control("stop", "penstock-gateway@1")
     told["with one gateway"] = infer(url)
@@ -219,8 +223,19 @@ def infer(url: str) -> int:
     """Which digit the bundled model sees in its example."""
     request = Request(f"{url}/models/digits/infer", (ROOT / "examples/digits/seven.json").read_bytes())
     with urlopen(request, timeout=10) as answer:
-        scores = json.load(answer)["outputs"][0]["data"]
+        return digit_of(answer)
+
+
+def digit_of(answer: IO[bytes]) -> int:
+    scores = json.load(answer)["outputs"][0]["data"]
     return int(scores.index(max(scores)))
+
+
+def defer(url: str) -> str:
+    """A job that asks the same: its id."""
+    body = (ROOT / "examples/digits/seven.json").read_bytes()
+    with urlopen(Request(f"{url}/models/digits/infer", body, {"Prefer": "respond-async"}), timeout=10) as answer:
+        return str(json.load(answer)["id"])
 
 
 if __name__ == "__main__":

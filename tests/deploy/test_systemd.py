@@ -20,7 +20,10 @@ from tests.deploy import boot, confine
 from tests.system.servers import Process, wait_for
 
 EXPOSURE_MAX = 1.8
-SERVICES = ["penstock-broker.service", "penstock-gateway@.service", "penstock-worker@.service"]
+SERVICES = [
+    *("penstock-broker.service", "penstock-gateway@.service", "penstock-worker@.service"),
+    "penstock-jobs.service",
+]
 ROOT = Path(__file__).parents[2]
 
 needs_systemd = pytest.mark.skipif(which("systemd-analyze") is None, reason="needs the Debian package systemd")
@@ -88,7 +91,16 @@ def test_services_are_confined_alike(units: Path) -> None:
     for service in SERVICES:
         lines = (units / service).read_text().partition("# What it may do")[2].partition("[Install]")[0].splitlines()
         parts.append([line for line in lines[1:] if line and not line.startswith(own)])
-    assert parts[0] == parts[1] == parts[2]
+    assert parts == parts[:1] * len(SERVICES)
+
+
+def test_who_takes_jobs_in_and_who_runs_them_have_the_same_store(units: Path) -> None:
+    for service in ("penstock-gateway@.service", "penstock-jobs.service"):
+        text = (units / service).read_text()
+        assert re.findall(r"^StateDirectory(?:Mode)?=.*$", text, re.M) == [
+            "StateDirectory=penstock",
+            "StateDirectoryMode=0700",
+        ]
 
 
 # --- under the filter of its unit, each process does its work ---
@@ -120,6 +132,7 @@ def test_every_process_works_under_the_system_call_filter_of_its_unit(
         start("penstock-broker.service", "broker", runtime),
         start("penstock-worker@.service", "worker", runtime, "--name=cpu"),
         start("penstock-gateway@.service", "gateway", runtime, f"--http=127.0.0.1:{port}"),
+        start("penstock-jobs.service", "jobs", "run", runtime),
     ]
     url = f"http://127.0.0.1:{port}/v2"
 
@@ -136,6 +149,11 @@ def test_every_process_works_under_the_system_call_filter_of_its_unit(
     with urlopen(seven, timeout=10) as answer:
         scores = json.load(answer)["outputs"][0]["data"]
     assert scores.index(max(scores)) == 7
+    seven.add_header("Prefer", "respond-async")
+    with urlopen(seven, timeout=10) as answer:
+        job = f"http://127.0.0.1:{port}{answer.headers['Location']}"
+    with urlopen(f"{job}?wait=30", timeout=40) as answer:
+        assert json.load(answer)["result"]["outputs"][0]["data"] == scores
 
 
 @needs_systemd
@@ -162,15 +180,16 @@ def test_the_filter_is_one(units: Path) -> None:
 # --- the watchdog ---
 
 
-@pytest.mark.parametrize("role", ["broker", "gateway", "worker"])
+@pytest.mark.parametrize("role", ["broker", "gateway", "worker", "jobs"])
 def test_an_idle_process_without_peers_feeds_its_watchdog(tmp_path: Path, role: str) -> None:
     """And says that it is ready, which waits for nobody."""
-    arguments = {"broker": [], "gateway": ["--http=127.0.0.1:0"], "worker": []}[role]
+    arguments = {"broker": [], "gateway": ["--http=127.0.0.1:0"], "worker": [], "jobs": []}[role]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))
         supervisor.settimeout(30)
         asked = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000"}
-        process = Process([role, f"--runtime-dir={tmp_path / 'run'}", *arguments], asked)
+        command = ["jobs", "run"] if role == "jobs" else [role]
+        process = Process([*command, f"--runtime-dir={tmp_path / 'run'}", *arguments], asked)
         try:
             said: list[bytes] = []
             while said.count(b"WATCHDOG=1") < 4 or b"READY=1" not in said:
@@ -214,4 +233,11 @@ def test_systemd_starts_watches_and_stops_them(tmp_path: Path) -> None:
     assert set(told.pop("results").values()) == {"success"}
     assert told.pop("restarted") == list(boot.ROLLED)
     assert told.pop("while restarted") == [7]
-    assert told == {"answer": 7, "after a kill": 7, "after a hang": 7, "with one gateway": 7, "left": []}
+    assert told == {
+        "answer": 7,
+        "after a kill": 7,
+        "after a hang": 7,
+        "a job from before": 7,
+        "with one gateway": 7,
+        "left": [],
+    }

@@ -550,8 +550,8 @@ def test_header_that_asks_for_what_cannot_be_is_400_and_named(joined: Desk, head
 
 def test_invented_tenants_grow_nothing_without_a_limit(joined: Desk) -> None:
     for number in range(3000):
-        joined.application._parse.parser.parse(spec(), json.dumps(INFER).encode(), None, 0, f"tenant {number}")
-    assert len(joined.application._parse.parser._forms._known) <= 1024
+        joined.application.parse.parser.parse(spec(), json.dumps(INFER).encode(), None, 0, f"tenant {number}")
+    assert len(joined.application.parse.parser._forms._known) <= 1024
 
 
 def test_time_of_a_request_runs_since_its_head_has_come(joined: Desk) -> None:

@@ -439,6 +439,91 @@ def test_refused_request_is_not_remembered() -> None:
             parse({"inputs": [A_BINARY, B_BINARY], "outputs": [{"name": "x"}]}, A_RAW + B_RAW, parser=parser)
 
 
+# --- requests in JSON that differ in their numbers alone ---
+
+
+NUMBER = st.one_of(st.integers(-5, 300), st.sampled_from([2**31, -(2**63), 2**64, 10**400]), st.floats(width=32))
+VALUES = st.one_of(
+    *(st.lists(NUMBER | each, min_size=3, max_size=5) for each in (st.nothing(), st.booleans(), st.text(max_size=2))),
+    st.lists(st.lists(NUMBER, min_size=2, max_size=2), min_size=2, max_size=2),
+    st.sampled_from([None, 1, "x", {}, [None], [], [[1, 2], [3]], [[], [1, 2, 3, 4]]]),
+)
+
+
+@st.composite
+def similar(draw: st.DrawFn) -> list[bytes]:
+    """Requests with the same words around their data, and some bytes of theirs replaced."""
+    each = draw(st.permutations(["name", "shape", "datatype", "data"]))
+    spaces = draw(st.sampled_from([(",", ":"), (", ", ": "), (",", " : ")]))
+    bodies = []
+    for _ in range(3):
+        values = {"name": "x", "shape": [2, 2], "datatype": DATATYPE, "data": draw(VALUES)}
+        beside = {"outputs": [{"name": "y"}], "parameters": {"data": [1, 2, 3, 4]} if draw(st.booleans()) else {}}
+        request = {"inputs": [{key: values[key] for key in each}], **beside}
+        text = json.dumps(request, separators=spaces)
+        if draw(st.booleans()):
+            text = text.replace("data", "d\\u0061ta", 1)
+        raw = bytearray(text.encode())
+        if draw(st.booleans()):
+            at = draw(st.integers(0, len(raw)))
+            new = st.sampled_from([b"null", b"[", b"]", b"],", b"{", b"}", b'"', b"-", b"NaN", b"1e999", b"true", b" "])
+            raw[at : at + draw(st.integers(0, 3))] = draw(new)
+        bodies.append(bytes(raw))
+    return bodies
+
+
+DATATYPE = "INT32"
+
+
+def outcome_of(parser: Parser, spec: ModelSpec, body: bytes) -> object:
+    try:
+        query, payload = parser.parse(spec, body, None)
+    except PenstockError as error:
+        return error.code, error.message
+    return query.form, query.style, query.id, query.timeout_s, query.explain, bytes(payload)
+
+
+@settings(max_examples=400, deadline=None)
+@given(similar(), st.sampled_from(["INT32", "UINT8", "UINT64", "FP32", "FP64", "BOOL", "BYTES"]))
+def test_what_came_before_does_not_change_what_a_request_means(bodies: list[bytes], datatype: str) -> None:
+    spec, used = single(datatype, (-1, 2), True), Parser()
+    for body in bodies:
+        body = body.replace(DATATYPE.encode(), datatype.encode())
+        assert outcome_of(used, spec, body) == outcome_of(Parser(), spec, body)
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+def test_words_around_numbers_are_parsed_once(separators: tuple[str, str]) -> None:
+    parser, spec = Parser(), single("FP32", (-1, 2), True)
+
+    def query(*data: float) -> tuple[Query, list[float]]:
+        request = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": data}]}
+        found, payload = parser.parse(spec, json.dumps(request, separators=separators).encode(), None)
+        return found, np.frombuffer(payload, "<f4").tolist()
+
+    first, _ = query(1, 2)
+    again, data = query(0.5, 7)
+    assert again is first
+    assert data == [0.5, 7]
+    not_a_number, data = query(0.5, float("nan"))
+    assert not_a_number == first
+    assert math.isnan(data[1])
+    spec = spec._replace(max_batch_size=7)
+    other, _ = query(0.5, 7)
+    assert other.spec is spec
+    assert query(1, 1)[0] is other
+
+
+def test_words_around_numbers_are_remembered_up_to_a_size() -> None:
+    parser, spec = Parser(), single("FP32", (-1, 2), True)
+    for length, same in ((3000, True), (5000, False)):
+        for key in ("before", "behind"):
+            around = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
+            filled = {"ignored": " " * length}
+            body = json.dumps({**filled, **around} if key == "before" else {**around, **filled}).encode()
+            assert (parser.parse(spec, body, None)[0] is parser.parse(spec, body, None)[0]) == same, (length, key)
+
+
 # --- anything at all ---
 
 

@@ -246,10 +246,10 @@ def test_whatever_is_wrong_is_a_sentence_and_everything_else_serves_on(
     (tmp_path / "penstock.toml").write_text("[worker]\ntrial_max_s = 2\n")
     server = start_server(str(models), f"--config={tmp_path / 'penstock.toml'}")
     with load(server) as found:
+        (models / "latest" / "latest").mkdir()  # and what is in it comes later
         (models / "corrupt" / "2").mkdir()
         (models / "corrupt" / "2" / "model.onnx").write_bytes(os.urandom(4096))
         put(models, 2, "unreadable").chmod(0)
-        write(models, "latest", constant(2), "latest")
         shutil.copy(put(models, 2, "two") / "model.onnx", models / "two" / "2" / "other.onnx")
         outside = write(tmp_path / "outside", "linked", constant(2), "2").parent
         (models / "linked" / "2").symlink_to(outside)
@@ -258,6 +258,8 @@ def test_whatever_is_wrong_is_a_sentence_and_everything_else_serves_on(
         (models / "config" / "model.toml").write_text("max_queue_delay = '5 parsecs'\n")
         write(models, "bytes", constant(2), os.fsdecode(b"\xff\n"))
         os.mkfifo(models / "pipe" / "model.toml")
+        wait_told(server, "bytes", "??", "is no version")
+        shutil.copy(models / "latest" / "1" / "model.onnx", models / "latest" / "latest")
         expected = {
             ("bytes", "??"): ("UNAVAILABLE", "is no version"),
             ("pipe", "1"): ("READY", "is no configuration; replace it; the configuration before it"),

@@ -96,8 +96,8 @@ dimensions = st.integers(-1, MAX_ELEMENTS)
 tensor_specs = few(st.builds(TensorSpec, names, datatypes, few(dimensions)))
 row_specs = few(st.builds(TensorSpec, names, datatypes, few(dimensions, 1)), 1)
 specs = st.builds(
-    ModelSpec, names, names, names, tensor_specs, tensor_specs, st.just(False), st.integers(1, 1 << 32)
-) | st.builds(ModelSpec, names, names, names, row_specs, tensor_specs, st.just(True), st.integers(1, 1 << 32))
+    ModelSpec, names, names, names, tensor_specs, tensor_specs, st.just(False), st.integers(1, 1 << 32), names
+) | st.builds(ModelSpec, names, names, names, row_specs, tensor_specs, st.just(True), st.integers(1, 1 << 32), names)
 states = st.builds(ModelState, names, names, st.sampled_from(sorted(STATES - SERVED)), names, st.none() | specs)
 models = few(states | st.builds(ModelState, names, names, st.sampled_from(sorted(SERVED)), names, specs))
 layouts = st.builds(Layout, few(tensors), few(names))

@@ -20,10 +20,11 @@ OURS = {
     "broker": {"wire"},
     "worker": {"wire"},
     "client": {"wire"},
-    "gateway": {"wire", "client"},
+    "jobs": {"wire"},
+    "gateway": {"wire", "client", "jobs"},
     "load": {"wire", "client"},
     "simulate": {"wire", "broker", "worker", "load"},
-    "bin": {"wire", "broker", "worker", "client", "gateway", "load", "simulate", "deploy"},
+    "bin": {"wire", "broker", "worker", "client", "gateway", "jobs", "load", "simulate", "deploy"},
     "deploy": set[str](),
 }
 LIBRARIES = {"msgpack", "numpy"}

@@ -151,7 +151,7 @@ def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
     text = complaint(path, "[zebra]\nx = 1")
     assert text == (
         "key 'zebra': unknown; known keys are version_policy, labels, traffic, devices, max_batch_size, "
-        "max_queue_delay, latency_target, preferred_batch_sizes, weight, instances, intra_op_threads, "
+        "max_queue_delay, latency_target, preferred_batch_sizes, response_cache, weight, instances, intra_op_threads, "
         "intra_op_spinning, max_compute, providers, gpu_memory_limit, gpu_arena, cudnn_search, tf32, fp16, cuda_graphs"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -456,3 +457,20 @@ def test_a_configuration_of_an_order_that_cannot_be_followed_says_so(tmp_path: P
     found = Repository(tmp_path).look(None, {"m": override}).models["m"]
     assert says in found.problem or says in found.files[0].problem
     assert "the configuration that model 'm' is to be loaded with" in (found.problem or found.files[0].problem)
+
+
+def test_directories_that_files_may_yet_come_into_are_watched(tmp_path: Path) -> None:
+    """Where one is made and then filled, only its being made is told of in the directory around it."""
+    model = tmp_path / "m"
+    for each in ("1", "2/deep/er", "latest", "warmup"):
+        (model / each).mkdir(parents=True)
+    (model / "1" / "model.onnx").write_bytes(b"x")
+    found = Repository(tmp_path).look().models["m"]
+    assert {str(each.relative_to(tmp_path)) for each in found.directories} == {
+        *("m", "m/1", "m/2", "m/2/deep", "m/2/deep/er", "m/latest", "m/warmup"),
+    }
+    shutil.rmtree(model / "1")
+    shutil.rmtree(model / "2")
+    found = Repository(tmp_path).look().models["m"]
+    assert found.hollow
+    assert {each.name for each in found.directories} == {"m", "latest", "warmup"}

@@ -152,6 +152,7 @@ def test_what_says_nothing_is_a_model_of_which_nothing_is_said(text: str) -> Non
         ("optimization { graph { level: 1 } input_pinned_memory { enable: true } }", {}),
         ("dynamic_batching { default_queue_policy { allow_timeout_override: true } }", {}),
         ("model_transaction_policy { decoupled: false } response_cache { enable: false }", {}),
+        ("response_cache { enable: true }", {"response_cache": True}),
     ],
 )
 def test_what_is_followed(text: str, expected: dict[str, Any]) -> None:
@@ -314,7 +315,6 @@ def test_graphs_take_one_instance_and_cuda(text: str) -> None:
         ("metric_tags { key: 'a' value: 'b' }", "metric_tags"),
         ("model_warmup [ { name: 'w' batch_size: 1 } ]", "model_warmup"),
         ("model_repository_agents { agents [ { name: 'checksum' } ] }", "model_repository_agents"),
-        ("response_cache { enable: true }", "response_cache.enable"),
         ("model_metrics { metric_control { histogram_options { buckets: [ 1, 2 ] } } }", "model_metrics"),
         (
             "parameters { key: 'intra_op_thread_count' value { string_value: '0' } }",
@@ -549,7 +549,7 @@ def put(root: Path, text: str, *names: str) -> None:
 
 
 def test_a_repository_follows_it(tmp_path: Path) -> None:
-    text = "default_model_filename: 'net.onnx' version_policy { all { } } response_cache { enable: true }"
+    text = "default_model_filename: 'net.onnx' version_policy { all { } } metric_tags { key: 'a' value: 'b' }"
     put(tmp_path, text, "1/net.onnx", "2/net.onnx", "3/model.onnx")
     three, two, one = find_models(tmp_path)
     assert three.problem == f"{tmp_path}/m/3/net.onnx does not exist; model.onnx is there: rename it to net.onnx"
@@ -558,7 +558,7 @@ def test_a_repository_follows_it(tmp_path: Path) -> None:
         ("1", tmp_path / "m/1/net.onnx", ""),
     ]
     assert one.config_name == "config.pbtxt"
-    assert one.unheeded[0].startswith("config.pbtxt: response_cache.enable is not followed: ")
+    assert one.unheeded[0].startswith("config.pbtxt: metric_tags is not followed: ")
 
 
 def test_a_model_toml_is_read_instead(tmp_path: Path) -> None:
@@ -594,12 +594,12 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 
 def test_what_is_not_followed_is_said_at_load(tmp_path: Path) -> None:
     path = write(tmp_path, "m", identity(TensorProto.FLOAT, ["N", 2]))
-    text = "max_batch_size: 8 response_cache { enable: true } input { name: 'z' } input { name: 'x' dims: [ 2 ] }"
+    text = "max_batch_size: 8 metric_tags { key: 'a' value: 'b' } input { name: 'z' } input { name: 'x' dims: [ 2 ] }"
     path.parents[1].joinpath("config.pbtxt").write_text(text)
     [file] = find_models(tmp_path)
     model = load_and_probe(file, warm=False)
-    cached, declared = unheeded(file, model)
-    assert cached.startswith("config.pbtxt: response_cache.enable is not followed: ")
+    tags, declared = unheeded(file, model)
+    assert tags.startswith("config.pbtxt: metric_tags is not followed: ")
     assert declared == "config.pbtxt: input[0]: the model has no input 'z'; the model is followed"
     assert (model.spec.batchable, model.spec.max_batch_size) == (True, 8)
 

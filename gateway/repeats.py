@@ -1,0 +1,73 @@
+"""Answers to requests that come again byte for byte: looked up without being read.
+
+Beside the cache that all gateways share each remembers, of the requests that it has found there, the last and what was
+sent for them. So a hit costs no parsing, hashing or writing of JSON. It holds only while all that callers are told of
+models is as it was, and a request means just one version.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final, NamedTuple
+
+from penstock.gateway.connection import Exchange
+from penstock.wire.metrics import Value
+
+_ANSWERS_MAX: Final = 1024
+_BYTES_MAX: Final = 16 << 20  # of requests and answers
+_EACH_MAX: Final = 64 * 1024  # of a request, and of an answer
+_TOTAL: Final = b"total;dur="  # of Server-Timing, which is anew for each
+_END: Final = b"\r\n"
+
+
+class Repeat(NamedTuple):
+    """``before``, ``after``: an answer, but for the milliseconds that it took. ``until``: when it is too old, in
+    seconds of the monotonic clock. ``hits``, ``hit_s``: that are counted for it."""
+
+    before: bytes
+    after: bytes
+    until: float
+    hits: Value
+    hit_s: Value
+
+
+class Repeats:
+    """By a request's target, which is the same object for the same head, and its body."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, bytes], Repeat] = {}
+        self._bytes = 0
+        self._told = 0  # of the caller, for which all of them hold
+
+    def find(self, target: object, body: Any, told: int) -> Repeat | None:
+        """``told``: how often callers have been told of models."""
+        if told != self._told:
+            self.clear(told)
+            return None
+        if len(body) > _EACH_MAX:
+            return None
+        repeat = self._known.get((target, body if type(body) is bytes else bytes(body)))
+        if repeat is not None and repeat.until < time.monotonic():
+            return None
+        return repeat
+
+    def remember(
+        self, target: object, body: Any, told: int, exchange: Exchange, until: float, hits: Value, hit_s: Value
+    ) -> bool:
+        """What has just been sent, if that can be sent again as it is."""
+        response = exchange.response
+        if max(len(body), len(response)) > _EACH_MAX or exchange.status != 200:
+            return False
+        at = response.find(_TOTAL) + len(_TOTAL)
+        end = response.find(_END, at)
+        if at < len(_TOTAL) or end < 0:
+            return False
+        if told != self._told or len(self._known) >= _ANSWERS_MAX or self._bytes >= _BYTES_MAX:
+            self.clear(told)
+        self._known[target, bytes(body)] = Repeat(response[:at], response[end:], until, hits, hit_s)
+        self._bytes += len(body) + len(response)
+        return True
+
+    def clear(self, told: int) -> None:
+        self._known.clear()
+        self._bytes, self._told = 0, told
