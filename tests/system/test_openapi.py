@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -27,6 +28,7 @@ ROUTES_LEFT_OUT: Final = {
     "/v2/repository/models/{model}/load": "it changes what the others ask; tests/system/test_repository_api.py asks it",
     "/v2/repository/models/{model}/unload": "likewise",
 }
+VERSIONED: Final = r"\{version\}(/infer|/predict|:\w+)$"  # the same handlers as without a version
 CHECKS_LEFT_OUT: Final = {
     "positive_data_acceptance": "a schema cannot say that there are as many elements as a shape says",
     "negative_data_rejection": "what means nothing here is allowed, as Triton and TensorFlow Serving allow it",
@@ -94,12 +96,16 @@ def test_names_that_need_escapes_are_names_on_every_route(server: Server, name: 
     assert (status, json.loads(answer)["error"]) == (404, f"Request for unknown model: '{name}/' is not found")
 
 
-def test_whatever_is_asked_is_answered_as_the_document_says(server: Server) -> None:
+def test_whatever_is_asked_is_answered_as_the_document_says(server: Server, tmp_path: Path) -> None:
     paths = asked(server)["paths"]
     assert ROUTES_LEFT_OUT.keys() <= paths.keys(), "they are no more"
     # Of models that are alike one is asked.
     alike = [f"/{quote(name, safe='')}{end}" for name in (*NAMES[1:], "flags", "versions") for end in ("/", ":")]
-    left_out = [path for path in paths if path in ROUTES_LEFT_OUT or any(each in path for each in alike)]
+    left_out = [
+        path
+        for path in paths
+        if path in ROUTES_LEFT_OUT or any(each in path for each in alike) or re.search(VERSIONED, path)
+    ]
     asked_for = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"),
@@ -111,6 +117,7 @@ def test_whatever_is_asked_is_answered_as_the_document_says(server: Server) -> N
         capture_output=True,
         text=True,
         timeout=100,
+        cwd=tmp_path,  # it leaves a folder behind
     )
     assert asked_for.returncode == 0, asked_for.stdout
     assert re.search(r"No issues found|passed", asked_for.stdout), asked_for.stdout
