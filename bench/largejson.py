@@ -68,7 +68,7 @@ def make_wide(path: Path, function: str) -> None:
     )
     (path / "1").mkdir(parents=True)
     save_model(model, path / "1" / "model.onnx")
-    (path / "model.toml").write_text("max_batch_size = 4096\n[warmup]\nenabled = false\n")
+    (path / "model.toml").write_text("max_batch_size = 4096\n")
 
 
 def large_request(kind: str, megabytes: int) -> tuple[str, bytes, str]:

@@ -9,6 +9,7 @@ from penstock.broker.lots import Lot
 from penstock.broker.peers import WorkerPeer
 from penstock.broker.pools import LONG_S, Pool, Turn
 from penstock.broker.queues import ModelKey, ModelQueue
+from penstock.broker.sequences import Bound
 from penstock.broker.shares import Taking
 from penstock.broker.suspects import Suspects
 
@@ -29,6 +30,7 @@ class Assigner:
         self.pools: dict[frozenset[ModelKey], Pool] = {}
         self.late: list[Lot] = []
         self.suspects = Suspects()
+        self.bound = Bound()
         self._changed: dict[ModelQueue, None] = {}  # have new requests; dicts, because a set has no order
         self._free: dict[WorkerPeer, None] = {}  # have more room than before
 
@@ -42,6 +44,11 @@ class Assigner:
             self._free[worker] = None
             if self.suspects:
                 self.suspects.room_came()
+
+    def look_at(self, worker: WorkerPeer) -> None:
+        """Something is bound to a worker."""
+        if worker.pool is not None:
+            self._free[worker] = None
 
     def model_went(self, model: ModelQueue) -> None:
         self._changed.pop(model, None)
@@ -111,12 +118,23 @@ class Assigner:
         if self._free:
             free, self._free = self._free, {}
             for worker in free:
-                self._fill(worker, given, now)
+                if self.bound:
+                    self._fill_both(worker, given, now)
+                else:
+                    self._fill(worker, given, now)
         if self._changed:
             changed, self._changed = self._changed, {}
             for model in changed:
                 self._spread(model, given, now)
         return given
+
+    def _fill_both(self, worker: WorkerPeer, given: Given, now: float) -> None:
+        """What is bound to a worker, and other work for it."""
+        gave = self.bound.goes_first(worker) and self.bound.give(worker, given, now, True)
+        before = len(given.get(worker, ()))
+        self._fill(worker, given, now)
+        self.bound.gone_first(worker, gave, len(given.get(worker, ())) > before)
+        self.bound.give(worker, given, now, False)
 
     def _fill(self, worker: WorkerPeer, given: Given, now: float) -> None:
         """Work for a worker that has room: a batch for the model that is furthest behind, and so on.
@@ -241,6 +259,7 @@ class Assigner:
         assert self._changed.keys() <= set(models), "a model that has gone is looked at"
         assert not self.late, f"{self.late} have not been refused"
         self.suspects.validate()
+        self.bound.validate(self._free)
         for key, pool in self.pools.items():
             assert key == frozenset(model.key for model in pool.models), f"a pool of {key} has others"
             assert set(pool.models) <= set(models), "a model that has gone has a pool"

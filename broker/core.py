@@ -366,6 +366,8 @@ class Core:
         gone = self.registry.declare(worker, now, names)
         self.ledger.look_through(worker.models)
         self._assigner.enlist(worker, self.registry.queues)
+        if self.ledger.sequences:
+            self.ledger.break_off(worker)
         for queue in gone:
             self.ledger.model_gone(queue)
             self.meters.forget(*queue.key)
@@ -526,9 +528,10 @@ class Core:
         value("penstock_workers").value = len(self.workers)
         value("penstock_callers").value = len(self.callers)
         value("penstock_held_bytes").value = self.ledger.bytes
+        value("penstock_sequences").value = len(self.ledger.sequences)
         for key, queue in self.registry.queues.items():
             suspects = sum([len(lot.ids) for lot in queue.suspects])
-            value("penstock_queue_requests", *key).value = queue.requests + suspects
+            value("penstock_queue_requests", *key).value = queue.requests + suspects + len(queue.beside)
             value("penstock_load_waits", *key)  # from 0, so that the first one is seen
         running = self.ledger.running(self.callers.values())
         for key in self.registry.queues:

@@ -20,6 +20,7 @@ from penstock.broker.options import BrokerOptions
 from penstock.broker.peers import CallerPeer, WorkerPeer
 from penstock.broker.queues import ModelKey, ModelQueue
 from penstock.broker.registry import Registry
+from penstock.broker.sequences import Sequences, broken
 from penstock.wire.codec import ids_in
 from penstock.wire.errors import (
     BAD_INPUT,
@@ -83,6 +84,7 @@ class Ledger:
         self._registry = registry
         self._assigner = assigner
         self._meters = meters
+        self.sequences = Sequences(assigner, registry.queues, options.sequences_max, options.sequence_requests_max)
         self.requests = 0  # that have not ended
         self.rows = 0  # of these
         self.bytes = 0  # of their payloads
@@ -109,11 +111,24 @@ class Ledger:
         last_id = caller.last_id
         for group, start in zip(message.groups, message.starts, strict=True):
             if min(group.ids) > last_id and caller.requests.keys().isdisjoint(group.ids):
-                self._admit(caller, group, message, start, now)
+                if group.form.sequence and len(group.ids) > 1:
+                    self._admit_apart(caller, group, message, start, now)
+                else:
+                    self._admit(caller, group, message, start, now)
             else:
                 # A worker may still hold the ones that had these ids: their answers could not be told apart.
                 self._refuse_ids(caller, group.ids, _not_growing())
             caller.last_id = max(caller.last_id, *group.ids)
+
+    def _admit_apart(self, caller: CallerPeer, group: Requests, message: Submit, start: int, now: float) -> None:
+        """Requests of a sequence, which go one after another."""
+        step = group.form.nbytes if group.form.nbytes <= INLINE_MAX_BYTES else 1
+        for at, number in enumerate(group.ids):
+            if number in caller.requests:
+                self._refuse_ids(caller, (number,), _not_growing())
+                continue
+            one = Requests(group.form, (number,), group.timeouts_us[at : at + 1], group.places[at : at + 1])
+            self._admit(caller, one, message, start + at * step, now)
 
     def _admit(self, caller: CallerPeer, group: Requests, message: Submit, start: int, now: float) -> None:
         form, ids, timeouts_us = group.form, group.ids, group.timeouts_us
@@ -121,7 +136,11 @@ class Ledger:
         try:
             version = form.version
             unnamed = version.startswith(UNNAMED)
-            model = self._find_any(form, now) if unnamed else self._registry.find(form.model, version, now)
+            chain = self.sequences.find(form, now) if form.sequence else None
+            if chain is not None:
+                model = chain.model
+            else:
+                model = self._find_any(form, now) if unnamed else self._registry.find(form.model, version, now)
             key = model.key
             self._check(model, form, caller, now)
             if group.places:
@@ -129,8 +148,9 @@ class Ledger:
         except PenstockError as error:
             self._refuse_new(caller, key, ids, error)
             return
-        if form.version != key[1]:
-            form = form._replace(version=key[1])  # a worker is told which one it was
+        if form.sequence or form.version != key[1]:
+            # A worker is told which one it was, and need not know of sequences.
+            form = form._replace(version=key[1], sequence="", phase=0)
         places, held = group.places, 0 if group.places else form.nbytes
         # What the broker before this one had taken in is not turned away for what has come since.
         again = self._registry.is_young(now) and min(ids) <= caller.sent_before
@@ -167,7 +187,10 @@ class Ledger:
             self._refuse_ids(caller, index, _not_growing())
             return
         caller.requests.update(index)
-        model.push(lot)
+        if group.form.sequence:
+            self.sequences.enter(lot, chain, group.form, now)
+        else:
+            model.push(lot)
         self.requests += count
         model.held += count
         self.rows += count * form.rows
@@ -328,6 +351,8 @@ class Ledger:
                 lot.move("assign")
                 lot.attempt += 1
                 lot.worker = worker
+                if lot.step is not None:
+                    lot.step.chain.worker, lot.step.beside = worker, False
                 if lot.came_before:
                     self._supersede(worker, lot, now)
                 worker.hold(lot)
@@ -375,6 +400,8 @@ class Ledger:
                 if worker.pool is not None:
                     worker.pool.end(lot.model, lot.model_turn, over_us)
                 lot.suspect, lot.deaths = False, ()
+                if lot.step is not None:
+                    self.sequences.ended(lot, now)
                 if lot.move("done") == DONE:
                     lot.kept_bytes = nbytes
                     worker.keep(caller, nbytes * len(lot.ids))
@@ -405,6 +432,7 @@ class Ledger:
         """
         held = [lot for lots in worker.held.values() for lot in dict.fromkeys(lots.values())]
         worker.held.clear()
+        self.break_off(worker, True)
         alone = sum([len(lot.ids) for lot in ran]) == 1
         for lot in [*(lot for lot in held if lot in ran), *(lot for lot in reversed(held) if lot not in ran)]:
             lot.worker = None
@@ -413,6 +441,10 @@ class Ledger:
                 lot.model.end(lot, 0.0)
             if lot.move("lose") == ENDED:
                 self._forget(lot)
+                continue
+            if not self.sequences.may_try_again(lot):
+                lot.model.push(lot, front=True)
+                self._refuse(lot, LOST, broken(lot.model.key[0]))
                 continue
             if lot in ran:
                 if alone:
@@ -438,6 +470,11 @@ class Ledger:
             self._watch(lot)
         self.news.pop(worker, None)
         return sum(len(lot.ids) for lot in held)
+
+    def break_off(self, worker: WorkerPeer, gone: bool = False) -> None:
+        """End what waits in sequences for a worker that has ``gone``, or serves other models now."""
+        for lot in self.sequences.break_off(worker, gone):
+            self._refuse(lot, LOST, broken(lot.model.key[0]))
 
     def pardon(self, worker: bytes) -> None:
         """A worker that was taken for dead lives: nobody has ended it."""
@@ -509,7 +546,7 @@ class Ledger:
         """Have requests that wait for a version which is not served any more wait for the one that is current, if they
         name none and fit it."""
         before, model = lot.model, self._registry.current(lot.model.key[0])
-        if not lot.unnamed or model is None or model is before or model.spec is None:
+        if not lot.unnamed or lot.step is not None or model is None or model is before or model.spec is None:
             return False
         if lot.form.rows > model.spec.max_batch_size:
             return False
@@ -563,6 +600,7 @@ class Ledger:
                 for lot in model.lots():
                     if not self._move(lot):
                         self._refuse(lot, UNAVAILABLE, f"no worker serves model '{model.key[0]}' at present")
+        self.sequences.sweep(now)
         self._registry.forget_unheard(now)
         if len(self._deadlines) > 1000 + 2 * self.requests:
             self._deadlines = [entry for entry in self._deadlines if entry[2].state == QUEUED]
@@ -603,6 +641,7 @@ class Ledger:
             assert caller.nbytes == nbytes, f"{caller.id.hex()} has {caller.nbytes} bytes, not {nbytes}"
             assert owned == len(caller.requests), f"{caller.id.hex()} has parts of lots"
             assert max(caller.requests, default=-1) <= caller.last_id, f"{caller.id.hex()}: ids do not grow"
+        self.sequences.validate(lots)
         told = {worker for worker in workers.values() if worker.has_news}
         assert told <= self.news.keys() <= set(workers.values()), "a worker does not hear its news, or has gone"
         assert self.refusals.keys() <= set(callers.values()), "a caller that has gone has refusals"
@@ -688,6 +727,8 @@ class Ledger:
         self._forget(lot)
 
     def _forget(self, lot: Lot) -> None:
+        if lot.step is not None:
+            self.sequences.ended(lot)
         self.requests -= len(lot.ids)
         lot.model.held -= len(lot.ids)
         self.rows -= lot.rows

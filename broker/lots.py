@@ -16,6 +16,7 @@ from penstock.wire.messages import DEFAULT_PRIORITY, Form, Payload
 if TYPE_CHECKING:
     from penstock.broker.peers import CallerPeer, WorkerPeer
     from penstock.broker.queues import ModelQueue
+    from penstock.broker.sequences import Step
     from penstock.broker.shares import ShareKey
 
 QUEUED: Final = "QUEUED"  # waits for a worker
@@ -57,7 +58,7 @@ class Lot:
     ``priority`` and ``share_key``: where they stand in line. ``turn`` and ``model_turn``: when, in virtual time, it was
     their tenant's turn, and their model's. ``overtakes``: they go before what their worker was given and has not begun.
     ``suspect``: a worker died that had not finished them, so they run alone, one at a time; ``deaths``: of workers that
-    they were alone on.
+    they were alone on. ``step``: what it is in a sequence, which no other request shares; None: it is in none.
     """
 
     __slots__ = (
@@ -79,6 +80,7 @@ class Lot:
         "priority",
         "share_key",
         "state",
+        "step",
         "suspect",
         "timeouts_us",
         "turn",
@@ -121,6 +123,7 @@ class Lot:
         self.suspect = False
         self.unnamed = False  # another version would do
         self.deaths: tuple[Death, ...] = ()
+        self.step: Step | None = None
 
     @property
     def unfinished(self) -> bool:

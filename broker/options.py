@@ -17,6 +17,8 @@ class BrokerOptions:
     held_rows_max: int = 524_288  # of these
     held_bytes_max: int = 4 << 30  # of their tensors in messages
     caller_requests_max: int = 65_536  # of one caller, not acknowledged yet
+    sequences_max: int = 16_384  # that are open, see sequences.py
+    sequence_requests_max: int = 1024  # of one sequence that wait for those before them
     unacknowledged_bytes_max: int = 256 << 20  # results that one worker keeps for one caller
     # Workers that may be lost under one request: then it fails with `lost`, as a retry may help.
     attempts_max: int = 10

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from penstock.broker.costs import batch_us
 from penstock.broker.lots import QUEUED, Lot
 from penstock.broker.shares import LEAST_SHARE, Level, Taking
-from penstock.wire.messages import Cost
+from penstock.wire.messages import DEFAULT_SEQUENCE_IDLE_US, Cost
 from penstock.wire.models import ModelSpec
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class ModelQueue:
     ``row_us``: what a row is expected to take, in a full
     batch, as the mean of its workers; 0 as long as none has said. ``weight``: its share of a worker beside
     other models. ``weights``: of tenants, 1 of those that are not named. ``suspects`` wait by themselves (see
-    suspects.py), and are not counted among the others.
+    suspects.py), and are not counted among the others; likewise those ``beside``, which wait for their turn in a
+    sequence.
     """
 
     def __init__(self, key: ModelKey, spec: ModelSpec | None, weights: Mapping[str, float] = _NO_WEIGHTS) -> None:
@@ -45,6 +46,8 @@ class ModelQueue:
         self.unserved_since = 0.0  # when the last of them left
         self.wait_until = 0.0  # requests wait so long for one to load it; 0: none has been asked to
         self.suspects: dict[Lot, None] = {}
+        self.beside: dict[Lot, None] = {}
+        self.sequence_idle_s = DEFAULT_SEQUENCE_IDLE_US * 1e-6  # after which nothing of a sequence is expected any more
         self.unseen = spec is None  # requests have been taken in, if any, without a look at what it takes
         self.requests = 0
         self.rows = 0
@@ -71,6 +74,10 @@ class ModelQueue:
             lot.in_line = True
             self.suspects[lot] = None
             return
+        if lot.step is not None and lot.step.beside:
+            lot.in_line = True
+            self.beside[lot] = None
+            return
         self.level(lot.priority).push(lot, self._weights.get(lot.form.tenant, 1.0), front)
         self._count(lot, 1)
 
@@ -80,6 +87,10 @@ class ModelQueue:
             if lot.in_line:
                 lot.in_line = False
                 del self.suspects[lot]
+            return
+        if lot in self.beside:
+            lot.in_line = False
+            del self.beside[lot]
             return
         self.level(lot.priority).remove(lot)
         self._count(lot, -1)
@@ -218,15 +229,17 @@ class ModelQueue:
             self._overtaking -= lot.rows
 
     def lots(self) -> list[Lot]:
-        return [*self.suspects, *(lot for level in self._levels for lot in level.lots())]
+        return [*self.suspects, *self.beside, *(lot for level in self._levels for lot in level.lots())]
 
     @property
     def waits(self) -> bool:
-        return bool(self.requests or self.suspects)
+        return bool(self.requests or self.suspects or self.beside)
 
     def learn(self, worker: WorkerPeer) -> None:
         """What a row takes on one of its workers, as far as that has said it."""
         cost = worker.costs.get(self.key)
+        if cost is not None and worker in self.workers:
+            self.sequence_idle_s = cost.sequence_idle_us * 1e-6
         if cost is None or not cost.times_us or worker not in self.workers:
             return
         self.weight, self.instances, self.batch_rows = cost.weight / 1000, cost.instances, cost.batch_rows
@@ -322,7 +335,7 @@ class ModelQueue:
 
     def validate(self) -> None:
         """Derive again what is counted, for tests. Raises AssertionError."""
-        lots = [lot for lot in self.lots() if not lot.suspect]
+        lots = [lot for lot in self.lots() if not lot.suspect and lot not in self.beside]
         assert self.requests == sum(len(lot.ids) for lot in lots), f"{self.key}: {self.requests} requests in {lots}"
         assert self.rows == sum(lot.rows for lot in lots), f"{self.key}: {self.rows} rows in {lots}"
         assert self.us == sum(len(lot.ids) * lot.cost_us for lot in lots), f"{self.key}: {self.us} us in {lots}"

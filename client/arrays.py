@@ -79,6 +79,11 @@ def make_form(spec: ModelSpec, layout: Layout, nbytes: int, priority: int = 0, t
     return Form(spec.name, version, priority, tenant, rows, nbytes, key, pack_layout(layout))
 
 
+def in_sequence(form: Form, sequence: str, phase: int) -> Form:
+    """The form of one request of a sequence; "": of none. No other request has it, so that each goes by itself."""
+    return form._replace(sequence=sequence, phase=phase) if sequence else form
+
+
 def as_array(name: str, value: Any, datatype: str | None) -> tuple[Array, str]:
     """A value as an array and its datatype: lists become what the model expects, arrays say themselves what they
     are."""

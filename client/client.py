@@ -14,7 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
-from penstock.client.arrays import Forms, decode_outcome
+from penstock.client.arrays import Forms, decode_outcome, in_sequence
 from penstock.client.caller import Caller
 from penstock.client.events import Complete
 from penstock.client.explain import explain
@@ -24,7 +24,7 @@ from penstock.client.link import Link
 from penstock.client.orders import ORDER_WAIT_S, Orders, late
 from penstock.client.short import Plan, Short
 from penstock.client.talk import END_S, Talk, give_back
-from penstock.client.terms import check_sticky, check_terms, check_timeout
+from penstock.client.terms import check_sequence, check_sticky, check_terms, check_timeout
 from penstock.wire.arena import Arena, ArenaError, ArenaSearch
 from penstock.wire.endpoints import EndpointError, default_runtime_dir, parse_broker
 from penstock.wire.errors import (
@@ -225,6 +225,9 @@ class Client:
         priority: int = 0,
         tenant: str | None = None,
         sticky: str = "",
+        sequence: str | int = "",
+        sequence_start: bool = False,
+        sequence_end: bool = False,
         copy: bool = True,
     ) -> Result:
         """Run a model and wait for its outputs.
@@ -233,7 +236,9 @@ class Client:
         type that the model expects; strings are BYTES. ``outputs``: names, none for all. ``timeout``: seconds.
         ``priority``: from 1, the most urgent, to 5; 0 for the usual one, which is 3. ``tenant``: for whom it is, among
         whom the server shares its time; at most 64 printable ASCII characters. ``sticky``: where a model's traffic is
-        split among versions, requests of the same text, such as a user's id, go to the same one. ``copy=False``: large
+        split among versions, requests of the same text, such as a user's id, go to the same one. ``sequence``: what it
+        is a part of; all of a sequence runs on one worker, one request after another, from that with
+        ``sequence_start`` to that with ``sequence_end``. ``copy=False``: large
         outputs are not copied out of the worker's memory; use the result as a context, so that the worker gets its
         memory back soon.
         Raises PenstockError; its ``retryable`` says whether the same call may succeed later.
@@ -253,7 +258,9 @@ class Client:
         assert link.short is not None
         if link.caller.splits:
             version = link.caller.pick(model, version, sticky)
-        prepared = link.short.prepare(model, version, inputs, outputs, link.slots(), priority, tenant)
+        prepared = None
+        if not sequence:
+            prepared = link.short.prepare(model, version, inputs, outputs, link.slots(), priority, tenant)
         plan: Plan | None = None
         payload: Payload
         if prepared is not None:
@@ -262,6 +269,8 @@ class Client:
         else:
             start = time.monotonic()
             form, parts = self._forms.build(link.caller.find(model, version), inputs, outputs, priority, tenant)
+            if sequence:
+                form = in_sequence(form, *check_sequence(sequence, sequence_start, sequence_end))
             payload = self._gather(talk, link, parts, form.nbytes, start + limit_s)
             limit_s = max(limit_s - (time.monotonic() - start), _LEAST_S)
         try:
@@ -289,6 +298,9 @@ class Client:
         priority: int = 0,
         tenant: str | None = None,
         sticky: str = "",
+        sequence: str | int = "",
+        sequence_start: bool = False,
+        sequence_end: bool = False,
         copy: bool = True,
     ) -> Future[Result]:
         """As ``infer``, without waiting for the result: its future ends with it, or with a PenstockError. Cancelling
@@ -310,6 +322,8 @@ class Client:
         talk = self._reach(limit_s)
         link = talk.link
         form, parts = self._forms.build(link.caller.find(model, version, sticky), inputs, outputs, priority, tenant)
+        if sequence:
+            form = in_sequence(form, *check_sequence(sequence, sequence_start, sequence_end))
         payload = self._gather(talk, link, parts, form.nbytes, start + limit_s)
         call = _Call(talk, link, payload, copy)
         try:

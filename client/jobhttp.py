@@ -147,7 +147,7 @@ class Channel:
         started: Callable[[HTTPConnection], None] = lambda connection: None,
     ) -> Response:
         """``limit_s``: for each part of it to come. ``started``: is given the connection that is used, so that another
-        thread may break it. Raises PenstockError; Unreached when nobody answers."""
+        thread may break it, or raises OSError not to ask. Raises PenstockError; Unreached when nobody answers."""
         place = _split(self._where())
         kept = self._take(place)
         # A gateway may close a connection that is idle just as it is used again. What changes nothing is asked again.

@@ -37,6 +37,8 @@ class Watch:
         self._waiting: dict[str, list[Told]] = {}
         self._thread: threading.Thread | None = None
         self._connection: HTTPConnection | None = None  # that is asked at present
+        self._added = 0  # how often jobs have been added ...
+        self._asked = 0  # ... when it was last looked which there are
         self.closed = threading.Event()
 
     def add(self, ids: Iterable[str], told: Callable[[str], Told]) -> None:
@@ -44,6 +46,7 @@ class Watch:
         with self._lock:
             if self.closed.is_set():
                 raise PenstockError(CANCELLED, "this Client is closed")
+            self._added += 1
             for ident in ids:
                 self._waiting.setdefault(ident, []).append(told(ident))
             if not self._waiting:
@@ -65,7 +68,7 @@ class Watch:
     def _run(self) -> None:
         while True:
             with self._lock:
-                ids = list(self._waiting)
+                ids, self._asked = list(self._waiting), self._added
                 if not ids or self.closed.is_set():
                     self._thread = None
                     break
@@ -74,16 +77,16 @@ class Watch:
             except PenstockError as error:
                 if not error.retryable:
                     self._tell(ids, error)
-                elif not (isinstance(error, Unreached) and self._has_more(ids)):  # which broke it off
+                elif not (isinstance(error, Unreached) and self._has_more()):  # which broke it off
                     self.closed.wait(max(_AGAIN_S, min(error.retry_after_s, ANSWER_S)))
                 continue
             self._tell(ended, None)
         if self.closed.is_set():
             self._tell(list(self._waiting), PenstockError(CANCELLED, "the client was closed"))
 
-    def _has_more(self, ids: list[str]) -> bool:
+    def _has_more(self) -> bool:
         with self._lock:
-            return len(self._waiting) > len(ids)
+            return self._added != self._asked
 
     def _ask(self, ids: list[str]) -> list[str]:
         """Those that have ended, or that nobody knows."""
@@ -105,6 +108,8 @@ class Watch:
 
     def _began(self, connection: HTTPConnection) -> None:
         with self._lock:
+            if self._added != self._asked or self.closed.is_set():
+                raise InterruptedError("jobs have been added meanwhile")  # it is no answer for them
             self._connection = connection
 
     def _tell(self, ids: list[str], error: PenstockError | None) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from penstock.wire.errors import BAD_INPUT, PenstockError
-from penstock.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY, MAX_TENANT, MAX_TIMEOUT_US
+from penstock.wire.fields import U64_MAX
+from penstock.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY, MAX_SEQUENCE, MAX_TENANT, MAX_TIMEOUT_US
 
 TIMEOUT_MAX_S: Final = MAX_TIMEOUT_US / 1_000_000
 STICKY_MAX: Final = 256  # characters
@@ -48,6 +49,24 @@ def check_sticky(sticky: Any) -> str:
             f"not {_shown(sticky)}",
         )
     return sticky
+
+
+def check_sequence(sequence: Any, start: Any, end: Any) -> tuple[str, int]:
+    """The sequence that a request is a part of, "" for none, and its phase, as a Form has them. Raises PenstockError
+    naming the parameter."""
+    kind = type(sequence)
+    if (kind is not int or not 0 <= sequence <= U64_MAX) and (kind is not str or len(sequence) > MAX_SEQUENCE):
+        raise PenstockError(
+            BAD_INPUT,
+            f"'sequence_id' is a whole number of 64 bits or a text of at most {MAX_SEQUENCE} characters, not "
+            f"{_shown(sequence)}",
+        )
+    for name, flag in (("sequence_start", start), ("sequence_end", end)):
+        if type(flag) is not bool:
+            raise PenstockError(BAD_INPUT, f"'{name}' is true or false, not {_shown(flag)}")
+    if not sequence:
+        return "", 0
+    return str(sequence), start + 2 * end
 
 
 def _shown(value: Any) -> str:

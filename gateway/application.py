@@ -22,6 +22,7 @@ from penstock.client.events import Complete, Sink
 from penstock.gateway import abouts
 from penstock.gateway.aside import Aside
 from penstock.gateway.cache import read_cache_control
+from penstock.gateway.changes import Style
 from penstock.gateway.clerks import Clerks
 from penstock.gateway.compression import ENCODINGS, choose, compress, decompress, decompress_small
 from penstock.gateway.connection import Exchange
@@ -69,7 +70,8 @@ STATUSES: Final = {
     errors.POISONED: 500,
     errors.INTERNAL: 500,
 }
-_EXTENSIONS: Final = ("binary_tensor_data", "schedule_policy")  # of these routes; other files bring theirs
+# Of these routes; other files bring theirs.
+_EXTENSIONS: Final = ("classification", "sequence", "binary_tensor_data", "schedule_policy")
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = f"Accept-Encoding: {', '.join(ENCODINGS)}\r\n".encode()
@@ -413,6 +415,9 @@ class Application:
         if query.explain or target.explain:
             worker, arrived = self.caller.worker_name(answer.worker), exchange.arrived
             parameters = explanation(answer, worker, arrived - exchange.began, asked - arrived, total_s)
+        if query.change is not None:
+            self._change(exchange, query, answer, begin, parameters)
+            return
         encoding, write = target.accepts, query.write
         if len(answer.payload) >= LARGE_ANSWER_BYTES and self.large.writes(query):
             self.large.write(exchange, query, answer, begin, parameters)
@@ -438,6 +443,42 @@ class Application:
             self.fail(exchange, PenstockError(code, str(error)), query.id)
         if answer.held:  # what is sent of it has been copied
             self.release(answer.held)
+
+    def _change(self, exchange: Exchange, query: Query, answer: Complete, begin: bytes, parameters: bytes) -> None:
+        """Answer with a result that is not to be said as it is. A large one is changed on a thread."""
+        assert query.change is not None
+        work = partial(query.change.apply, answer.body, answer.payload, query.style)
+
+        def changed(done: asyncio.Future[tuple[bytes, Payload, Style]]) -> None:
+            if answer.held:  # what has come of it is another's memory
+                self.release(answer.held)
+            if exchange.abandoned:
+                done.exception()
+            else:
+                self.later(exchange, say, done)
+
+        def say(done: asyncio.Future[tuple[bytes, Payload, Style]]) -> None:
+            try:
+                body, payload, style = done.result()
+                encoding = exchange.request.head.target.accepts
+                if encoding:
+                    json, binary = render_body(body, payload, style, query.id, parameters)
+                    self._send_compressed(exchange, json, binary, encoding, begin)
+                else:
+                    self._send(exchange, *render(body, payload, style, query.id, begin, parameters))
+            except (BadMessage, PenstockError) as error:
+                code = error.code if isinstance(error, PenstockError) else errors.INTERNAL
+                self.fail(exchange, PenstockError(code, str(error)), query.id)
+
+        if len(answer.payload) > _ASIDE_MIN_BYTES:
+            self._loop.run_in_executor(None, work).add_done_callback(changed)
+        else:
+            now: asyncio.Future[tuple[bytes, Payload, Style]] = self._loop.create_future()
+            try:
+                now.set_result(work())
+            except (BadMessage, PenstockError) as error:
+                now.set_exception(error)
+            changed(now)
 
     def _send_compressed(self, exchange: Exchange, json: bytes, binary: bytes, encoding: str, begin: bytes) -> None:
         if not encoding or len(json) + len(binary) < self.options.compress_bytes_min:

@@ -43,7 +43,7 @@ class RedisStore:
             from redis.exceptions import RedisError
         except ImportError:
             raise StoreError(
-                "response_cache_store needs the package redis, which is not installed: pip install 'penstock[redis]'"
+                "response_cache_store needs the package redis, which is not installed: pip install redis"
             ) from None
         self.largest = _LARGEST_BYTES
         self.dropped = 0  # answers that were not kept
@@ -61,7 +61,7 @@ class RedisStore:
             )
         except ValueError as error:
             raise StoreError(f"response_cache_store: {error}") from None
-        self._redis: Any = Redis(connection_pool=pool)
+        self._redis: Any = Redis.from_pool(pool)  # which is closed with it
         self._tasks: set[asyncio.Task[None]] = set()
         self._reads = 0
         self._late = 0  # in a row
@@ -141,7 +141,7 @@ class RedisStore:
         """What is being asked ends without an answer."""
         for task in self._tasks:
             task.cancel()
-        self._loop.create_task(self._disconnect())
+        self._begin(self._disconnect())
 
     async def _disconnect(self) -> None:
         try:

@@ -18,8 +18,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -276,51 +276,52 @@ def _use(path: Path) -> int:
     """The lock of those that use a file, held until its descriptor is closed. What nobody used before is removed, and
     so are others of its kind that nobody uses. Raises StoreError."""
     try:
-        with suppress(OSError):
-            for other in path.parent.glob(f"{_PREFIX}*.lock"):
-                if other != _lock_of(path):
-                    _remove_unused(other)
-        fd = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        for other in path.parent.glob(f"{_PREFIX}*.lock"):
+            if other != _lock_of(path) and (fd := _try_lock(other, fcntl.LOCK_EX)) is not None:
+                _remove(other.with_suffix(""), fd)
+        for _ in range(_LOCK_TRIES):
+            alone = _try_lock(_lock_of(path), fcntl.LOCK_EX)
+            if alone is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(alone)
+            shared = _try_lock(_lock_of(path), fcntl.LOCK_SH)
+            if shared is not None:
+                return shared  # who has come between has made it anew as well, and has it
+            time.sleep(_LOCK_TRY_S)  # another gateway is about to
     except OSError as error:
         raise StoreError(f"{_lock_of(path)}: {error.strerror}") from None
-    with _closing_on_failure(fd):
-        for _ in range(_LOCK_TRIES):
-            with suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            with suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # no one removes it between: that takes this very lock
-                return fd
-            time.sleep(_LOCK_TRY_S)  # another gateway is about to make it anew
     raise StoreError(f"{path} is held by a process that does not go on")
-
-
-@contextmanager
-def _closing_on_failure(fd: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        os.close(fd)
-        raise StoreError(str(error)) from None
 
 
 def _let_go(path: Path, lock: int) -> None:
     """Use it no longer; the last to do so removes it."""
-    with suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
     os.close(lock)
+    with suppress(OSError):
+        alone = _try_lock(_lock_of(path), fcntl.LOCK_EX)
+        if alone is not None:
+            _remove(path, alone)
 
 
-def _remove_unused(lock: Path) -> None:
-    """A file of another size or schema, unless somebody uses it. Its lock stays: another may be about to take it."""
-    fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
+def _remove(path: Path, alone: int) -> None:
+    """What nobody uses, and its lock, which is held."""
+    shutil.rmtree(path, ignore_errors=True)
+    _lock_of(path).unlink(missing_ok=True)
+    os.close(alone)
+
+
+def _try_lock(path: Path, kind: int) -> int | None:
+    """A descriptor that holds it; None where it is taken. Raises OSError."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass  # who held it has removed it: what is locked here guards nothing
+        except BlockingIOError:
+            os.close(fd)
+            return None
         os.close(fd)
 
 

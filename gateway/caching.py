@@ -87,7 +87,9 @@ class ResponseCache:
         if store is None:
             self.stores.open()
             return False
-        if control == NO_STORE or len(payload) > self._request_bytes_max or not self._caller.is_told:
+        if control == NO_STORE or query.form.sequence or len(payload) > self._request_bytes_max:
+            return False
+        if not self._caller.is_told:
             return False
         known = self._find(query)
         key = request_key(known.key, payload)

@@ -13,7 +13,10 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
-from penstock.client.arrays import Forms
+from penstock.client.arrays import Forms, in_sequence
+from penstock.client.terms import check_sequence
+from penstock.gateway.changes import Changes, Style
+from penstock.gateway.classification import read_classes
 from penstock.gateway.jsondata import BINARY_ONLY, NUMBERS, dump_data, loads, pack_data
 from penstock.wire.codec import unpack_layout, unpack_outcome
 from penstock.wire.datatypes import ITEM_SIZES, element_count
@@ -37,26 +40,13 @@ ONLY_JOBS_CALL: Final = "a callback_url is for requests with the header 'Prefer:
 Write: TypeAlias = Callable[[bytes, Payload], bytes]
 
 
-class Style(NamedTuple):
-    """How outputs are to be answered: those named in ``exceptions`` the other way than ``binary`` says."""
-
-    binary: bool
-    exceptions: frozenset[str] = frozenset()
-
-    @property
-    def all_binary(self) -> bool:
-        return self.binary and not self.exceptions
-
-    def is_binary(self, name: str) -> bool:
-        return self.binary != (name in self.exceptions)
-
-
 class Query(NamedTuple):
     """What a request's JSON says: everything but its tensors. ``timeout_s``: 0 where it names none. ``explain``: the
     answer is to say where its time went.
 
     ``reusable``: another request with the same JSON and other binary tensors means the same, as long as the model
-    stays. ``write``: how another protocol than this one says the answer.
+    stays. ``write``: how another protocol than this one says the answer. ``change``: what is to become of the answer
+    before it is said.
     """
 
     spec: ModelSpec
@@ -67,12 +57,13 @@ class Query(NamedTuple):
     explain: bool
     reusable: bool
     write: Write | None = None
+    change: Changes | None = None
 
 
 class Reading(NamedTuple):
     """What a body says beside its tensors' bytes, before it is held against the model; all as in Query. ``priority``: 0
-    where it says none. ``callback_url``: what it gives for it, None where it gives nothing. A reading can be made in
-    another process."""
+    where it says none. ``sequence``: its id, and whether the request starts and ends it. ``callback_url``: what it
+    gives for it, None where it gives nothing. A reading can be made in another process."""
 
     layout: Layout
     style: Style
@@ -82,6 +73,8 @@ class Reading(NamedTuple):
     explain: bool = False
     reusable: bool = False
     write: Write | None = None
+    change: Changes | None = None
+    sequence: tuple[Any, Any, Any] | None = None
     callback_url: Any = None
 
 
@@ -189,13 +182,25 @@ class Parser:
 
     def query(self, spec: ModelSpec, reading: Reading, nbytes: int, priority: int = 0, tenant: str = "") -> Query:
         """What a request asks whose tensors take ``nbytes``. Raises PenstockError when it does not fit the model."""
-        layout, style, identifier, own_priority, timeout_s, explain, reusable, write, callback_url = reading
-        form = self._forms.find(spec, layout, nbytes, priority or own_priority, tenant)
+        form = self._forms.find(spec, reading.layout, nbytes, priority or reading.priority, tenant)
+        if reading.sequence is not None:
+            form = in_sequence(form, *check_sequence(*reading.sequence))
+        callback_url = reading.callback_url
         if callback_url is not None and not self._callbacks:
             if type(callback_url) is not str:
                 raise PenstockError(BAD_INPUT, "parameter 'callback_url' is a URL")
             raise CallbackAsked(callback_url)
-        return Query(spec, form, style, identifier, timeout_s, explain, reusable, write)
+        return Query(
+            spec,
+            form,
+            reading.style,
+            reading.id,
+            reading.timeout_s,
+            reading.explain,
+            reading.reusable,
+            reading.write,
+            reading.change,
+        )
 
 
 def read_request(spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Reading, Payload]:
@@ -205,19 +210,32 @@ def read_request(spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Rea
     if type(identifier) is not str or len(identifier) > _ID_MAX:
         raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
     parameters = _object(request.get("parameters", {}), "'parameters'")
-    outputs, style = _read_outputs(request.get("outputs", []), parameters)
-    _check_style(spec, outputs, style)
+    outputs, style, change = _read_outputs(spec, request.get("outputs", []), parameters)
+    _check_style(spec, outputs, style, change)
     tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
-    priority, timeout_us, explain, callback_url = 0, 0, False, None
+    priority, timeout_us, explain, callback_url, sequence = 0, 0, False, None, None
     if parameters:
         priority = _integer(parameters, "priority", MAX_PRIORITY)
         timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
         explain = _flag(parameters, "explain", False)
         callback_url = _given(parameters["callback_url"]) if "callback_url" in parameters else None
-    layout = Layout(tuple(tensors), tuple(outputs))
-    reusable = all_binary and not identifier
-    timeout_s = timeout_us / 1e6
-    return Reading(layout, style, identifier, priority, timeout_s, explain, reusable, None, callback_url), payload
+        if "sequence_id" in parameters:
+            start, end = parameters.get("sequence_start", False), parameters.get("sequence_end", False)
+            sequence = parameters["sequence_id"], start, end
+    reading = Reading(
+        Layout(tuple(tensors), tuple(outputs)),
+        style,
+        identifier,
+        priority,
+        timeout_us / 1e6,
+        explain,
+        all_binary and not identifier and sequence is None,
+        None,
+        change,
+        sequence,
+        callback_url,
+    )
+    return reading, payload
 
 
 def _given(value: Any) -> Any:
@@ -236,7 +254,13 @@ def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
     """Of a request with an input whose data begin at ``at``; None where another of its bytes could mean something
     else."""
     tensors = unpack_layout(query.form.body).tensors
-    if query.id or len(tensors) != 1 or tensors[0].datatype not in NUMBERS or body.count(_DATA) != 1:
+    if (
+        query.id
+        or query.form.sequence
+        or len(tensors) != 1
+        or tensors[0].datatype not in NUMBERS
+        or body.count(_DATA) != 1
+    ):
         return None
     text = body[at:].decode("latin-1")  # a character for each byte
     start = len(text) - len(text.lstrip(" \t\r\n"))
@@ -330,13 +354,14 @@ def _binary_size(each: dict[str, Any], name: str) -> int | None:
     return size
 
 
-def _read_outputs(outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], Style]:
+def _read_outputs(spec: ModelSpec, outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], Style, Changes | None]:
     default = _flag(parameters, "binary_data_output", False)
     if type(outputs) is not list:
         raise PenstockError(BAD_INPUT, "'outputs' is a list")
     _check_count(outputs, "outputs")
     names: list[str] = []
     exceptions: set[str] = set()
+    changes: Changes | None = None
     for each in outputs:
         name = _object(each, "an output").get("name")
         if type(name) is not str or len(name) > _NAME_MAX:
@@ -344,14 +369,17 @@ def _read_outputs(outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], 
         names.append(name)
         own = _object(each.get("parameters", {}), f"'parameters' of output '{name}'")
         if "classification" in own:
-            raise PenstockError(BAD_INPUT, f"output '{name}': the classification extension is not there")
+            changes = changes or Changes(spec.batchable)
+            changes.classes[name] = read_classes(spec, name, own["classification"])
         if _flag(own, "binary_data", default) != default:
             exceptions.add(name)
-    return names, Style(default, frozenset(exceptions))
+    return names, Style(default, frozenset(exceptions)), changes
 
 
-def _check_style(spec: ModelSpec, outputs: Sequence[str], style: Style) -> None:
+def _check_style(spec: ModelSpec, outputs: Sequence[str], style: Style, changes: Changes | None) -> None:
     for each in spec.outputs:
+        if changes is not None and changes.has(each.name):
+            continue
         if each.datatype in BINARY_ONLY and (not outputs or each.name in outputs) and not style.is_binary(each.name):
             raise PenstockError(
                 BAD_INPUT,

@@ -13,11 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock.client.events import Complete
+from penstock.gateway.changes import Style
 from penstock.gateway.clerk import Sheet
 from penstock.gateway.clerks import Clerks
 from penstock.gateway.compression import compress
 from penstock.gateway.connection import Exchange, take_slot
-from penstock.gateway.inference import Query, Reading, Style, Write, render_body
+from penstock.gateway.inference import Query, Reading, Write, render_body
 from penstock.gateway.parse import Parse, Read
 from penstock.wire.errors import INTERNAL, OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import Payload

@@ -14,8 +14,9 @@ import orjson
 
 from penstock.gateway.about import INFERENCE_ERRORS, OBJECT, PLAIN, About, json
 from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.changes import Style
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import Reading, Style, cut
+from penstock.gateway.inference import Reading, cut
 from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
 from penstock.gateway.parse import Parse
 from penstock.gateway.routes import Route

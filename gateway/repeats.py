@@ -13,8 +13,9 @@ from typing import Any, Final, NamedTuple
 from penstock.gateway.connection import Exchange
 from penstock.wire.metrics import Value
 
-_ANSWERS_MAX: Final = 1024
+_ANSWERS_MAX: Final = 16_384
 _BYTES_MAX: Final = 16 << 20  # of requests and answers
+_EACH_BYTES: Final = 512  # that one takes beside its bytes
 _EACH_MAX: Final = 64 * 1024  # of a request, and of an answer
 _TOTAL: Final = b"total;dur="  # of Server-Timing, which is anew for each
 _END: Final = b"\r\n"
@@ -62,12 +63,24 @@ class Repeats:
         end = response.find(_END, at)
         if at < len(_TOTAL) or end < 0:
             return False
-        if told != self._told or len(self._known) >= _ANSWERS_MAX or self._bytes >= _BYTES_MAX:
+        if told != self._told:
             self.clear(told)
-        self._known[target, bytes(body)] = Repeat(response[:at], response[end:], until, hits, hit_s)
-        self._bytes += len(body) + len(response)
+        self._forget(target, bytes(body))
+        while self._known and (len(self._known) >= _ANSWERS_MAX or self._bytes >= _BYTES_MAX):
+            self._forget(*next(iter(self._known)))
+        self._known[target, bytes(body)] = repeat = Repeat(response[:at], response[end:], until, hits, hit_s)
+        self._bytes += _size(body, repeat)
         return True
+
+    def _forget(self, target: object, body: bytes) -> None:
+        repeat = self._known.pop((target, body), None)
+        if repeat is not None:
+            self._bytes -= _size(body, repeat)
 
     def clear(self, told: int) -> None:
         self._known.clear()
         self._bytes, self._told = 0, told
+
+
+def _size(body: Any, repeat: Repeat) -> int:
+    return len(body) + len(repeat.before) + len(repeat.after) + _EACH_BYTES

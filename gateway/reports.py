@@ -119,7 +119,7 @@ class _Collector(Collector):
             for sample in series:
                 samples.setdefault(sample.family, []).append((name, sample))
         for family, about in FAMILIES.items():
-            if family in samples:
+            if family in samples and not about.quiet:
                 yield _metric(family, about, samples[family])
         yield from triton_metrics(sample for _, series in self._snapshots for sample in series)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from penstock.gateway.application import Application
 from penstock.gateway.connection import Http
@@ -27,7 +27,7 @@ from penstock.wire.process import fields
 
 log = logging.getLogger("penstock.jobs")
 
-POLL_S: Final = 2.0  # between two looks whether the store has changed, while nobody says so
+DEAF_POLL_S: Final = 1.0  # between two looks whether the store has changed, where nobody can say so
 BUSY_POLL_S: Final = 0.2  # likewise, while jobs run that may be cancelled
 LOOK_S: Final = 5.0  # between two looks for what only time brings: leases that are over, jobs that are to be forgotten
 _AWAY_S: Final = 1.0  # before a store that did not answer is asked again
@@ -60,6 +60,14 @@ class _Run:
             self.answer.set_result(None)
 
 
+class _Seen(NamedTuple):
+    """What a look at the store found: its change, jobs that are now ours, and those of ours that are not wanted."""
+
+    change: int
+    claimed: Sequence[Job]
+    cancelled: Collection[str]
+
+
 def not_before(job: Job, now: float) -> float:
     """When a job that could not be run is to be tried again."""
     return now + min(_BACKOFF_S * 2.0 ** min(job.attempts - 1, 20), _BACKOFF_MAX_S)
@@ -89,8 +97,10 @@ class Runner:
         broker_s: Callable[[], float],
         ended: Callable[[Job], None],
     ) -> None:
-        """``broker_s``: for how long the broker has been known, 0 while it is not. ``ended``: a job has."""
+        """``broker_s``: for how long the broker has been known, 0 while it is not. ``ended``: a job has. ``heard``, to
+        be set: whether gateways can wake it."""
         self.running: dict[str, _Run] = {}
+        self.heard = False
         self._application = application
         self._http = http
         self._store = store
@@ -104,10 +114,10 @@ class Runner:
         self._tasks: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
         self._room = asyncio.Event()  # a job has ended
-        self._change = 0
+        self._change: int | None = None  # of the store, when it was last looked at; None: look anyway
         self._look_at = self._renew_at = 0.0  # in the loop's time
         self._away = False  # the store does not answer, and that has been said
-        self._counted = -1  # the store's change when it was last counted what there is
+        self._counted: int | None = None  # the store's change when it was last counted what there is
 
     def wake(self) -> None:
         self._woken.set()
@@ -126,25 +136,41 @@ class Runner:
 
     async def _turn(self, now: float) -> float:
         """Do what there is to do. For how many seconds there will be nothing, unless it is woken."""
-        change = await self._ask(self._store.change)
         looks = now >= self._look_at
-        if change != self._change or looks:
-            self._change = change
-            await self._claim()
-            if self.running:
-                for ident in await self._ask(self._store.wanted_cancels, self._owner):
-                    if ident in self.running:
-                        self.running[ident].stop("cancelled")
+        room = self._options.running_max - len(self.running)
+        seen = await self._ask(self._look, None if looks else self._change, room, bool(self.running), looks)
+        if seen is not None:
+            # Where there was no room for all, there may be by the next time.
+            self._change = seen.change if len(seen.claimed) < room else None
+            for job in seen.claimed:
+                self._begin(job)
+            for ident in seen.cancelled:
+                if ident in self.running:
+                    self.running[ident].stop("cancelled")
         if looks:
             self._look_at = now + LOOK_S
-            await self._ask(self._store.sweep, time.time())
             await self._count()
         if self.running and now >= self._renew_at:
             await self._renew(now)
-        return BUSY_POLL_S if self.running else POLL_S
+        if self.running:
+            return BUSY_POLL_S
+        return max(0.0, self._look_at - now) if self.heard else DEAF_POLL_S
+
+    def _look(self, change: int | None, room: int, has_running: bool, sweeps: bool) -> _Seen | None:
+        """All that is asked of the store, on one thread: to hand over costs more than to ask. None where nothing has
+        changed since ``change``."""
+        store, now = self._store, time.time()
+        seen = store.change()
+        if seen == change:
+            return None
+        claimed = store.claim(self._owner, room, now, self._options.lease_s) if room > 0 else ()
+        cancelled = store.wanted_cancels(self._owner) if has_running else ()
+        if sweeps:
+            store.sweep(now)
+        return _Seen(seen, claimed, cancelled)
 
     async def _count(self) -> None:
-        if self._counted == self._change:
+        if self._change is not None and self._counted == self._change:
             return
         self._counted = self._change
         counts = await self._ask(self._store.counts)
@@ -152,15 +178,11 @@ class Runner:
             self._meters.value("penstock_jobs", status).value = number
         self._meters.value("penstock_jobs_bytes").value = counts.bytes
 
-    async def _claim(self) -> None:
-        room = self._options.running_max - len(self.running)
-        if room <= 0:
-            return
-        for job in await self._ask(self._store.claim, self._owner, room, time.time(), self._options.lease_s):
-            run = self.running[job.id] = _Run(job)
-            task = asyncio.get_running_loop().create_task(self._run(run))
-            self._tasks.add(task)
-            task.add_done_callback(self._done)
+    def _begin(self, job: Job) -> None:
+        run = self.running[job.id] = _Run(job)
+        task = asyncio.get_running_loop().create_task(self._run(run))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
 
     async def _renew(self, now: float) -> None:
         self._renew_at = now + self._options.lease_s / 3

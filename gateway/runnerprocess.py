@@ -128,6 +128,7 @@ class RunnerProcess:
             runner.wake()
 
         loop.add_reader(ear.fileno(), hear)
+        runner.heard = True
         return ear
 
 

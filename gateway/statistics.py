@@ -2,10 +2,10 @@
 after they measure.
 
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_statistics.md has the shape. Workers
-tell the broker with their beats, so that what has just run is there within one. What is not measured apart is 0: the
-copying into and out of a batch, which is within ``compute_infer``, the time of failed requests, which is with the
-others', and when the last request came. ``batch_stats`` is empty: batches are counted by ranges of sizes, and their
-times not by size. So is ``memory_usage``.
+tell the broker with their beats, so that what has just run is there within one. Durations are added up over requests,
+each of which counts the whole of its batch: ``compute_input`` gathering it, ``compute_infer`` the model itself,
+``compute_output`` the rest. ``batch_stats`` are of batches, by their rows: as they are up to 32, rounded up above, see
+size_label. The time of requests that failed before a worker had them is not measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.connection import Exchange
 from penstock.gateway.reports import Reports
 from penstock.gateway.routes import Route
-from penstock.gateway.triton import Told
+from penstock.gateway.triton import NOTHING_SPENT, Told
 from penstock.wire.errors import OVERLOADED, UNAVAILABLE, PenstockError
 from penstock.wire.messages import Snapshot
 from penstock.wire.metrics import Sample
@@ -27,7 +27,8 @@ from penstock.wire.models import SERVED
 
 EXTENSION: Final = "statistics"
 _NS: Final = 1e9
-_NOT_MEASURED: Final = ("compute_input", "compute_output")
+_MS: Final = 1e3
+_PARTS: Final = {"compute_input": "input", "compute_infer": "model", "compute_output": "output"}
 
 _Version: TypeAlias = tuple[str, str]  # the name of a model and its version
 
@@ -35,39 +36,65 @@ _Version: TypeAlias = tuple[str, str]  # the name of a model and its version
 def model_stats(samples: Iterable[Sample], versions: Iterable[_Version]) -> dict[str, list[dict[str, Any]]]:
     """Of these versions, from the samples of all processes."""
     told = Told(samples)
-    ran, answered = told.sums("penstock_request_seconds", count=True), told.answered()
-    total, queued = told.sums("penstock_request_seconds"), told.sums("penstock_queue_seconds")
-    rows, batches = told.sums("penstock_batch_rows"), told.sums("penstock_batch_rows", count=True)
-    failed: dict[_Version, float] = {}
-    for (model, version, _), value in told.failures().items():
-        failed[model, version] = failed.get((model, version), 0.0) + value
+    spent, failed, sizes, memory = told.spent(), _failed(told), _sizes(told), _memory(told)
+    answered, rows, last = told.answered(), told.rows(), told.most("penstock_last_batch_seconds")
+    failed_s = told.sums("penstock_failed_seconds")
 
     def row(key: _Version) -> dict[str, Any]:
-        queue_s, total_s = queued.get(key, 0.0), total.get(key, 0.0)
-        count = ran.get(key, 0.0)
+        times = spent.get(key, NOTHING_SPENT)
+        lost_s, batches = failed_s.get(key, 0.0), sizes.get(key, {})
         return {
             "name": key[0],
             "version": key[1],
-            "last_inference": 0,
+            "last_inference": round(last.get(key, 0.0) * _MS),
             "inference_count": round(rows.get(key, 0.0)),
-            "execution_count": round(batches.get(key, 0.0)),
+            "execution_count": sum([each["compute_infer"]["count"] for each in batches.values()]),
             "inference_stats": {
-                "success": _spent(answered.get(key, 0.0), total_s),
-                "fail": _spent(failed.get(key, 0.0), 0.0),
-                "queue": _spent(count, queue_s),
-                "compute_infer": _spent(count, max(0.0, total_s - queue_s)),
-                **{name: _spent(0, 0) for name in _NOT_MEASURED},
+                "success": _spent(answered.get(key, 0.0), max(0.0, times.total_s - lost_s)),
+                "fail": _spent(failed.get(key, 0.0), lost_s),
+                "queue": _spent(times.requests, times.queue_s),
+                "compute_input": _spent(times.requests, times.input_s),
+                "compute_infer": _spent(times.requests, times.infer_s),
+                "compute_output": _spent(times.requests, times.output_s),
                 **{
                     f"cache_{name}": _spent(counts.get(key, 0.0), seconds.get(key, 0.0))
                     for name, (counts, seconds) in told.cached().items()
                 },
             },
             "response_stats": {},
-            "batch_stats": [],
-            "memory_usage": [],
+            "batch_stats": [{"batch_size": size, **batches[size]} for size in sorted(batches)],
+            "memory_usage": memory.get(key, []),
         }
 
     return {"model_stats": [row(key) for key in versions]}
+
+
+def _failed(told: Told) -> dict[_Version, float]:
+    failed: dict[_Version, float] = {}
+    for (model, version, _), value in told.failures().items():
+        failed[model, version] = failed.get((model, version), 0.0) + value
+    return failed
+
+
+def _sizes(told: Told) -> dict[_Version, dict[int, dict[str, dict[str, int]]]]:
+    """Of the batches of each version, by their rows."""
+    found: dict[_Version, dict[int, dict[str, dict[str, int]]]] = {}
+    parts = {part: told.sums(f"penstock_size_{name}_seconds") for part, name in _PARTS.items()}
+    for key, count in told.sums("penstock_size_batches").items():
+        model, version, rows = key
+        times = {part: _spent(count, seconds.get(key, 0.0)) for part, seconds in parts.items()}
+        found.setdefault((model, version), {})[int(rows)] = times
+    return found
+
+
+def _memory(told: Told) -> dict[_Version, list[dict[str, Any]]]:
+    """What each version takes, by device: of all workers there."""
+    found: dict[_Version, list[dict[str, Any]]] = {}
+    for (model, version, device), nbytes in sorted(told.sums("penstock_model_bytes").items()):
+        kind, _, number = device.partition(":")
+        about = {"type": "GPU" if kind == "cuda" else "CPU", "id": int(number) if number.isdecimal() else 0}
+        found.setdefault((model, version), []).append(about | {"byte_size": round(nbytes)})
+    return found
 
 
 def _spent(count: float, seconds: float) -> dict[str, int]:

@@ -12,8 +12,9 @@ from typing import Any, Final, TypeAlias
 
 from penstock.gateway.about import INFERENCE_ERRORS, OBJECT, TENSORFLOW, About, a_list, an_object, json
 from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.changes import Style
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import Reading, Style
+from penstock.gateway.inference import Reading
 from penstock.gateway.parse import Parse
 from penstock.gateway.routes import Route, RouteError
 from penstock.gateway.schemas import ANY_INSTANCES, ANY_PREDICTION, EXAMPLES, RESULTS, tensorflow

@@ -96,6 +96,7 @@ class SqliteFile:
         self.path = path
         self._wait_s: Final = wait_s
         self._turns: Final = threading.BoundedSemaphore(connections_max)
+        self._writes: Final = threading.Lock()
         self._lock: Final = threading.Lock()
         self._idle: list[sqlite3.Connection] = []
         self._opened = (0, 0)  # device and inode of the file that they are connections to
@@ -112,8 +113,14 @@ class SqliteFile:
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """What is written with it is durable at its end, or not at all. Raises StoreError."""
-        with self._connection("BEGIN IMMEDIATE") as connection:
-            yield connection
+        # SQLite has who finds another writing sleep and look again, ever longer: threads of one process need not.
+        if not self._writes.acquire(timeout=self._wait_s):
+            raise StoreError(f"the store of jobs {self.path} is busy for more than {self._wait_s:g} s (store_wait_s)")
+        try:
+            with self._connection("BEGIN IMMEDIATE") as connection:
+                yield connection
+        finally:
+            self._writes.release()
 
     def change(self) -> int:
         """Another number than before when anything has been written since, by whomever. Raises StoreError."""

@@ -39,6 +39,7 @@ class StandIn:
         self.config = config
         self.why_alone = "" if batchable else "the scenario says so"
         self.run_bytes = 0
+        self.weights = None
         self.run_s = float("inf")
         self.gpu = None
         self.sizes: tuple[int, ...] = (config.preferred_batch_sizes or ()) if batchable else ()

@@ -35,6 +35,7 @@ from penstock.wire.fields import (
 )
 from penstock.wire.metrics import Sample, check_samples
 from penstock.wire.models import (
+    MAX_LABELS,
     MAX_ROUTES,
     MAX_TENSORS,
     SERVED,
@@ -54,6 +55,7 @@ VERSION: Final = 1
 PEER_ID_BYTES: Final = 8
 MAX_NAME: Final = 256  # characters of a model's, tensor's or process's name
 MAX_TENANT: Final = 64
+MAX_SEQUENCE: Final = 128  # characters, as in Triton
 MAX_SENTENCE: Final = 4096
 MAX_ENDPOINT: Final = 256
 MAX_REQUESTS: Final = 4096  # in one message
@@ -69,6 +71,7 @@ MAX_RETRY_AFTER_MS: Final = 1 << 32
 MAX_PRIORITY: Final = 5  # the least urgent; 1 is the most, and 0 stands for
 DEFAULT_PRIORITY: Final = 3
 MAX_WEIGHT: Final = 1_000_000  # thousandths
+DEFAULT_SEQUENCE_IDLE_US: Final = 1_000_000  # as in Triton
 MAX_COST_SIZES: Final = 64  # of batches, in one Cost
 
 # A payload that travels rides in its message's blob when it has at most this many bytes; a larger one is a frame of its
@@ -112,6 +115,8 @@ class Form(NamedTuple):
     nbytes: int  # of the payload
     key: bytes  # requests of different keys cannot share a batch
     body: bytes
+    sequence: str = ""  # that it is a part of, "": none; the broker's alone
+    phase: int = 0  # of that: 1 it begins, 2 it ends, 3 both
 
 
 class Requests(NamedTuple):
@@ -227,7 +232,8 @@ class Cost(NamedTuple):
 
     ``instances``: how many of its batches run at once. ``batch_rows``: how many rows its batches have at most, which
     may be fewer than the model's own limit. ``weight``: its share of the worker beside other models, in thousandths.
-    ``rows`` ascends; a batch of so many takes ``times_us``.
+    ``rows`` ascends; a batch of so many takes ``times_us``. ``sequence_idle_us``: of its sequences nothing is kept when
+    nothing has come for so long.
     """
 
     model: str
@@ -237,6 +243,7 @@ class Cost(NamedTuple):
     weight: int
     rows: tuple[int, ...]
     times_us: tuple[int, ...]
+    sequence_idle_us: int = DEFAULT_SEQUENCE_IDLE_US
 
 
 class WorkerAddress(NamedTuple):
@@ -289,8 +296,10 @@ _shape: Final = sequence(integer(0, MAX_ELEMENTS), MAX_DIMS)
 _datatype: Final = one_of(DATATYPES)
 _tensor_spec: Final = record(TensorSpec, _name, _datatype, sequence(integer(-1, MAX_ELEMENTS), MAX_DIMS))
 _tensor_specs: Final = sequence(_tensor_spec, MAX_TENSORS)
+_labels: Final = sequence(pair(_name, text(MAX_LABELS)), MAX_TENSORS)
 _spec_fields: Final = record(
-    ModelSpec, _name, _name, _name, _tensor_specs, _tensor_specs, flag, integer(1, 1 << 32), text(MAX_BUILD)
+    ModelSpec,
+    *(_name, _name, _name, _tensor_specs, _tensor_specs, flag, integer(1, 1 << 32), text(MAX_BUILD), _labels),
 )
 
 
@@ -298,6 +307,8 @@ def _model_spec(value: Any) -> ModelSpec:
     spec: ModelSpec = _spec_fields(value)
     if spec.batchable and not (spec.inputs and all(each.shape for each in spec.inputs)):
         raise BadMessage("a model that is batchable has inputs, and each of them has a first dimension")
+    if sum([len(lines) for _, lines in spec.labels]) > MAX_LABELS:
+        raise BadMessage(f"a model has labels of at most {MAX_LABELS} characters")
     return spec
 
 
@@ -339,6 +350,8 @@ _form_fields: Final = record(
     _u64,
     binary(MAX_KEY_BYTES),
     binary(MAX_BODY_BYTES),
+    text(MAX_SEQUENCE),
+    integer(0, 3),
 )
 _blob: Final = binary(1 << 31)
 
@@ -354,10 +367,10 @@ def _form(value: Any) -> Form:
     except TypeError:  # it holds something that has no hash, so it cannot be a form
         known = None
     # Equal is not the same: 1 == 1.0 == True, so a form whose numbers are not int must not pass for one that is known.
-    if known is not None and type(value[2]) is type(value[4]) is type(value[5]) is int:
+    if known is not None and type(value[2]) is type(value[4]) is type(value[5]) is type(value[9]) is int:
         return known
     form: Form = _form_fields(value)
-    if len(form.body) <= _KNOWN_BODY_MAX_BYTES:
+    if len(form.body) <= _KNOWN_BODY_MAX_BYTES and not form.sequence:
         if len(_known_forms) >= _KNOWN_FORMS_MAX:
             _known_forms.clear()
         _known_forms[form] = form
@@ -492,6 +505,7 @@ _cost_fields: Final = record(
     integer(1, MAX_WEIGHT),
     sequence(integer(1, 1 << 32), MAX_COST_SIZES),
     sequence(integer(1, MAX_TIMEOUT_US), MAX_COST_SIZES),
+    integer(1, MAX_TIMEOUT_US),
 )
 
 

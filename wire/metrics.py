@@ -36,16 +36,18 @@ MAX_EXEMPLAR: Final = 100
 
 class Family(NamedTuple):
     """A metric. ``process`` names the label that holds which process it came from; the broker fills that in, so that no
-    process can speak for another."""
+    process can speak for another. ``quiet``: it is for Triton's statistics, and not in /metrics."""
 
     kind: str
     help: str
     labels: tuple[str, ...] = ()
     process: str = ""
     bounds: tuple[float, ...] = ()
+    quiet: bool = False
 
 
 _MODEL: Final = ("model", "version")
+_SIZE: Final = (*_MODEL, "rows")
 _GPU: Final = ("gpu",)
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -56,6 +58,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "penstock_queue_requests": Family(GAUGE, "Requests that wait in the broker", _MODEL),
     "penstock_running_requests": Family(GAUGE, "Requests that a worker holds", _MODEL),
     "penstock_held_bytes": Family(GAUGE, "Bytes of tensors in messages that the broker holds"),
+    "penstock_sequences": Family(GAUGE, "Sequences that are open"),
     "penstock_workers": Family(GAUGE, "Workers that are connected"),
     "penstock_callers": Family(GAUGE, "Gateways and clients that are connected"),
     # A worker's.
@@ -94,6 +97,22 @@ FAMILIES: Final[dict[str, Family]] = {
     "penstock_model_evictions": Family(
         COUNTER, "Times that a version was unloaded to make room for another", _MODEL, "worker"
     ),
+    # Of requests, each counts the whole of its batch.
+    "penstock_input_seconds": Family(COUNTER, "Gathering inputs for batches, of all requests", _MODEL, "worker"),
+    "penstock_model_seconds": Family(COUNTER, "In the model itself, of all requests", _MODEL, "worker"),
+    "penstock_failed_seconds": Family(
+        COUNTER, "From acceptance to the end of the batch, of requests that failed in one", _MODEL, "worker"
+    ),
+    "penstock_failed_rows": Family(COUNTER, "Rows of requests that failed in a batch", _MODEL, "worker"),
+    "penstock_last_batch_seconds": Family(GAUGE, "When a batch ended last, Unix time", _MODEL, "worker"),
+    "penstock_model_bytes": Family(
+        GAUGE, "Weights of a model and memory that it runs in", (*_MODEL, "device"), "worker"
+    ),
+    # Of batches, by their rows: see size_label.
+    "penstock_size_batches": Family(COUNTER, "Batches", _SIZE, "worker", quiet=True),
+    "penstock_size_input_seconds": Family(COUNTER, "Gathering their inputs", _SIZE, "worker", quiet=True),
+    "penstock_size_model_seconds": Family(COUNTER, "In the model itself", _SIZE, "worker", quiet=True),
+    "penstock_size_output_seconds": Family(COUNTER, "Taking apart their outputs", _SIZE, "worker", quiet=True),
     "penstock_unacknowledged_bytes": Family(GAUGE, "Results kept until acknowledged", (), "worker"),
     # A worker's for a GPU, as NVML tells. ``gpu``: its UUID. Several workers on one GPU tell the same of it.
     "penstock_gpu_utilization": Family(GAUGE, "Share of the time that something ran on it, 0 to 1", _GPU, "worker"),
@@ -163,6 +182,13 @@ FAMILIES: Final[dict[str, Family]] = {
     "penstock_process_cpu_seconds": Family(COUNTER, "Processor time", (), "process"),
     "penstock_process_resident_bytes": Family(GAUGE, "Resident memory", (), "process"),
 }
+
+
+def size_label(rows: int) -> int:
+    """The size as which a batch is counted: itself up to 32 rows, and above that rounded up to an eighth of the power
+    of two that it is above, so that a model has no more than some 90 sizes."""
+    step = max(1, 1 << max(0, (rows - 1).bit_length() - 4)) if rows > 32 else 1
+    return -(-rows // step) * step
 
 
 class Exemplar(NamedTuple):

@@ -21,6 +21,7 @@ STATES: Final = frozenset({LOADING, READY, UNAVAILABLE, IDLE})
 SERVED: Final = frozenset({READY, IDLE})  # states of what can be asked
 
 MAX_TENSORS: Final = 1024  # inputs or outputs of a model
+MAX_LABELS: Final = 512 * 1024  # characters, of all classes of a model
 MAX_ROUTES: Final = 64  # versions, labels and parts of a Route
 WHOLE: Final = 100  # what the parts of the traffic add up to
 
@@ -39,6 +40,7 @@ class ModelSpec(NamedTuple):
 
     ``build``: "" where answers are not to be cached. A worker tells a digest of what it has loaded; callers are told a
     token of the broker's, which is another as soon as any worker serves other content under the same version.
+    ``labels``: of outputs that tell classes apart, by the output's name: what each class is called, a line each.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ModelSpec(NamedTuple):
     batchable: bool
     max_batch_size: int
     build: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 class Unnamed(ModelSpec):

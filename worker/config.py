@@ -15,12 +15,18 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 import msgspec
 import msgspec.inspect
 
+from penstock.worker.classlabels import problem_of_file
 from penstock.worker.tomllines import KeyPath, find_line
 from penstock.worker.versions import NAMED_MAX, VersionNumber, VersionPolicy, is_version
 
 _UNITS_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(us|ms|s)")
-_LONGEST_S: Final = {"max_queue_delay": 60.0, "latency_target": 60.0, "max_compute": 3600.0}
+_LONGEST_S: Final = {
+    "max_queue_delay": 60.0,
+    "latency_target": 60.0,
+    "max_compute": 3600.0,
+    "max_sequence_idle": 86400.0,
+}
 _SIZES_MAX: Final = 32  # preferred ones
 MAX_BATCH_SIZE: Final = 4096  # rows
 _FORMS: Final = {"version_policy": '"latest", "all", {latest = 2} or [3, 5]'}  # of keys that have several
@@ -58,6 +64,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     # Where requests that name no version go, in percent: labels, or numbers of versions. Nothing: to the newest version
     # that the policy asks for.
     traffic: Annotated[dict[str, _Percent], msgspec.Meta(max_length=NAMED_MAX)] = {}
+    # What the classes of an output are called, for classification: {output = "labels.txt"}, a file in the model's
+    # directory with a label in each line.
+    class_labels: Annotated[dict[str, str], msgspec.Meta(max_length=NAMED_MAX)] = {}
     # Workers that load it: "cpu", "cuda:0", or "cuda" for those on any GPU. None: all.
     devices: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=_DEVICES_MAX)] | None = None
     # 0: requests run alone, whatever the model could; None: the largest of the preferred, or DEFAULT_BATCH_SIZE.
@@ -69,6 +78,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     preferred_batch_sizes: Annotated[tuple[_Rows, ...], msgspec.Meta(min_length=1, max_length=_SIZES_MAX)] | None = None
     response_cache: bool = False  # gateways keep answers, and give them again to requests of the same inputs
     weight: Annotated[float, msgspec.Meta(ge=0.001, le=1000)] = 1.0  # the model's share of a worker beside other models
+    max_sequence_idle: str = "1s"  # when nothing of a sequence has come for so long, it is over
     # Batches of this model that run at once; on a GPU 2, unless it is said.
     instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     intra_op_threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
@@ -88,6 +98,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def max_queue_delay_s(self) -> float:
         return parse_duration(self.max_queue_delay)
+
+    @property
+    def max_sequence_idle_s(self) -> float:
+        return parse_duration(self.max_sequence_idle)
 
     @property
     def latency_target_s(self) -> float:
@@ -195,6 +209,8 @@ def _problems(config: ModelConfig) -> Iterator[tuple[KeyPath, str]]:
                 raise ValueError(f"{text!r} is longer than {most_s:.0f}s")
         except ValueError as error:
             yield (key,), f"key '{key}': {error}"
+    if not config.max_sequence_idle_s:
+        yield ("max_sequence_idle",), "key 'max_sequence_idle': it is more than nothing, such as '1s'"
     if config.max_compute is not None and not config.max_compute_s:
         yield ("max_compute",), "key 'max_compute': it is more than nothing; without the key, 30s or more"
     yield from _problems_of_versions(config)
@@ -212,6 +228,9 @@ def _problems_of_versions(config: ModelConfig) -> Iterator[tuple[KeyPath, str]]:
             what = "it is neither a label of this file nor a version's number"
             hint = _hint(target, list(config.labels), "labels are") if config.labels else "there are no labels"
             yield ("traffic", target), f"key 'traffic.{_shown(target)}': {what}; {hint}"
+    for output, file in config.class_labels.items():
+        if problem := problem_of_file(file):
+            yield ("class_labels", output), f"key 'class_labels.{_shown(output)}': {problem}"
     total = sum(config.traffic.values())
     if config.traffic and total != 100:
         yield ("traffic",), f"key 'traffic': it adds up to {total}; make it 100"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from mmap import mmap
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -50,9 +50,19 @@ class Publication:
             slot.give_back()
 
 
+class Run(NamedTuple):
+    """What the model took that did not fail: rows, and the seconds for gathering, running and taking apart."""
+
+    rows: int
+    input_s: float
+    model_s: float
+    output_s: float
+
+
 @dataclass(slots=True)
 class Executed:
-    """A batch that has run, and what its callers get of it. Times in seconds."""
+    """A batch that has run, and what its callers get of it. Times in seconds. ``failed_s``, ``failed_rows``: of the
+    requests in it that failed; ``ended``: Unix time."""
 
     model: Model
     batch: Batch
@@ -63,6 +73,10 @@ class Executed:
     ]  # from acceptance by the broker to the start of the batch, and for how many requests
     compute_s: float
     cpu_s: float  # of the thread that ran it
+    runs: list[Run] = field(default_factory=list)
+    failed_s: float = 0.0
+    failed_rows: int = 0
+    ended: float = 0.0
 
 
 def execute(model: Model, batch: Batch, slots: Slots | None = None) -> Executed:
@@ -81,7 +95,19 @@ def execute(model: Model, batch: Batch, slots: Slots | None = None) -> Executed:
     took = time.monotonic() - running.start
     info = BatchInfo(batch.serial, batch.rows, batch.reason, int(took * 1e6), int(running.model_s * 1e6))
     queue_s = [(_queue_us(lot, running.start) * 1e-6, len(lot.ids)) for lot in batch.lots]
-    return Executed(model, batch, info, running.publications, queue_s, took, time.thread_time() - cpu_start)
+    return Executed(
+        model,
+        batch,
+        info,
+        running.publications,
+        queue_s,
+        took,
+        time.thread_time() - cpu_start,
+        running.runs,
+        running.failed_s + running.failed * took,
+        running.failed_rows,
+        time.time(),
+    )
 
 
 def _queue_us(lot: Lot, start: float) -> int:
@@ -96,6 +122,9 @@ class _Running:
         self.start = time.monotonic()
         self.publications: dict[bytes, Publication] = {}
         self.model_s = 0.0
+        self.runs: list[Run] = []
+        self.failed = self.failed_rows = 0
+        self.failed_s = 0.0  # before the batch
         self._model = model
         self._slots = slots
         self._batch = batch
@@ -105,6 +134,7 @@ class _Running:
         self._batch.runs += 1
         with self._model.staging() as staging:
             self._run_in(staging, lots)
+        self.runs.append(Run(sum([lot.rows for lot in lots]), *self._took, time.monotonic() - self._answering))
 
     def run_apart(self, lots: Sequence[Lot], error: Exception) -> None:
         """``error`` is what all of them together gave. Raises CudaError."""
@@ -141,13 +171,16 @@ class _Running:
         publication = self._publication(lot)
         publication.groups.append(failure_answers(error, _queue_us(lot, self.start), (number,)))
         publication.failed.append(error.code)
+        self.failed += 1
+        self.failed_rows += lot.plan.rows
+        self.failed_s += _queue_us(lot, self.start) * 1e-6
 
     def _publication(self, lot: Lot) -> Publication:
         return self.publications.setdefault(lot.caller, Publication())
 
     def _run_in(self, staging: AnyStaging | None, lots: Sequence[Lot]) -> None:
         """``staging``: where it runs, if there is memory for it already."""
-        model = self._model
+        start, model = time.monotonic(), self._model
         rows = sum([lot.rows for lot in lots])
         count = rows if model.spec.batchable else 1
         places: Sequence[Array | None] = (
@@ -155,11 +188,12 @@ class _Running:
         )
         stays = staging is None or staging.stays
         feeds = [_gather(model, lots, at, rows, place, stays) for at, place in enumerate(places)]
+        self._gathered_s = time.monotonic() - start
         if self._slots is not None and self._run_placed(staging, lots, count, feeds, self._slots):
             return
         begin = time.monotonic()
         outputs = model.run(feeds) if staging is None else model.run_in(staging, count, feeds)
-        self.model_s += time.monotonic() - begin
+        self._ran(begin)
         if len(lots) == 1 and len(lots[0].ids) == 1:
             self._answer(lots[0], outputs)
             return
@@ -174,6 +208,12 @@ class _Running:
             end = at + lot.rows
             self._answer(lot, [output[at:end] for output in outputs])
             at = end
+
+    def _ran(self, begin: float) -> None:
+        """The model has, since then."""
+        self._answering = time.monotonic()
+        self._took = self._gathered_s, self._answering - begin
+        self.model_s += self._took[1]
 
     def _run_placed(
         self, staging: AnyStaging | None, lots: Sequence[Lot], count: int, feeds: Sequence[Array], slots: Slots
@@ -196,7 +236,7 @@ class _Running:
         try:
             start = time.monotonic()
             ran = self._model.run_into(feeds, shapes, slots.address + slot.place, staging, count)
-            self.model_s += time.monotonic() - start
+            self._ran(start)
             if not ran:
                 return False
             begin = 0

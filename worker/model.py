@@ -139,6 +139,7 @@ class Model:
         self._has_bf16 = "BF16" in datatypes
         if {"BF16", "BYTES"} <= datatypes:
             raise LoadError("it has both bfloat16 and string tensors, which cannot be run together from Python")
+        self.unlabelled: list[str] = []  # sentences: why classes of its outputs have no labels
         self.run_s = float("inf")  # how long a full batch took when it was tried
         self.warm_s: dict[int, float] = {}  # what a batch took at warm-up, by rows
         self.run_bytes = 0  # what its runs take beside its weights, as far as it was tried

@@ -17,6 +17,7 @@ import numpy as np
 from penstock.wire.datatypes import element_count
 from penstock.wire.process import fields
 from penstock.wire.tensors import DTYPES, Array, from_bf16, to_bf16
+from penstock.worker.classlabels import read_labels
 from penstock.worker.config import CPU, without_effect
 from penstock.worker.costs import batch_sizes
 from penstock.worker.memory import give_back, heap_bytes
@@ -45,6 +46,7 @@ def load_and_probe(
     if file.problem:
         raise LoadError(file.problem)
     model = load(file.path, file.name, file.version, file.config, store, device)
+    model.spec, model.unlabelled = read_labels(model.spec, file.labels)
     give_back()  # what loading has freed: ONNX Runtime copies weights for a moment, one by one
     size = probe(model)
     if not warm:
@@ -60,7 +62,7 @@ def load_and_probe(
 def unheeded(file: ModelFile, model: Model) -> list[str]:
     """What a loaded model's configuration asks for and does not get, a sentence each."""
     said = [without_effect(file.config, model.why_alone, file.config_name), *contradictions(file.declared, model.spec)]
-    return [*file.unheeded, *filter(None, said)]
+    return [*file.unheeded, *filter(None, said), *model.unlabelled]
 
 
 def probe(model: Model) -> int:

@@ -62,7 +62,8 @@ class ModelFile:
     """A version of a model to be served, or (with ``problem``, a sentence) one that cannot be. ``config_name``: of the
     file that ``config`` is from, if it is from one; ``unheeded``: what that asks for and does not get, a sentence each;
     ``declared``: the inputs and outputs that it names. ``warmup``: where requests lie that are run before it serves,
-    if anywhere. ``note``: what else there is to say of it. ``fingerprint``: by which a change of its files is seen."""
+    if anywhere. ``note``: what else there is to say of it. ``fingerprint``: by which a change of its files is seen.
+    ``labels``: files that say what the classes of its outputs are called, by output."""
 
     name: str
     version: str
@@ -75,6 +76,7 @@ class ModelFile:
     warmup: Path | None = None
     note: str = ""
     fingerprint: Fingerprint = field(default=(), compare=False)
+    labels: tuple[tuple[str, Path], ...] = ()
 
     @property
     def mark(self) -> tuple[object, ...]:
@@ -292,13 +294,16 @@ class Repository:
             fingerprint = tuple(_fingerprint(directory, ""))
             if warmup is not None and warmup.parent != directory:
                 fingerprint += tuple(_fingerprint(warmup, f"../{WARM_UP}/"))
+            for each in dict.fromkeys(found.config.class_labels.values()):
+                fingerprint += _stamp(directory.parent / each, f"../{each}")
             problem = self._problem_of_version(directory, path, fingerprint, root)
             note = "" if problem else _beside(path)
         except FileNotFoundError:
             problem = f"{path} does not exist"
         except OSError as error:
             problem = f"cannot read {directory}: {error.strerror}"
-        told = found.unheeded, found.declared, warmup, note, fingerprint
+        labels = tuple([(output, directory.parent / each) for output, each in found.config.class_labels.items()])
+        told = found.unheeded, found.declared, warmup, note, fingerprint, labels
         return ModelFile(name, directory.name, path, found.config, problem, kept.name, *told)
 
     def _problem_of_version(self, directory: Path, path: Path, fingerprint: Fingerprint, root: Path) -> str:
@@ -310,7 +315,7 @@ class Repository:
             kind = "is no file" if os.path.lexists(path) else "does not exist"
             return f"{path} {kind}{_instead(path)}"
         for each in fingerprint:
-            if not each[0].startswith("..") and (out := self._leads_out(directory / each[0], root)):
+            if not each[0].startswith(f"../{WARM_UP}/") and (out := self._leads_out(directory / each[0], root)):
                 return out
         return ""
 

@@ -20,7 +20,7 @@ from penstock.wire.messages import (
     WorkerHello,
     WorkerModels,
 )
-from penstock.wire.metrics import Meters
+from penstock.wire.metrics import Meters, Value, size_label
 from penstock.wire.models import IDLE, READY, SERVED, UNAVAILABLE, Load, ModelState, Route
 from penstock.worker.batcher import Batch, Batcher, Line, ModelKey, Rules
 from penstock.worker.costs import Curve, batch_sizes
@@ -59,7 +59,16 @@ class _Series:
         self.request_seconds = meters.histogram("penstock_request_seconds", *key)
         self.compute_seconds = meters.histogram("penstock_compute_seconds", *key)
         self.batch_rows = meters.histogram("penstock_batch_rows", *key)
+        self.sizes: dict[int, tuple[Value, ...]] = {}
+        self.input_seconds = meters.value("penstock_input_seconds", *key)
+        self.model_seconds = meters.value("penstock_model_seconds", *key)
+        self.last = meters.value("penstock_last_batch_seconds", *key)
         self.batches = {reason: meters.value("penstock_batches", *key, reason) for reason in BATCH_REASONS}
+
+
+def _size_of(meters: Meters, key: ModelKey, rows: int) -> tuple[Value, ...]:
+    names = "batches", "input_seconds", "model_seconds", "output_seconds"
+    return tuple([meters.value(f"penstock_size_{name}", *key, str(rows)) for name in names])
 
 
 class _Served:
@@ -145,6 +154,8 @@ class Serving:
             self._leaving.pop(key, None)
             before = self._served.get(key)
             self._meters.value("penstock_model_run_bytes", *key).value = model.run_bytes
+            nbytes = model.run_bytes + (model.weights.nbytes if model.weights is not None else 0)
+            self._meters.value("penstock_model_bytes", *key, self.identity.device).value = nbytes
             self._meters.value("penstock_model_evictions", *key)  # from 0, so that the first one is seen
             curve = Curve(model.sizes or batch_sizes(model.spec.max_batch_size), bool(model.sizes))
             curve.begin(model.warm_s)
@@ -295,6 +306,23 @@ class Serving:
         series.compute_seconds.observe(event.compute_s)
         series.batch_rows.observe(batch.rows)
         series.batches[batch.reason].value += 1
+        requests = sum([count for _, count in event.queue_s])
+        for run in event.runs:
+            series.input_seconds.value += run.input_s * requests
+            series.model_seconds.value += run.model_s * requests
+            size = size_label(run.rows)
+            values = series.sizes.get(size)
+            if values is None:
+                values = series.sizes[size] = _size_of(self._meters, key, size)
+            batches, input_s, model_s, output_s = values
+            batches.value += 1
+            input_s.value += run.input_s
+            model_s.value += run.model_s
+            output_s.value += run.output_s
+        series.last.value = max(series.last.value, event.ended)
+        if event.failed_rows:
+            self._meters.value("penstock_failed_seconds", *key).value += event.failed_s
+            self._meters.value("penstock_failed_rows", *key).value += event.failed_rows
 
     def measure(self) -> None:
         """What batches are expected to be, at the time of a beat."""
@@ -384,7 +412,8 @@ class Serving:
             served = self._served[key]
             config = served.model.config
             rows = served.rows_told = served.line.limit
-            costs.append(Cost(*key, config.instances, rows, config.weight_thousandths, *served.curve.tell()))
+            weight, idle_us = config.weight_thousandths, max(1, round(config.max_sequence_idle_s * 1e6))
+            costs.append(Cost(*key, config.instances, rows, weight, *served.curve.tell(), idle_us))
         return [Costs(epoch, costs)] if costs else []
 
     def _has_changed(self, key: ModelKey) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from penstock.wire.models import ModelSpec, TensorSpec
+from penstock.worker.classlabels import problem_of_file
 from penstock.worker.config import CPU, MAX_BATCH_SIZE, ConfigError, ModelConfig, Provider, default_config
 from penstock.worker.textformat import find_line, read_text
 from penstock.worker.tritonfields import (
@@ -35,6 +36,7 @@ FILE_NAME: Final = "config.pbtxt"
 MODEL_FILE_NAME: Final = "model.onnx"
 TRITON_KEYS: Final = frozenset(each.partition(":")[0] for each in re.split(r"[ |]", TRITON.messages["ModelConfig"]))
 _DELAY_US_MAX: Final = 60_000_000
+_IDLE_US_MAX: Final = 86_400_000_000
 _INSTANCES_MAX: Final = 64
 _THREADS_MAX: Final = 1024
 _NUMBER: Final = re.compile(r"\d{1,20}", re.ASCII)
@@ -150,6 +152,11 @@ class _Reader:
             elif generic in UNHEEDED:
                 self._say(path, UNHEEDED[generic])
         values: dict[str, Any] = {"version_policy": self._version_policy()}
+        values["class_labels"] = self._class_labels()
+        idle_us = self.message.sequence_batching.max_sequence_idle_microseconds
+        if idle_us:
+            path = "sequence_batching.max_sequence_idle_microseconds"
+            values["max_sequence_idle"] = f"{self._within(path, idle_us, 1, _IDLE_US_MAX)}us"
         values |= self._batches() | self._instances() | self._accelerators() | self._optimization()
         values |= self._parameters({key: each.string_value for key, each in self.message.parameters.items()})
         values["response_cache"] = self.message.response_cache.enable
@@ -189,6 +196,17 @@ class _Reader:
             path = "version_policy.latest.num_versions"
             return {"latest": self._within(path, policy.latest.num_versions, 1, NAMED_MAX)}
         return "latest"
+
+    def _class_labels(self) -> dict[str, str]:
+        files: dict[str, str] = {}
+        for index, each in enumerate(self.message.output):
+            if not each.label_filename:
+                continue
+            path = f"output[{index}].label_filename"
+            if problem := problem_of_file(each.label_filename):
+                raise self._error(path, problem)
+            files[each.name] = each.label_filename
+        return files
 
     def _batches(self) -> dict[str, Any]:
         message, batching = self.message, self.message.dynamic_batching

@@ -6,6 +6,9 @@ from typing import Final
 
 _PRIORITIES: Final = "a request says its own, 1 to 5, and 3 where it says nothing"
 _QUEUES: Final = "a request's time is its own `timeout`, or [gateway] request_timeout_s; late ones are refused"
+_SEQUENCES: Final = (
+    "requests of a sequence go one after another to the worker that has it, and share batches with others"
+)
 _TENSORRT_ONLY: Final = "it is for TensorRT plans, and this is an ONNX model; leave it out"
 # What is asked for and not given: the field (a whole message where it is one), and why, with the way out.
 UNHEEDED: Final = {
@@ -16,7 +19,6 @@ UNHEEDED: Final = {
     "input.optional": "a request may leave out only what has a value in the ONNX file; give it one there",
     "input.is_non_linear_format_io": _TENSORRT_ONLY,
     "output.reshape": "answers have the shape that the model gives them; change it in the model, or in the client",
-    "output.label_filename": "there is no classification extension; have the client look up labels",
     "output.is_shape_tensor": _TENSORRT_ONLY,
     "output.is_non_linear_format_io": _TENSORRT_ONLY,
     "optimization.priority": "between models it is `weight` in a model.toml that counts",
@@ -26,6 +28,12 @@ UNHEEDED: Final = {
     "optimization.execution_accelerators.cpu_execution_accelerator": "ONNX Runtime's own CPU provider is the only one",
     "optimization.gather_kernel_buffer_threshold": "batches are gathered in pinned memory and copied once",
     "optimization.eager_batching": "a batch is gathered when it is closed",
+    "sequence_batching.direct.max_queue_delay_microseconds": _SEQUENCES,
+    "sequence_batching.direct.minimum_slot_utilization": _SEQUENCES,
+    "sequence_batching.oldest.max_candidate_sequences": "[broker] sequences_max bounds sequences",
+    "sequence_batching.oldest.preferred_batch_size": _SEQUENCES,
+    "sequence_batching.oldest.max_queue_delay_microseconds": _SEQUENCES,
+    "sequence_batching.oldest.preserve_ordering": _SEQUENCES,
     "dynamic_batching.preserve_ordering": (
         "answers come as they are ready, those of one HTTP connection in order; order them in the client by their ids"
     ),
@@ -57,8 +65,11 @@ AGREED: Final = frozenset(
 )
 # What nobody can be served without, each with the way out.
 REFUSED: Final = {
-    "sequence_batching": "requests are independent here, and none is kept for the next; make the state an input and an "
+    "sequence_batching.control_input": "requests of a sequence run one after another on one worker, and nobody makes "
+    "these inputs; make them inputs that requests carry",
+    "sequence_batching.state": "nothing is kept for the next request of a sequence; make the state an input and an "
     "output, and have the client carry it",
+    "sequence_batching.iterative_sequence": "a request has one answer; have the client ask again",
     "ensemble_scheduling": "there are no ensembles; merge the models into one (onnx.compose), or call them one by one",
     "batch_input": "Triton makes these inputs, and nobody does so here; make them inputs that requests carry",
     "batch_output": "outputs are taken apart by rows; export the model with a row for each row of the input",
@@ -78,6 +89,7 @@ TAKEN: Final = frozenset(
         "output.name",
         "output.data_type",
         "output.dims",
+        "output.label_filename",
         "optimization.graph.level",
         "optimization.cuda.graphs",
         "optimization.execution_accelerators.gpu_execution_accelerator",
@@ -85,6 +97,7 @@ TAKEN: Final = frozenset(
         "optimization.output_pinned_memory.enable",
         "dynamic_batching.preferred_batch_size",
         "dynamic_batching.max_queue_delay_microseconds",
+        "sequence_batching.max_sequence_idle_microseconds",
         "instance_group.kind",
         "instance_group.count",
         "instance_group.gpus",

@@ -214,13 +214,15 @@ class CallerTalk(PeerTalk):
         priority: int = 0,
         epoch: int = EPOCH,
         places: Sequence[int] = (),
+        sequence: str = "",
+        phase: int = 0,
     ) -> tuple[int, ...]:
         """Ask for ``count`` requests of one form, each with ``size`` bytes, in ``places`` of its arena or in the
         message; returns their ids."""
         ids = tuple(range(self.last_id + 1, self.last_id + 1 + count))
         self.last_id += count
         timeouts = [timeout_s] * count if isinstance(timeout_s, (int, float)) else timeout_s
-        form = Form(name, version, priority, tenant, rows, size, b"", b"layout")
+        form = Form(name, version, priority, tenant, rows, size, b"", b"layout", sequence, phase)
         self.ask([Requests(form, ids, tuple(int(each * 1e6) for each in timeouts), tuple(places))], epoch)
         return ids
 

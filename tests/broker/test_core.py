@@ -520,6 +520,7 @@ def test_whoever_asks_gets_the_whole_servers_metrics() -> None:
         ("penstock_queue_requests", "m", "1"): 4,
         ("penstock_running_requests", "m", "1"): 8,
         ("penstock_held_bytes",): 1200,
+        ("penstock_sequences",): 0,
         ("penstock_workers",): 1,
         ("penstock_callers",): 2,
     }

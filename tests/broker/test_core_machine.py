@@ -112,9 +112,12 @@ class CoreMachine(RuleBasedStateMachine):
             queue_rows_max=20,
             queue_bytes_max=5 * LARGE,
             tenant_weights={"heavy": 3.0},
+            sequences_max=3,
+            sequence_requests_max=4,
         )
         self.callers: dict[bytes, CallerLife] = {}
         self.workers: dict[bytes, WorkerLife] = {}
+        self.sequences: dict[tuple[bytes, int], tuple[str, str, str]] = {}  # which requests are of one
         self.suspects: set[tuple[bytes, int]] = set()  # a worker died that had them, and none has finished them since
         for who in ("caller", "caller", "worker", "worker"):
             self.join(who)
@@ -196,6 +199,11 @@ class CoreMachine(RuleBasedStateMachine):
                 else:
                     payload = message.frames[start + at] if size == LARGE else message.blob[start + at * size :][:size]
                     assert payload == bytes([number % 256]) * caller.sizes[number]
+                sequence = self.sequences.get(key)
+                beside = [
+                    each for each in worker.holds.keys() - {key} if sequence and self.sequences.get(each) == sequence
+                ]
+                assert beside == [], f"{key} is with {worker.talk.id.hex()} beside {beside} of its sequence"
                 worker.holds[key] = group.attempt
                 worker.earlier.discard(key)
 
@@ -217,6 +225,8 @@ class CoreMachine(RuleBasedStateMachine):
         timeouts_s=st.lists(st.sampled_from([0.0, 0.4, 2.0, 60.0, 60.0, 60.0, 60.0]), min_size=6, max_size=6),
         mixed=st.booleans(),
         placed=st.booleans(),
+        sequence=st.sampled_from(["", "", "", "a", "b"]),
+        phase=st.sampled_from([0, 0, 1, 1, 2, 3]),
         acks=picks,
         cancels=picks,
         tick=st.booleans(),
@@ -234,6 +244,8 @@ class CoreMachine(RuleBasedStateMachine):
         timeouts_s: list[float],
         mixed: bool,
         placed: bool,
+        sequence: str,
+        phase: int,
         acks: list[int],
         cancels: list[int],
         tick: bool,
@@ -247,11 +259,15 @@ class CoreMachine(RuleBasedStateMachine):
         caller.talk.last_id = ids[-1]
         groups: list[Requests] = []
         for at, size in enumerate(sizes):
-            form = Form(name, version, priority, tenant, rows, size, b"", b"%d" % at)
+            form = Form(
+                name, version, priority, tenant, rows, size, b"", b"%d" % at, sequence, phase if sequence else 0
+            )
             own = ids[at :: len(sizes)] if mixed else ids[at * count : (at + 1) * count]
             places = tuple(map(place_of, own)) if placed and size == LARGE else ()
             groups.append(Requests(form, tuple(own), tuple(int(each * 1e6) for each in timeouts_s[:count]), places))
             caller.sizes |= dict.fromkeys(own, size)
+            if sequence:
+                self.sequences |= {(caller.talk.id, number): (name, version, sequence) for number in own}
         self.submit(caller, groups, ended, unwanted)
         if tick:
             self.tick(0.001)

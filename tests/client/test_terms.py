@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from penstock.client.terms import check_sticky, check_terms, check_timeout
+from penstock.client.terms import check_sequence, check_sticky, check_terms, check_timeout
 from penstock.wire.errors import BAD_INPUT, PenstockError
 
 
@@ -50,3 +50,32 @@ def test_what_does_not(sticky: Any) -> None:
     with pytest.raises(PenstockError, match="a text of at most 256 characters, such as a user's id, not ") as raised:
         check_sticky(sticky)
     assert len(raised.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("sequence", "start", "end", "told"),
+    [
+        (0, True, True, ("", 0)),
+        ("", False, False, ("", 0)),
+        (7, False, False, ("7", 0)),
+        (2**64 - 1, True, False, (str(2**64 - 1), 1)),
+        ("user é", False, True, ("user é", 2)),
+        ("x" * 128, True, True, ("x" * 128, 3)),
+    ],
+)
+def test_sequences_that_can_be(sequence: object, start: bool, end: bool, told: tuple[str, int]) -> None:
+    assert check_sequence(sequence, start, end) == told
+
+
+@pytest.mark.parametrize("sequence", [-1, 2**64, 1.0, True, None, ["a"], "x" * 129, b"a"])
+def test_what_is_no_sequence(sequence: object) -> None:
+    with pytest.raises(PenstockError, match="'sequence_id' is a whole number of 64 bits or a text of at most 128"):
+        check_sequence(sequence, False, False)
+
+
+@pytest.mark.parametrize("flag", [1, 0, "true", None])
+def test_what_neither_begins_nor_ends_one(flag: object) -> None:
+    with pytest.raises(PenstockError, match="'sequence_start' is true or false"):
+        check_sequence("a", flag, False)
+    with pytest.raises(PenstockError, match="'sequence_end' is true or false"):
+        check_sequence("a", False, flag)

@@ -81,7 +81,7 @@ class Stores:
 
     def put(self, store: RedisStore, key: bytes, body: bytes, payload: bytes) -> None:
         store.put(key, body, payload)
-        self.loop.until(lambda: not store._pending_bytes)
+        self.loop.until(lambda: not store._tasks)
 
     def close(self) -> None:
         for store in self.open:
@@ -196,7 +196,7 @@ def test_without_the_package_it_says_how_to_install_it(loop: Loop, monkeypatch: 
         return before(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(StoreError, match=r"pip install 'penstock\[redis\]'"):
+    with pytest.raises(StoreError, match="pip install redis"):
         RedisStore(loop.loop, "redis://localhost", 20, 1)
 
 

@@ -74,8 +74,8 @@ class Cached(Desk):
     def cancelled(self) -> list[int]:
         return [number for message in self.caller.flush(0.0) for number in message.cancels]
 
-    def fails(self, number: int, code: str = MODEL_FAILED) -> None:
-        self.deliver(number, Outcome("", "", ()), b"", pack_failure(Failure(code, "it failed", 0)), FAILED)
+    def fails(self, number: int) -> None:
+        self.deliver(number, Outcome("", "", ()), b"", pack_failure(Failure(MODEL_FAILED, "it failed", 0)), FAILED)
 
     def compute(self, exchange: Exchange, x: bytes = X) -> Said:
         """Have it answered by a worker."""
@@ -526,6 +526,14 @@ def test_what_is_remembered_is_bounded(desk: Cached, monkeypatch: pytest.MonkeyP
         for _ in range(3):
             assert how(desk.ask("POST", INFER_URL, BODY + b" " * number)) == HIT
         assert len(desk.cache._repeats._known) <= 3
+    desk.cache._repeats.clear(0)
+    monkeypatch.setattr(repeats, "_ANSWERS_MAX", 1000)
+    monkeypatch.setattr(repeats, "_BYTES_MAX", 5000)
+    for number in range(20):
+        for _ in range(3):
+            assert how(desk.ask("POST", INFER_URL, BODY + b" " * number)) == HIT
+        assert desk.cache._repeats._bytes <= 6000
+    assert 2 <= len(desk.cache._repeats._known) <= 7
 
 
 def test_a_repeat_that_is_too_old_is_computed(make: Callable[..., Cached], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.gateway.inference import Parser, Query, Style, render, render_body
+from penstock.gateway.changes import Style
+from penstock.gateway.inference import Parser, Query, render, render_body
 from penstock.wire.codec import pack_outcome, unpack_layout
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
 from penstock.wire.messages import Outcome
@@ -218,8 +219,12 @@ def changed(**values: Any) -> dict[str, Any]:
             "'parameters' of output 'sum' is not a JSON object",
         ),
         (
-            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "sum", "parameters": {"classification": 2}}]},
-            "output 'sum': the classification extension is not there",
+            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "sum", "parameters": {"classification": 0}}]},
+            "output 'sum': 'classification' is how many classes to tell, a whole number from 1 to 2147483647",
+        ),
+        (
+            {"inputs": [A_JSON, B_JSON], "outputs": [{"name": "text", "parameters": {"classification": 1}}]},
+            "class result not available for output 'text' due to unsupported type 'BYTES'",
         ),
         (changed(name=...), "an input's 'name' is a string of at most 256 characters"),
         (changed(name="x" * 257), "an input's 'name' is a string of at most 256 characters"),
@@ -735,3 +740,16 @@ def test_response_read_as_a_request_has_the_same_tensors(
         else:  # a NaN may come back as another one
             shape = before.shape
             np.testing.assert_array_equal(decode(before.datatype, shape, one), decode(before.datatype, shape, other))
+
+
+def test_a_request_of_a_sequence_has_a_form_of_its_own_and_is_not_remembered() -> None:
+    parser = Parser()
+    request = {"inputs": [A_BINARY, B_BINARY], "parameters": {"sequence_id": 7, "sequence_start": True}}
+    forms = [parse(request, A_RAW + B_RAW, parser=parser)[0].form for _ in range(2)]
+    assert [(each.sequence, each.phase) for each in forms] == [("7", 1)] * 2
+    assert forms[0] is not forms[1]
+    plain = parse({"inputs": [A_BINARY, B_BINARY]}, A_RAW + B_RAW, parser=parser)[0]
+    assert (plain.form.sequence, plain.reusable) == ("", True)
+    assert "'sequence_id' is a whole number" in refusal(
+        {"inputs": [A_JSON, B_JSON], "parameters": {"sequence_id": 1.5}}
+    )

@@ -24,24 +24,40 @@ ALL = "/v2/models/stats"
 def test_versions_are_told_as_triton_does() -> None:
     first, second = worker(0.002, 0.010, 3, 6), worker(0.001, 0.020, 2, 2, failed=1)
     second.value("penstock_request_failures", *KEY, OVERLOADED).value = 4
+    for process, at, device in ((first, 1000.5, "cpu"), (second, 900.0, "cuda:3")):
+        process.value("penstock_last_batch_seconds", *KEY).value = at
+        process.value("penstock_model_bytes", *KEY, device).value = 7
     [stats] = model_stats([*first.samples(), *second.samples()], [KEY])["model_stats"]
     assert stats == {
         "name": "m",
         "version": "1",
-        "last_inference": 0,
-        "inference_count": 8,
+        "last_inference": 1_000_500,
+        "inference_count": 7,
         "execution_count": 2,
         "inference_stats": {
-            "success": {"count": 4, "ns": (3 * 12 + 2 * 21) * MS},
-            "fail": {"count": 5, "ns": 0},
+            "success": {"count": 4, "ns": (3 * 12 + 1 * 21) * MS},
+            "fail": {"count": 5, "ns": 21 * MS},
             "queue": {"count": 5, "ns": (3 * 2 + 2 * 1) * MS},
-            "compute_infer": {"count": 5, "ns": (3 * 10 + 2 * 20) * MS},
-            **dict.fromkeys(("compute_input", "compute_output", "cache_hit", "cache_miss"), NONE),
+            "compute_input": {"count": 5, "ns": (3 * 1 + 2 * 2) * MS},
+            "compute_infer": {"count": 5, "ns": (3 * 7 + 2 * 14) * MS},
+            "compute_output": {"count": 5, "ns": (3 * 2 + 2 * 4) * MS},
+            **dict.fromkeys(("cache_hit", "cache_miss"), NONE),
         },
         "response_stats": {},
-        "batch_stats": [],
-        "memory_usage": [],
+        "batch_stats": [
+            {"batch_size": 2, **batch(1, 20)},
+            {"batch_size": 6, **batch(1, 10)},
+        ],
+        "memory_usage": [
+            {"type": "CPU", "id": 0, "byte_size": 7},
+            {"type": "GPU", "id": 3, "byte_size": 7},
+        ],
     }
+
+
+def batch(count: int, ms: int) -> dict[str, dict[str, int]]:
+    parts = {"compute_input": 1, "compute_infer": 7, "compute_output": 2}
+    return {part: {"count": count, "ns": count * share * ms * MS // 10} for part, share in parts.items()}
 
 
 def test_what_has_not_run_is_there_with_zeros_and_others_are_not() -> None:
@@ -52,6 +68,15 @@ def test_what_has_not_run_is_there_with_zeros_and_others_are_not() -> None:
     assert (stats["name"], stats["version"], stats["inference_count"]) == ("idle", "2", 0)
     assert stats["inference_stats"]["fail"] == {"count": 1, "ns": 0}
     assert stats["inference_stats"]["success"] == stats["inference_stats"]["queue"] == NONE
+
+
+def test_what_gateways_kept_is_told() -> None:
+    meters = worker(0.001, 0.001, 1, 1)
+    for name, value in (("hits", 3), ("hit_seconds", 0.002), ("misses", 1), ("miss_seconds", 0.001)):
+        meters.value(f"penstock_cache_{name}", *KEY).value = value
+    [stats] = model_stats(meters.samples(), [KEY])["model_stats"]
+    assert stats["inference_stats"]["cache_hit"] == {"count": 3, "ns": 2 * MS}
+    assert stats["inference_stats"]["cache_miss"] == {"count": 1, "ns": MS}
 
 
 # --- the routes ---
@@ -97,6 +122,7 @@ def test_the_numbers_are_those_of_all_processes(desk: Desk) -> None:
     for rows in (1, 2):
         meters = Meters()
         meters.histogram("penstock_batch_rows", "a", "1").observe(rows)
+        meters.value("penstock_size_batches", "a", "1", str(rows)).value = 1
         processes.append(meters)
     [one] = stats(desk, "/v2/models/a/stats", *processes)
     assert (one["inference_count"], one["execution_count"]) == (3, 2)

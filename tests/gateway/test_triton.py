@@ -34,8 +34,15 @@ def worker(queue_s: float, compute_s: float, requests: int, rows: int, failed: i
     meters.histogram("penstock_queue_seconds", *KEY).observe(queue_s, requests)
     meters.histogram("penstock_request_seconds", *KEY).observe(queue_s + compute_s, requests)
     meters.histogram("penstock_batch_rows", *KEY).observe(rows)
+    meters.value("penstock_input_seconds", *KEY).value = 0.1 * compute_s * requests
+    meters.value("penstock_model_seconds", *KEY).value = 0.7 * compute_s * requests
+    meters.value("penstock_size_batches", *KEY, str(rows)).value = 1
+    for part, share in (("input", 0.1), ("model", 0.7), ("output", 0.2)):
+        meters.value(f"penstock_size_{part}_seconds", *KEY, str(rows)).value = share * compute_s
     if failed:
         meters.value("penstock_request_failures", *KEY, MODEL_FAILED).value = failed
+        meters.value("penstock_failed_rows", *KEY).value = failed
+        meters.value("penstock_failed_seconds", *KEY).value = failed * (queue_s + compute_s)
     return meters
 
 
@@ -43,10 +50,12 @@ def test_workers_are_added_up_and_each_request_counts_its_whole_batch() -> None:
     values = told(worker(0.002, 0.010, 3, 6), worker(0.001, 0.020, 2, 2, failed=1))
     assert values["nv_inference_request_success", *KEY] == 4
     assert values["nv_inference_request_failure", *KEY, "BACKEND"] == 1
-    assert values["nv_inference_count", *KEY] == 8
+    assert values["nv_inference_count", *KEY] == 7
     assert values["nv_inference_exec_count", *KEY] == 2
     assert values["nv_inference_queue_duration_us", *KEY] == pytest.approx(3 * 2000 + 2 * 1000)
-    assert values["nv_inference_compute_infer_duration_us", *KEY] == pytest.approx(3 * 10_000 + 2 * 20_000)
+    for part, share in (("input", 0.1), ("infer", 0.7), ("output", 0.2)):
+        name = f"nv_inference_compute_{part}_duration_us"
+        assert values[name, *KEY] == pytest.approx(share * (3 * 10_000 + 2 * 20_000))
     assert values["nv_inference_request_duration_us", *KEY] == pytest.approx(3 * 12_000 + 2 * 21_000)
 
 

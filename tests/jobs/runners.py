@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from penstock.jobs.store import Store, StoreError, StoreFull, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = JobsOptions(attempts_max=1000, bytes_max=1 << 26)
+_RUN_MAX_S = 0.02  # a job takes that long at most: what is killed is likely to be in the middle of one
 LEASE_S = 30.0  # longer than a test: what dead runners held is found by their names
 
 
@@ -56,6 +58,7 @@ def _run_one(store: Store, note: int, owner: str, job: Job) -> None:
     if request is None:
         os.write(note, f"defect {job.id} has no request\n".encode())
         return
+    threading.Event().wait(random.random() * _RUN_MAX_S)
     response = StoredResponse(200, {}, request.body[:8])
     if store.finish(job.id, owner, SUCCEEDED, response, "", time.time()):
         os.write(note, f"finished {job.id}\n".encode())

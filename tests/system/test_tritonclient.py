@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,29 @@ def test_statistics_are_those_of_the_whole_server(client: Any) -> None:
     wait_for(lambda: told()["inference_count"] == 6, "the worker to tell")
     stats = told("1")
     assert stats["execution_count"] == 3
-    for part in ("success", "queue", "compute_infer"):
-        assert stats["inference_stats"][part]["count"] == 3
-        assert stats["inference_stats"][part]["ns"] > 0
-    assert stats["inference_stats"]["fail"]["count"] == 0
+    times = stats["inference_stats"]
+    for part in ("success", "queue", "compute_input", "compute_infer", "compute_output"):
+        assert times[part]["count"] == 3
+        assert times[part]["ns"] > 0
+    parts = sum(times[part]["ns"] for part in ("queue", "compute_input", "compute_infer", "compute_output"))
+    assert times["success"]["ns"] == pytest.approx(parts, abs=10)
+    assert times["fail"] == {"count": 0, "ns": 0}
+    assert abs(stats["last_inference"] / 1000 - time.time()) < 60
+    [size] = stats["batch_stats"]
+    assert (size["batch_size"], size["compute_infer"]["count"]) == (2, 3)
+    assert size["compute_infer"]["ns"] <= times["compute_infer"]["ns"]
+    [memory] = stats["memory_usage"]
+    assert (memory["type"], memory["id"]) == ("CPU", 0)
+
+    def failed() -> dict[str, Any]:
+        return dict(client.get_inference_statistics("lookup")["model_stats"][0])
+
+    with pytest.raises(InferenceServerException):
+        client.infer("lookup", one("i", np.array([99]), "INT64"))
+    wait_for(lambda: failed()["inference_stats"]["fail"]["ns"] > 0, "the worker to tell")
+    assert failed()["inference_stats"]["fail"]["count"] >= 1
+    assert failed()["inference_stats"]["success"] == {"count": 0, "ns": 0}
+    assert (failed()["inference_count"], failed()["execution_count"]) == (0, 0)
     names = {each["name"] for each in client.get_inference_statistics()["model_stats"]}
     assert {"dense", "sums", model} <= names
     with pytest.raises(InferenceServerException, match="Request for unknown model: 'nope' is not found"):
@@ -166,6 +186,8 @@ def test_the_configuration_of_models(client: Any) -> None:
 
 def test_the_extensions_are_those_that_work(client: Any) -> None:
     assert client.get_server_metadata()["extensions"] == [
+        "classification",
+        "sequence",
         "binary_tensor_data",
         "schedule_policy",
         "model_repository",

@@ -106,7 +106,17 @@ failures = st.builds(Failure, st.sampled_from(sorted(CODES)), names, u32)
 sizes = st.sampled_from([0, 1, 7, INLINE_MAX_BYTES, INLINE_MAX_BYTES + 1])
 bodies = st.binary(max_size=20)
 forms = st.builds(
-    Form, names, names, st.integers(0, MAX_PRIORITY), names, st.integers(1, 1 << 32), sizes, bodies, bodies
+    Form,
+    names,
+    names,
+    st.integers(0, MAX_PRIORITY),
+    names,
+    st.integers(1, 1 << 32),
+    sizes,
+    bodies,
+    bodies,
+    st.just("") | names,
+    st.integers(0, 3),
 )
 
 

@@ -97,7 +97,7 @@ def submit(
     places: Any = (),
 ) -> bytes:
     """A Submit with one group, as it travels; anything may stand in its places."""
-    form = form or ("m", "1", 0, "", 1, 0, b"", b"")
+    form = form or ("m", "1", 0, "", 1, 0, b"", b"", "", 0)
     packed: bytes = msgpack.packb((VERSION, Submit.TAG, 5, [(form, ids, timeouts_us, places)], acks, (), blob))
     return packed
 
@@ -214,12 +214,12 @@ def test_a_message_without_payloads_has_one_frame() -> None:
         unpack(pack(Bye(1)), [b"", b""], KINDS)
 
 
-@pytest.mark.parametrize("place", [2, 4, 5])
+@pytest.mark.parametrize("place", [2, 4, 5, 9])
 @pytest.mark.parametrize("change", [float, bool])
 def test_a_form_whose_numbers_are_not_int_does_not_pass_for_a_known_one(
     place: int, change: Callable[[int], object]
 ) -> None:
-    form = ["m", "1", 1, "", 1, 1, b"", b""]
+    form = ["m", "1", 1, "", 1, 1, b"", b"", "", 1]
     known = unpack(submit(form=form, blob=b"x"), (), KINDS)
     assert isinstance(known, Submit)
     form[place] = change(1)
@@ -365,7 +365,7 @@ def test_done_for_nobody_is_a_message() -> None:
     assert unpack(pack(Done(3, ())), (), FROM_WORKER) == Done(3, ())
 
 
-LARGE_FORM = ("m", "1", 0, "", 1, INLINE_MAX_BYTES + 1, b"", b"")
+LARGE_FORM = ("m", "1", 0, "", 1, INLINE_MAX_BYTES + 1, b"", b"", "", 0)
 
 
 def test_what_lies_in_an_arena_comes_without_frames() -> None:
@@ -383,7 +383,7 @@ def test_places_are_one_whole_number_for_each_request(places: Any) -> None:
 
 
 def test_what_could_ride_in_the_message_may_lie_in_an_arena() -> None:
-    form = ("m", "1", 0, "", 1, 3, b"", b"")
+    form = ("m", "1", 0, "", 1, 3, b"", b"", "", 0)
     message = unpack(submit((7,), (1,), form, places=(5,)), [], FROM_CALLER)
     assert isinstance(message, Submit)
     assert (message.groups[0].places, message.blob) == ((5,), b"")

@@ -45,6 +45,7 @@ WITHOUT_LIMIT: Final = {
     "gateway/jobs.py: done.result()": "it has ended",
     "gateway/jobwaits.py: done.result()": "it has ended",
     "gateway/runner.py: task.exception()": "it has ended",
+    "gateway/application.py: done.exception()": "it has ended",
     "gateway/process.py: event.wait()": "it is given to what has a limit",
     "gateway/waits.py: event.wait()": "it is given to what has a limit",
     "client/jobs.py: ended.get()": "it is given to asyncio.wait_for",

@@ -21,6 +21,7 @@ from penstock.wire.metrics import (
     Sample,
     Series,
     check_samples,
+    size_label,
 )
 
 
@@ -190,3 +191,12 @@ def test_a_peer_cannot_tell_of_more_series_than_are_kept(monkeypatch: pytest.Mon
         told.take((Sample("penstock_model_ready", ("m", version), 1),), False)
     told.take((Sample("penstock_model_ready", ("m", "1"), 0),), False)
     assert [(sample.labels[1], sample.value) for sample in told.samples()] == [("1", 0), ("2", 1)]
+
+
+def test_batches_of_many_sizes_are_few_series() -> None:
+    sizes = [size_label(rows) for rows in range(1, 4097)]
+    assert sizes[:32] == list(range(1, 33))
+    assert [size_label(rows) for rows in (33, 36, 37, 64, 65, 100, 4096)] == [36, 36, 40, 64, 72, 104, 4096]
+    assert sizes == sorted(sizes)
+    assert all(rows <= size <= rows * 1.13 for rows, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) == 32 + 7 * 8

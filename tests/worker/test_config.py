@@ -150,9 +150,10 @@ def test_unknown_key_suggests_the_one_that_was_meant(path: Path, key: str, near:
 def test_unknown_key_like_no_other_lists_all(path: Path) -> None:
     text = complaint(path, "[zebra]\nx = 1")
     assert text == (
-        "key 'zebra': unknown; known keys are version_policy, labels, traffic, devices, max_batch_size, "
-        "max_queue_delay, latency_target, preferred_batch_sizes, response_cache, weight, instances, intra_op_threads, "
-        "intra_op_spinning, max_compute, providers, gpu_memory_limit, gpu_arena, cudnn_search, tf32, fp16, cuda_graphs"
+        "key 'zebra': unknown; known keys are version_policy, labels, traffic, class_labels, devices, "
+        "max_batch_size, max_queue_delay, latency_target, preferred_batch_sizes, response_cache, weight, "
+        "max_sequence_idle, instances, intra_op_threads, intra_op_spinning, max_compute, providers, "
+        "gpu_memory_limit, gpu_arena, cudnn_search, tf32, fp16, cuda_graphs"
     )
 
 

@@ -169,7 +169,7 @@ def test_more_rows_never_take_less_whatever_is_learned(
     cost = Cost("m", "1", 1, sizes[-1], 1000, *curve.tell())
     told = unpack(pack(Costs(1, [cost])), [], FROM_WORKER)
     assert isinstance(told, Costs)
-    for rows, time_us in zip(*told.costs[0][-2:], strict=True):
+    for rows, time_us in zip(told.costs[0].rows, told.costs[0].times_us, strict=True):
         assert time_us == pytest.approx(min(curve.seconds(rows) * 1e6, MAX_TIMEOUT_US), abs=1)
 
 

@@ -102,10 +102,10 @@ def test_a_configuration_with_batches() -> None:
         "instances": 3,
         "version_policy": {"latest": 2},
         "intra_op_threads": 4,
+        "class_labels": {"fc6_1": "resnet50_labels.txt"},
     }
     assert found.file_name == "model.onnx"
-    labels, preferred = found.unheeded
-    assert labels.startswith("config.pbtxt: output[0].label_filename is not followed: there is no classification")
+    [preferred] = found.unheeded
     assert preferred.startswith(
         "config.pbtxt: dynamic_batching.preferred_batch_size is not followed: a batch is closed"
     )
@@ -259,7 +259,6 @@ def test_graphs_take_one_instance_and_cuda(text: str) -> None:
         ("input { optional: true }", "input[0].optional"),
         ("input { is_non_linear_format_io: true }", "input[0].is_non_linear_format_io"),
         ("output { reshape { shape: [ 1 ] } }", "output[0].reshape"),
-        ("output { label_filename: 'l' }", "output[0].label_filename"),
         ("output { is_shape_tensor: true }", "output[0].is_shape_tensor"),
         ("output { is_non_linear_format_io: true }", "output[0].is_non_linear_format_io"),
         ("optimization { priority: PRIORITY_MAX }", "optimization.priority"),
@@ -400,7 +399,10 @@ def test_the_schema_is_triton_s() -> None:
             "backend: 'python'",
             ":1: backend: only ONNX models are served ('onnxruntime'), not 'python'; export it to ONNX",
         ),
-        ("sequence_batching { }", ":1: sequence_batching: requests are independent here"),
+        (
+            "sequence_batching { state { input_name: 'x' } }",
+            ":1: sequence_batching.state: nothing is kept for the next request",
+        ),
         ("ensemble_scheduling { step [ { model_name: 'a' } ] }", ":1: ensemble_scheduling: there are no ensembles"),
         ("batch_input { kind: BATCH_ITEM_SHAPE }", ":1: batch_input: Triton makes these inputs"),
         ("batch_output { target_name: 'a' }", ":1: batch_output: outputs are taken apart by rows"),
