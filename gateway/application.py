@@ -19,16 +19,20 @@ import orjson
 
 from penstock.client.caller import Caller
 from penstock.client.events import Complete, Sink
+from penstock.gateway import abouts
 from penstock.gateway.aside import Aside
 from penstock.gateway.cache import read_cache_control
 from penstock.gateway.changes import Style
-from penstock.gateway.compression import choose, compress, decompress, decompress_small
+from penstock.gateway.clerks import Clerks
+from penstock.gateway.compression import ENCODINGS, choose, compress, decompress, decompress_small
 from penstock.gateway.connection import Exchange
 from penstock.gateway.cors import Cors
 from penstock.gateway.feed import FEED_HEAD, Feed
-from penstock.gateway.inference import OK, Parser, Query, render, render_body, wrap
+from penstock.gateway.inference import OK, Query, render, render_body, wrap
+from penstock.gateway.large import LARGE_ANSWER_BYTES, LARGE_BODY_BYTES, LargeJson
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.page import load_page
+from penstock.gateway.parse import Parse, ParseV2
 from penstock.gateway.reader import Head
 from penstock.gateway.reports import Reports, form_for
 from penstock.gateway.requestid import read_request_id, request_id_line
@@ -70,7 +74,7 @@ STATUSES: Final = {
 _EXTENSIONS: Final = ("classification", "sequence", "binary_tensor_data", "parameters", "schedule_policy")
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
-_ACCEPT_ENCODING: Final = b"Accept-Encoding: gzip, deflate\r\n"
+_ACCEPT_ENCODING: Final = f"Accept-Encoding: {', '.join(ENCODINGS)}\r\n".encode()
 _JOIN_MAX_BYTES: Final = 64 * 1024  # a larger payload is written behind the head instead of being copied
 _ASIDE_MIN_BYTES: Final = 128 * 1024  # what is larger is compressed and expanded on a thread
 _EXPANDING_MAX: Final = 2  # bodies at a time: each takes a processor's time, and up to body_bytes_max of memory
@@ -78,7 +82,6 @@ _LENGTH_DIGITS_MAX: Final = 12
 
 T = TypeVar("T")
 Handler: TypeAlias = "Callable[[Exchange, Target], None]"
-Parse: TypeAlias = "Callable[[Target, Buffer], tuple[Query, Payload]]"
 Defer: TypeAlias = "Callable[[Exchange, Target, Parse], None]"
 
 
@@ -112,7 +115,9 @@ class Application:
         self._feed = Feed(loop, reports, lambda: caller.name, self._states)
         self._page = load_page()
         self._cors = Cors(options.cors_origins)
-        self.parser = Parser()
+        self.parse = ParseV2(self.find)
+        self.clerks = Clerks(loop, options)
+        self.large = LargeJson(self, self.clerks)
         self.deferral: Callable[[Head], Defer | None] = lambda head: None  # to be replaced, see jobs.py
         self._timing = ServerTiming()
         self._meters = caller.meters if meters is None else meters
@@ -121,20 +126,21 @@ class Application:
         self.seconds = self._meters.histogram("penstock_http_request_seconds")
         self._refusals = self._meters.histogram("penstock_http_refusal_seconds")
         self._extensions = list(_EXTENSIONS)
-        self._server = {"name": "penstock", "version": version("penstock"), "extensions": self._extensions}
+        self.version = version("penstock")
+        self._server = {"name": "penstock", "version": self.version, "extensions": self._extensions}
         routes: list[Route[Handler]] = [
-            Route("GET", "/v2", self._metadata),
-            Route("GET", "/v2/health/live", self._live),
-            Route("GET", "/v2/health/ready", self._ready),
-            Route("GET", "/metrics", self._metrics),
-            Route("GET", "/", self._dashboard),
-            Route("GET", "/events", self._events),
+            Route("GET", "/v2", self._metadata, about=abouts.METADATA),
+            Route("GET", "/v2/health/live", self._live, about=abouts.LIVE),
+            Route("GET", "/v2/health/ready", self._ready, about=abouts.READY),
+            Route("GET", "/metrics", self._metrics, about=abouts.METRICS),
+            Route("GET", "/", self._dashboard, about=abouts.DASHBOARD),
+            Route("GET", "/events", self._events, about=abouts.EVENTS),
         ]
         for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             routes += [
-                Route("GET", model, self._model_metadata),
-                Route("GET", model + "/ready", self._model_ready),
-                Route("POST", model + "/infer", self._infer),
+                Route("GET", model, self._model_metadata, about=abouts.MODEL),
+                Route("GET", model + "/ready", self._model_ready, about=abouts.MODEL_READY),
+                Route("POST", model + "/infer", self._infer, about=abouts.INFER),
             ]
         self._routes: Routes[Handler] = Routes(routes)
 
@@ -142,6 +148,11 @@ class Application:
         """Answer these as well. ``extensions``: what of Triton's they are."""
         self._routes.add(routes)
         self._extensions += extensions
+
+    @property
+    def table(self) -> Sequence[Route[Handler]]:
+        """What is answered here."""
+        return self._routes.table
 
     def handle(self, exchange: Exchange) -> None:
         """Answer a request, now or later."""
@@ -186,10 +197,13 @@ class Application:
         total = total_line(time.monotonic() - exchange.arrived)
         exchange.answer_error(500, "an internal error; it is in the gateway's log", total)
 
-    def refused(self, status: int, sentence: str) -> None:
-        """A connection was answered without a request."""
+    def refused(self, status: int, sentence: str, headers: Mapping[str, bytes]) -> bytes:
+        """A connection was answered without a request, of which these headers had been read."""
         self.count(status)
-        log.info("connection refused", extra=fields(status=status, reason=sentence))
+        given = read_request_id(headers)
+        about = {"x_request_id": given} if given else {}
+        log.info("connection refused", extra=fields(status=status, reason=sentence, **about))
+        return self.lines(headers)
 
     def sent(self) -> None:
         """Results that had to wait for their clients may be acknowledged."""
@@ -316,13 +330,10 @@ class Application:
     # --- inference ---
 
     def _infer(self, exchange: Exchange, target: Target) -> None:
-        self.infer(exchange, target, self._parse)
-
-    def _parse(self, target: Target, body: Buffer) -> tuple[Query, Payload]:
-        return self.parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
+        self.infer(exchange, target, self.parse)
 
     def infer(self, exchange: Exchange, target: Target, parse: Parse) -> None:
-        """Answer an inference request in any protocol. ``parse`` raises PenstockError."""
+        """Answer an inference request in any protocol."""
         if target.defer is not None:
             target.defer(exchange, target, parse)
             return
@@ -362,6 +373,9 @@ class Application:
         if target.repeats and self.cache is not None and self.cache.repeat(exchange, target, body):
             return
         try:
+            if len(body) >= LARGE_BODY_BYTES and self.large.takes(target, body):
+                self.large.read(exchange, target, parse, body)
+                return
             query, payload = parse(target, body)
             if query.spec.build and self.cache is not None and self.cache.take(exchange, target, query, payload, body):
                 return
@@ -412,6 +426,9 @@ class Application:
             self._change(exchange, query, answer, begin, parameters)
             return
         encoding, write = target.accepts, query.write
+        if len(answer.payload) >= LARGE_ANSWER_BYTES and self.large.writes(query):
+            self.large.write(exchange, query, answer, begin, parameters)
+            return
         try:
             if encoding:
                 if write is not None:

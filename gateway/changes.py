@@ -23,6 +23,10 @@ class Style(NamedTuple):
     exceptions: frozenset[str] = frozenset()
     elsewhere: tuple[tuple[str, bytes], ...] = ()
 
+    @property
+    def all_binary(self) -> bool:
+        return self.binary and not self.exceptions
+
     def is_binary(self, name: str) -> bool:
         return self.binary != (name in self.exceptions)
 

@@ -1,33 +1,130 @@
-"""gzip and deflate, both ways, within limits (RFC 9110, 8.4; deflate means the zlib format, and some send it bare)."""
+"""gzip, deflate and zstd, both ways, within limits (RFC 9110, 8.4; deflate means the zlib format, and some send it
+bare; RFC 8878, and RFC 9659 for how much memory a zstd frame may ask for)."""
 
 from __future__ import annotations
 
 import gzip
+import sys
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from penstock.wire.errors import BAD_INPUT, CANCELLED, TOO_LARGE, UNSUPPORTED, PenstockError
 from penstock.wire.tensors import Buffer
 
+if TYPE_CHECKING or sys.version_info < (3, 14):
+    from backports import zstd as zstd
+else:
+    from compression import zstd as zstd
+
 _GZIP: Final = 16 + zlib.MAX_WBITS
 _LEVEL: Final = 1  # tensors compress badly at any level, and time counts
-_EXPANSION_MAX: Final = 1032  # of a byte, by deflate
+_EXPANSION_MAX: Final = 1032  # of a byte, by deflate; zstd has no limit
 _EXPANSION_USUAL: Final = 64  # more is suspect
-_FED_BYTES: Final = 1 << 16  # zlib copies what it has not used of what it was given
+_FED_BYTES: Final = 1 << 16  # what is not used of what was given is copied
 _PIECE_BYTES: Final = 1 << 18
+_WINDOW_LOG_MAX: Final = 23  # 8 MiB, which every reader has to have and no sender may exceed
 SMALL_BYTES: Final = 1 << 18  # takes some tenths of a millisecond to expand
-ENCODINGS: Final = ("gzip", "deflate")
+ENCODINGS: Final = ("gzip", "deflate", "zstd")
+_PREFERRED: Final = ("zstd", "gzip", "deflate")  # by the processor's time, of those that a client names alike
+_NAMED: Final = f"{', '.join(ENCODINGS[:-1])} and {ENCODINGS[-1]}"
+_DAMAGES: Final = (zlib.error, zstd.ZstdError)
+
+
+class _Expander(Protocol):
+    """``hungry``: it needs more input to go on. ``unused_data``: what came behind the end, when that is reached
+    (``eof``)."""
+
+    @property
+    def hungry(self) -> bool: ...
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def expand(self, data: Buffer, bytes_max: int) -> bytes:
+        """At most so many more bytes. ``data``: empty unless it is hungry. Raises what ``_DAMAGES`` has."""
+
+
+class _Zlib:
+    def __init__(self, window: int) -> None:
+        self._zlib = zlib.decompressobj(window)
+        self._left: Buffer = b""
+        self.hungry = True
+
+    def expand(self, data: Buffer, bytes_max: int) -> bytes:
+        piece = self._zlib.decompress(self._left or data, bytes_max)
+        self._left = self._zlib.unconsumed_tail
+        self.hungry = not self._left and len(piece) < bytes_max  # else there may be more of what it has
+        return piece
+
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+
+class _Zstd:
+    def __init__(self) -> None:
+        self._zstd = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
+
+    def expand(self, data: Buffer, bytes_max: int) -> bytes:
+        try:
+            return self._zstd.decompress(data, bytes_max)
+        except zstd.ZstdError as error:
+            if "too much memory" in str(error):
+                raise PenstockError(
+                    TOO_LARGE,
+                    f"the body's zstd frame asks for a window of more than {1 << _WINDOW_LOG_MAX} bytes (RFC 9659); "
+                    "compress it without --long and --ultra",
+                ) from None
+            raise
+
+    @property
+    def hungry(self) -> bool:
+        return self._zstd.needs_input
+
+    @property
+    def eof(self) -> bool:
+        return self._zstd.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zstd.unused_data
+
+
+def _gzip() -> _Expander:
+    return _Zlib(_GZIP)
+
+
+def _deflate() -> _Expander:
+    return _Zlib(zlib.MAX_WBITS)
+
+
+def _bare() -> _Expander:
+    return _Zlib(-zlib.MAX_WBITS)
+
+
+_FORMATS: Final[dict[str, tuple[Callable[[], _Expander], ...]]] = {
+    "gzip": (_gzip,),
+    "deflate": (_deflate, _bare),
+    "zstd": (_Zstd,),
+}
 
 
 def decompress_small(body: Buffer, encoding: str, bytes_max: int) -> bytes | None:
     """As ``decompress``, but None for what expands to more than ``SMALL_BYTES``."""
     most = min(SMALL_BYTES, bytes_max)
-    for window in _windows(encoding):
-        expander = zlib.decompressobj(window)
+    for make in _formats(encoding):
+        expander = make()
         try:
-            whole = expander.decompress(body, most + 1)
-        except zlib.error:
+            whole = expander.expand(body, most + 1)
+        except _DAMAGES:
             continue
         if len(whole) > bytes_max:
             raise _too_large(bytes_max)
@@ -42,30 +139,29 @@ def decompress_small(body: Buffer, encoding: str, bytes_max: int) -> bytes | Non
 def decompress(body: Buffer, encoding: str, bytes_max: int, wanted: Callable[[], bool] = lambda: True) -> memoryview:
     """A request's body as its sender wrote it. It lets others run, and stops when it is not ``wanted`` any more, after
     each ``_PIECE_BYTES`` of it. Raises PenstockError: unknown, damaged, larger than ``bytes_max``, or not wanted."""
-    for window in _windows(encoding):
+    for make in _formats(encoding):
         try:
             # What is not kept takes no memory.
-            if bytes_max / _EXPANSION_MAX < len(body) < bytes_max / _EXPANSION_USUAL:
-                _check_size(_pieces(body, encoding, window, wanted), bytes_max)
+            least = 0 if make is _Zstd else bytes_max / _EXPANSION_MAX
+            if least < len(body) < bytes_max / _EXPANSION_USUAL:
+                _check_size(_pieces(body, encoding, make(), wanted), bytes_max)
             whole = bytearray()
-            for piece in _pieces(body, encoding, window, wanted):
+            for piece in _pieces(body, encoding, make(), wanted):
                 whole += piece
                 if len(whole) > bytes_max:
                     raise _too_large(bytes_max)
-        except zlib.error:
+        except _DAMAGES:
             continue
         return memoryview(whole)
     raise _damaged(encoding)
 
 
-def _windows(encoding: str) -> list[int]:
-    """What zlib calls the formats that an encoding may be. Raises PenstockError."""
-    encoding = encoding.strip().lower()
-    if encoding not in ENCODINGS:
-        raise PenstockError(
-            UNSUPPORTED, f"Content-Encoding '{encoding[:40]}' is not known; {' and '.join(ENCODINGS)} are"
-        )
-    return [_GZIP] if encoding == "gzip" else [zlib.MAX_WBITS, -zlib.MAX_WBITS]
+def _formats(encoding: str) -> tuple[Callable[[], _Expander], ...]:
+    """What an encoding may be. Raises PenstockError."""
+    found = _FORMATS.get(encoding.strip().lower())
+    if found is None:
+        raise PenstockError(UNSUPPORTED, f"Content-Encoding '{encoding[:40]}' is not known; {_NAMED} are")
+    return found
 
 
 def _check_size(pieces: Iterator[bytes], bytes_max: int) -> None:
@@ -76,20 +172,19 @@ def _check_size(pieces: Iterator[bytes], bytes_max: int) -> None:
             raise _too_large(bytes_max)
 
 
-def _pieces(body: Buffer, encoding: str, window: int, wanted: Callable[[], bool]) -> Iterator[bytes]:
-    """What a body expands to. Raises zlib.error, and PenstockError when it is cut off, followed by something, or not
-    wanted any more."""
-    expander, rest, left, piece = zlib.decompressobj(window), memoryview(body), b"", b""
+def _pieces(body: Buffer, encoding: str, expander: _Expander, wanted: Callable[[], bool]) -> Iterator[bytes]:
+    """What a body expands to. Raises what ``_DAMAGES`` has, and PenstockError when it is cut off, followed by
+    something, or not wanted any more."""
+    rest = memoryview(body)
     while not expander.eof:
         if not wanted():
             raise PenstockError(CANCELLED, "the client has left")
-        if not left:
+        fed = rest[:0]
+        if expander.hungry:
             fed, rest = rest[:_FED_BYTES], rest[_FED_BYTES:]
-            if not fed and len(piece) < _PIECE_BYTES:  # else there may be more of what it was given before
+            if not fed:
                 raise _damaged(encoding)
-        piece = expander.decompress(left or fed, _PIECE_BYTES)
-        left = expander.unconsumed_tail
-        yield piece
+        yield expander.expand(fed, _PIECE_BYTES)
     if expander.unused_data or rest:
         raise _damaged(encoding)
 
@@ -112,10 +207,14 @@ def choose(accepted: str) -> str:
             weights[name.strip().lower()] = float(weight) if parameter else 1.0
         except ValueError:
             continue  # what cannot be read is not asked for
-    best = max(ENCODINGS, key=lambda name: weights.get(name, weights.get("*", 0.0)))
+    named = [name for name in _PREFERRED if name in weights]
+    others = [name for name in ENCODINGS if name not in weights]
+    best = max(named + others, key=lambda name: weights.get(name, weights.get("*", 0.0)))
     wish = weights.get(best, weights.get("*", 0.0))
     return best if wish > 0 and wish >= weights.get("identity", 0.0) else ""
 
 
 def compress(body: Buffer, encoding: str) -> bytes:
+    if encoding == "zstd":
+        return zstd.compress(body, _LEVEL)
     return gzip.compress(body, _LEVEL, mtime=0) if encoding == "gzip" else zlib.compress(body, _LEVEL)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol, cast
 
 import orjson
@@ -55,7 +55,6 @@ _STATUS_LINES: Final = {status: f"HTTP/1.1 {status} {reason}\r\n".encode() for s
 
 
 _WATCH_S: Final = 2.0  # between two looks for connections that are late
-_NO_HEAD: Final = Head(b"", b"", {}, 0, False, False)  # of what could not be read
 
 
 class Application(Protocol):
@@ -64,8 +63,9 @@ class Application(Protocol):
     def handle(self, exchange: Exchange, /) -> None:
         """Answer, now or later, by ``exchange.answer`` or ``exchange.send``. Must not raise."""
 
-    def refused(self, status: int, sentence: str, /) -> None:
-        """A connection was answered without a request."""
+    def refused(self, status: int, sentence: str, headers: Mapping[str, bytes], /) -> bytes:
+        """A connection was answered without a request, of which these headers had been read. What the answer has
+        among its own, as for every answer to them."""
 
     def sent(self) -> None:
         """What had to wait for a client has left, and whoever wanted to know has been called."""
@@ -170,13 +170,16 @@ class Exchange:
             request.slot.give_back()  # some of its tensors were JSON, and now they lie together elsewhere
             request.slot = None
         request.body = b""
-        slots = None if self._connection is None else self._connection.slots()
+        slots = self.slots
         if slots is None:
             return payload
-        if len(payload) > slots.arena.size:
-            raise PenstockError(TOO_LARGE, too_large(len(payload), slots.arena.size))
-        slot = slots.take(len(payload))
+        slot = take_slot(slots, len(payload))
         return None if slot is None else self.put(payload, slot)
+
+    @property
+    def slots(self) -> Slots | None:
+        """Where workers read this gateway's tensors, if anywhere."""
+        return None if self._connection is None else self._connection.slots()
 
     def put(self, payload: Buffer, slot: Slot) -> Slot:
         """Copy a payload of this request into a slot, which is given back with the request."""
@@ -205,6 +208,13 @@ class Exchange:
         request.charged += len(body)
         request.body = body
         return True
+
+
+def take_slot(slots: Slots, nbytes: int) -> Slot | None:
+    """None while there is no room. Raises PenstockError when there never will be."""
+    if nbytes > slots.arena.size:
+        raise PenstockError(TOO_LARGE, too_large(nbytes, slots.arena.size))
+    return slots.take(nbytes)
 
 
 class Stream:
@@ -499,8 +509,9 @@ class Connection(asyncio.BufferedProtocol):
             return  # what follows the last request is not even refused
         self._last = True
         self._phase = IDLE
-        self._http.application.refused(error.status, error.sentence)
-        exchange = Exchange(self, Request(_NO_HEAD, b"", 0))
+        head = Head(b"", b"", {}, 0, False, False)  # it could not be read, or not all of what is behind it
+        head.lines = self._http.application.refused(error.status, error.sentence, self._reader.headers)
+        exchange = Exchange(self, Request(head, b"", 0))
         self._exchanges.append(exchange)
         extra = b"Retry-After: 1\r\n" if error.status == 503 else b""
         exchange.answer_error(error.status, error.sentence, extra)

@@ -62,6 +62,25 @@ class Query(NamedTuple):
     fleeting: bool = False
 
 
+class Reading(NamedTuple):
+    """What a body says beside its tensors' bytes, before it is held against the model; all as in Query. ``priority``: 0
+    where it says none. ``sequence``: its id, and whether the request starts and ends it. ``callback_url``: what it
+    gives for it, None where it gives nothing. A reading can be made in another process, unless it is fleeting."""
+
+    layout: Layout
+    style: Style
+    id: str = ""
+    priority: int = 0
+    timeout_s: float = 0.0
+    explain: bool = False
+    reusable: bool = False
+    write: Write | None = None
+    change: Changes | None = None
+    sequence: tuple[Any, Any, Any] | None = None
+    callback_url: Any = None
+    fleeting: bool = False
+
+
 class _Frame(NamedTuple):
     """A request in JSON that comes again with other numbers: it is found by what is before the data of its one input.
     ``end``: what is behind them. Any JSON value in their place makes the same request with other data."""
@@ -162,34 +181,82 @@ class Parser:
     def _parse(
         self, spec: ModelSpec, text: Buffer, binary: memoryview, priority: int, tenant: str
     ) -> tuple[Query, Payload]:
-        request = _object(loads(text), "the request")
-        identifier = request.get("id", "")
-        if type(identifier) is not str or len(identifier) > _ID_MAX:
-            raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
-        parameters = _object(request.get("parameters", {}), "'parameters'")
-        outputs, style, change = _read_outputs(spec, request.get("outputs", []), parameters, self.regions)
-        _check_style(spec, outputs, style, change)
-        tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary, self.regions)
-        timeout_us, explain = 0, False
-        if parameters:
-            own_priority = _integer(parameters, "priority", MAX_PRIORITY)  # checked in any case
-            priority = priority or own_priority
-            timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
-            explain = _flag(parameters, "explain", False)
-        layout = Layout(tuple(tensors), tuple(outputs))
-        form = self._forms.find(spec, layout, len(payload), priority, tenant)
+        reading, payload = read_request(spec, text, binary, self.regions)
+        return self.query(spec, reading, len(payload), priority, tenant), payload
+
+    def query(self, spec: ModelSpec, reading: Reading, nbytes: int, priority: int = 0, tenant: str = "") -> Query:
+        """What a request asks whose tensors take ``nbytes``. Raises PenstockError when it does not fit the model."""
+        form = self._forms.find(spec, reading.layout, nbytes, priority or reading.priority, tenant)
+        if reading.sequence is not None:
+            form = in_sequence(form, *check_sequence(*reading.sequence))
+        callback_url = reading.callback_url
+        if callback_url is not None and not self._callbacks:
+            if type(callback_url) is not str:
+                raise PenstockError(BAD_INPUT, "parameter 'callback_url' is a URL")
+            raise CallbackAsked(callback_url)
+        return Query(
+            spec,
+            form,
+            reading.style,
+            reading.id,
+            reading.timeout_s,
+            reading.explain,
+            reading.reusable,
+            reading.write,
+            reading.change,
+            reading.fleeting,
+        )
+
+
+def read_request(
+    spec: ModelSpec, text: Buffer, binary: memoryview, regions: Regions | None = None
+) -> tuple[Reading, Payload]:
+    """A request's JSON, and the tensors that came behind it. Raises PenstockError."""
+    request = _object(loads(text), "the request")
+    identifier = request.get("id", "")
+    if type(identifier) is not str or len(identifier) > _ID_MAX:
+        raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
+    parameters = _object(request.get("parameters", {}), "'parameters'")
+    outputs, style, change = _read_outputs(spec, request.get("outputs", []), parameters, regions)
+    _check_style(spec, outputs, style, change)
+    tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary, regions)
+    priority, timeout_us, explain, callback_url, sequence = 0, 0, False, None, None
+    if parameters:
+        priority = _integer(parameters, "priority", MAX_PRIORITY)
+        timeout_us = _integer(parameters, "timeout", MAX_TIMEOUT_US)
+        explain = _flag(parameters, "explain", False)
+        callback_url = _given(parameters["callback_url"]) if "callback_url" in parameters else None
         if "sequence_id" in parameters:
             start, end = parameters.get("sequence_start", False), parameters.get("sequence_end", False)
-            form = in_sequence(form, *check_sequence(parameters["sequence_id"], start, end))
-        if "callback_url" in parameters and not self._callbacks:
-            if type(parameters["callback_url"]) is not str:
-                raise PenstockError(BAD_INPUT, "parameter 'callback_url' is a URL")
-            raise CallbackAsked(parameters["callback_url"])
-        fleeting = self.regions is not None and _is_shared(request["inputs"], change)
-        reusable = all_binary and not (identifier or form.sequence or fleeting)
-        return Query(
-            spec, form, style, identifier, timeout_us / 1e6, explain, reusable, None, change, fleeting
-        ), payload
+            sequence = parameters["sequence_id"], start, end
+    fleeting = regions is not None and _is_shared(request["inputs"], change)
+    reading = Reading(
+        Layout(tuple(tensors), tuple(outputs)),
+        style,
+        identifier,
+        priority,
+        timeout_us / 1e6,
+        explain,
+        all_binary and not (identifier or fleeting or sequence is not None),
+        None,
+        change,
+        sequence,
+        callback_url,
+        fleeting,
+    )
+    return reading, payload
+
+
+def _given(value: Any) -> Any:
+    """None is nothing that was given."""
+    return False if value is None else value
+
+
+def read_body(header_length: int | None, spec: ModelSpec, body: Buffer) -> tuple[Reading, Payload]:
+    """A whole body. ``header_length``: as for ``Parser.parse``, but not 0. Raises PenstockError."""
+    end = len(body) if header_length is None else header_length
+    view = memoryview(body)
+    return read_request(spec, view[:end], view[end:])
 
 
 def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:

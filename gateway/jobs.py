@@ -14,18 +14,29 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from penstock.gateway.application import Application, Defer, Handler, Parse, Target
+from penstock.gateway.about import JOB, JOBS, STRING, About, a_list, an_object, json
+from penstock.gateway.application import Application, Defer, Handler, Target
 from penstock.gateway.aside import Aside
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import ONLY_JOBS_CALL, CallbackAsked
-from penstock.gateway.jobquery import prefers_async, read_ids, read_listing, read_wait, split_callback
+from penstock.gateway.inference import ONLY_JOBS_CALL, CallbackAsked, Query
+from penstock.gateway.jobquery import (
+    IDS_MAX,
+    LIMIT_MAX,
+    WAIT_MAX_S,
+    prefers_async,
+    read_ids,
+    read_listing,
+    read_wait,
+    split_callback,
+)
 from penstock.gateway.jobwaits import Waits
 from penstock.gateway.jobwake import Bell
+from penstock.gateway.parse import Parse
 from penstock.gateway.reader import Head, Request
 from penstock.gateway.routes import Route, RouteError
 from penstock.jobs.address import CallbackRefused, read_networks, read_target
 from penstock.jobs.document import document
-from penstock.jobs.job import CANCELLED, EXPIRED, Job, StoredRequest, StoredResponse
+from penstock.jobs.job import CANCELLED, EXPIRED, STATUSES, Job, StoredRequest, StoredResponse
 from penstock.jobs.place import Place
 from penstock.jobs.store import StoreError, StoreFull, open_store
 from penstock.wire.endpoints import RuntimeDir
@@ -40,6 +51,31 @@ KEPT: Final = (
     *("traceparent", "tracestate"),
 )
 T = TypeVar("T")
+_JOB: Final = json(JOB)
+_WAIT: Final = {"wait": {"type": "number", "minimum": 0, "maximum": WAIT_MAX_S}}
+_LISTING: Final = {
+    "id": a_list(STRING, maxItems=IDS_MAX),
+    "status": {"enum": sorted(STATUSES)},
+    "limit": {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX},
+    "after": STRING,
+}
+_LIST: Final = About(
+    "Jobs, or those of some that have ended",
+    JOBS,
+    json(an_object({"jobs": a_list(JOB)}, ("jobs",))),
+    errors=(400, 503),
+    query=_LISTING | _WAIT,
+)
+_SHOW: Final = About("A job, with its answer once it has ended", JOBS, _JOB, errors=(400, 404, 410, 503), query=_WAIT)
+_CANCEL: Final = About("Cancel a job", JOBS, _JOB, errors=(400, 404, 410, 503))
+_RESULT: Final = About(
+    "A job's answer, as it would have been",
+    JOBS,
+    {"application/json": {}, "application/octet-stream": {}},
+    errors=(400, 404, 410, 500, 503),
+    query=_WAIT,
+    later=_JOB,
+)
 _JSON: Final = b"application/json"
 _AGAIN: Final = b"Retry-After: 1\r\n"
 _LATE: Final = "the store of jobs did not come to it within {} (store_wait_s)"
@@ -97,10 +133,10 @@ class Jobs:
         self._waits = Waits(loop, store, options.waiting_max, lambda: self.draining())
         application.deferral = self._deferral
         self.routes: list[Route[Handler]] = [
-            Route("GET", "/v2/jobs", self._list),
-            Route("GET", "/v2/jobs/{id}", self._show),
-            Route("DELETE", "/v2/jobs/{id}", self._cancel),
-            Route("GET", "/v2/jobs/{id}/result", self._result),
+            Route("GET", "/v2/jobs", self._list, about=_LIST),
+            Route("GET", "/v2/jobs/{id}", self._show, about=_SHOW),
+            Route("DELETE", "/v2/jobs/{id}", self._cancel, about=_CANCEL),
+            Route("GET", "/v2/jobs/{id}/result", self._result, about=_RESULT),
         ]
 
     def close(self) -> None:
@@ -123,11 +159,13 @@ class Jobs:
             self._check(parse, kept, exchange, target, exchange.request.body)
 
     def _check(self, parse: Parse, kept: Buffer, exchange: Exchange, target: Target, body: Buffer) -> None:
+        self._application.large.check(exchange, target, parse, body, partial(self._checked, kept, exchange, target))
+
+    def _checked(self, kept: Buffer, exchange: Exchange, target: Target, check: Callable[[], Query]) -> None:
         head = exchange.request.head
         url, callback_url = split_callback(head.url)
         try:
-            query, _ = parse(target, body)
-            if query.fleeting:
+            if check().fleeting:
                 raise PenstockError(BAD_INPUT, _NOT_SHARED)
         except CallbackAsked as asked:
             if callback_url:

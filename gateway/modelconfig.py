@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from penstock.gateway.about import MODELS, NUMBER, STRING, About, an_object, json
 from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.connection import Exchange
 from penstock.gateway.routes import Route
@@ -18,6 +19,12 @@ from penstock.wire.models import ModelSpec, TensorSpec
 EXTENSION: Final = "model_configuration"
 _BACKEND: Final = "onnxruntime"
 _STRING: Final = "TYPE_STRING"  # what Triton calls BYTES here
+_ABOUT: Final = About(
+    "Its configuration, as Triton writes it",
+    MODELS,
+    json(an_object({"name": STRING, "max_batch_size": NUMBER}, ("name", "max_batch_size", "input", "output"))),
+    errors=(404, 503),
+)
 
 
 def model_config(spec: ModelSpec) -> dict[str, Any]:
@@ -47,7 +54,7 @@ class ModelConfig:
     def __init__(self, application: Application) -> None:
         self._application = application
         self.routes: list[Route[Handler]] = [
-            Route("GET", f"/v2/models/{{model}}{version}/config", self._config)
+            Route("GET", f"/v2/models/{{model}}{version}/config", self._config, about=_ABOUT)
             for version in ("", "/versions/{version}")
         ]
 

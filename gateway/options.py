@@ -15,6 +15,11 @@ class GatewayOptions:
     arena_bytes: int = -1
     arena_wait_s: float = 1.0  # for room in it: 503
     expand_wait_s: float = 10.0  # of a large compressed body, for its turn to be expanded: 503
+    # Large JSON is read and written by processes of their own, see clerks.py.
+    json_processes_max: int = 2  # 0: none, the loop does it
+    json_wait_s: float = 10.0  # for the turn of one: 503
+    json_work_max_s: float = 60.0  # then the process is ended, and the request fails: 500
+    json_idle_s: float = 60.0  # after which a process that has nothing to do is ended
     connections_max: int = 10_000  # 503
     streams_max: int = 100  # of them those whose answer goes on, such as the dashboard's: 503
     pipelined_max: int = 16  # requests of one connection that wait for an answer; more are not read

@@ -1,4 +1,5 @@
-"""``GET /``: one HTML file, and headers that forbid the browser to run or fetch anything but what is in it."""
+"""``GET /`` and ``GET /docs``: an HTML file each, and headers that forbid the browser to run or fetch anything but what
+is in it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
-_FILE: Final = Path(__file__).parent / "dashboard.html"
+_DIRECTORY: Final = Path(__file__).parent
 
 
 class Page(NamedTuple):
@@ -18,8 +19,8 @@ class Page(NamedTuple):
     headers: bytes
 
 
-def load_page() -> Page:
-    body = _FILE.read_bytes()
+def load_page(name: str = "dashboard.html") -> Page:
+    body = (_DIRECTORY / name).read_bytes()
     policy = "; ".join(
         (
             "default-src 'none'",

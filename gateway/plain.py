@@ -12,13 +12,15 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from penstock.client.arrays import Forms
+from penstock.gateway.about import INFERENCE_ERRORS, OBJECT, PLAIN, About, json
 from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.changes import Style
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import Query, cut
+from penstock.gateway.inference import Reading, cut
 from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
+from penstock.gateway.parse import Parse
 from penstock.gateway.routes import Route
+from penstock.gateway.schemas import plain
 from penstock.wire.codec import unpack_outcome
 from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.messages import Outcome, Payload
@@ -27,6 +29,15 @@ from penstock.wire.tensors import Buffer, decode, encode
 
 _SHOWN_MAX: Final = 200  # characters of a name that is refused
 _OUTCOMES_MAX: Final = 1024
+_ABOUT: Final = About(
+    "Ask a model by the names of its inputs",
+    PLAIN,
+    json(OBJECT),
+    json(OBJECT),
+    errors=INFERENCE_ERRORS,
+    inference=True,
+    of_model=plain,
+)
 
 
 def read_inputs(spec: ModelSpec, body: Buffer) -> tuple[Layout, bytes]:
@@ -48,6 +59,12 @@ def read_inputs(spec: ModelSpec, body: Buffer) -> tuple[Layout, bytes]:
         parts.append(part)
         at += len(part)
     return Layout(tuple(tensors)), b"".join(parts)
+
+
+def read_body(spec: ModelSpec, body: Buffer) -> tuple[Reading, Payload]:
+    """Raises PenstockError."""
+    layout, payload = read_inputs(spec, body)
+    return Reading(layout, Style(False), write=write_outputs), payload
 
 
 def _unknown(name: str, model: str, expected: list[str]) -> str:
@@ -99,9 +116,9 @@ class Plain:
 
     def __init__(self, application: Application) -> None:
         self._application = application
-        self._forms = Forms()
+        self._parse = Parse(application.find, read_body)
         self.routes: list[Route[Handler]] = [
-            Route("POST", f"/v2/models/{{model}}{version}/predict", self._predict)
+            Route("POST", f"/v2/models/{{model}}{version}/predict", self._predict, about=_ABOUT)
             for version in ("", "/versions/{version}")
         ]
 
@@ -110,10 +127,4 @@ class Plain:
             raise PenstockError(
                 BAD_INPUT, "Inference-Header-Content-Length is for .../infer; here the whole body is JSON"
             )
-        self._application.infer(exchange, target, self._read)
-
-    def _read(self, target: Target, body: Buffer) -> tuple[Query, Payload]:
-        spec = self._application.find(target)
-        layout, payload = read_inputs(spec, body)
-        form = self._forms.find(spec, layout, len(payload), target.priority, target.tenant)
-        return Query(spec, form, Style(False), "", 0.0, False, False, write_outputs), payload
+        self._application.infer(exchange, target, self._parse)

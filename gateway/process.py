@@ -27,6 +27,7 @@ from penstock.gateway.jobs import Jobs, NoJobs
 from penstock.gateway.listening import Sign, listen, reachable_url, url_of
 from penstock.gateway.logsettings import LogSettings
 from penstock.gateway.modelconfig import ModelConfig
+from penstock.gateway.openapi import OpenApi
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.plain import Plain
 from penstock.gateway.regions import Regions
@@ -202,6 +203,7 @@ class Coupling:
         application.add(Plain(application).routes)
         application.add(ModelConfig(application).routes, modelconfig.EXTENSION)
         application.add(TensorFlowServing(application).routes)
+        application.add(OpenApi(loop, application).routes)
         self._jobs = None if settings.jobs is None else Jobs(loop, application, settings.jobs, settings.broker.runtime)
         if self._jobs is None:
             NoJobs(application)
@@ -213,7 +215,7 @@ class Coupling:
         common = Common(runtime)
         self._logs = LogSettings(application, common)
         regions = Regions(common, settings.options.allow_client_shm)
-        application.parser.regions = regions if regions.allowed else None
+        application.parse.parser.regions = regions if regions.allowed else None
         shared = [sharedmemory.EXTENSION] if regions.allowed else []
         application.add(SharedMemory(loop, application, regions).routes, *shared)
         traces = TraceSettings(application, common, runtime, settings.tracing is not None)
@@ -315,4 +317,5 @@ class Coupling:
             self._timer.cancel()
         if self._jobs is not None:
             self._jobs.close()
+        self.application.clerks.close()
         self._link.close()

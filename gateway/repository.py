@@ -17,6 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from penstock.client.orders import ORDER_WAIT_S, Orders, late
 from penstock.client.publish import MODEL_FILE, PublishError, check_model, check_version, publish
+from penstock.gateway.about import BINARY, REPOSITORY, STRING, About, a_list, an_object, json
 from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.aside import Aside, Work
 from penstock.gateway.connection import Exchange
@@ -42,6 +43,37 @@ _Body: TypeAlias = "Callable[[Exchange, Target, Buffer], None]"
 _Bytes: TypeAlias = "Callable[[Work], Iterator[Buffer]]"  # of a file, a part after another
 
 
+_INDEX: Final = About(
+    "The models and their states",
+    REPOSITORY,
+    json(a_list(an_object({"name": STRING, "version": STRING, "state": STRING}, ("name", "version", "state")))),
+    json(an_object({"ready": {"type": "boolean"}})),
+    optional=True,
+    errors=(400,),
+)
+_LOAD: Final = About(
+    "Load a model, with another configuration or new files",
+    REPOSITORY,
+    body=json(an_object({"parameters": an_object({"config": STRING})})),
+    optional=True,
+    errors=(400, 503),
+)
+_UNLOAD: Final = About(
+    "Serve a model no more",
+    REPOSITORY,
+    body=json(an_object({"parameters": an_object({"unload_dependents": {"type": "boolean"}})})),
+    optional=True,
+    errors=(400, 503),
+)
+_PUSH: Final = About(
+    "A new version of a model: the body is the ONNX file",
+    REPOSITORY,
+    json(an_object({"name": STRING, "version": STRING}, ("name", "version"))),
+    {BINARY: {}},
+    errors=(400, 503),
+)
+
+
 class Repository:
     """``routes``: for the application to answer."""
 
@@ -53,12 +85,12 @@ class Repository:
         self._writing = Aside(loop, _WRITING_MAX, _WRITE_WAIT_S, _NOT_WRITTEN)
         model, versions = "/v2/repository/models/{model}", "/v2/repository/models/{model}/versions"
         self.routes: list[Route[Handler]] = [
-            Route("POST", "/v2/repository/index", partial(self._read, self._index)),
-            Route("POST", "/v2/repository/{repository}/index", partial(self._read, self._index)),
-            Route("POST", model + "/load", partial(self._read, self._load)),
-            Route("POST", model + "/unload", partial(self._read, self._unload)),
-            Route("POST", versions, self._push),
-            Route("PUT", versions + "/{version}", self._push),
+            Route("POST", "/v2/repository/index", partial(self._read, self._index), about=_INDEX),
+            Route("POST", "/v2/repository/{repository}/index", partial(self._read, self._index), about=_INDEX),
+            Route("POST", model + "/load", partial(self._read, self._load), about=_LOAD),
+            Route("POST", model + "/unload", partial(self._read, self._unload), about=_UNLOAD),
+            Route("POST", versions, self._push, about=_PUSH),
+            Route("PUT", versions + "/{version}", self._push, about=_PUSH),
         ]
 
     def _read(self, then: _Body, exchange: Exchange, target: Target) -> None:

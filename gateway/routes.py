@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 from urllib.parse import unquote_to_bytes
 
+from penstock.gateway.about import About
+
 H = TypeVar("H")
 
 
@@ -24,12 +26,13 @@ class RouteError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Route(Generic[H]):
-    """``any_case``: all of the pattern but its arguments in capitals or not."""
+    """``any_case``: all of the pattern but its arguments in capitals or not. ``about``: what it is, for its readers."""
 
     method: str
     pattern: str
     handler: H
     any_case: bool = False
+    about: About | None = None
 
     def match(self, segments: Sequence[str]) -> dict[str, str] | None:
         """The arguments in a path, or None when it is another."""
@@ -60,6 +63,11 @@ class Routes(Generic[H]):
     def add(self, routes: Sequence[Route[H]]) -> None:
         """What a path says itself goes before arguments: /v2/models/stats is no model's."""
         self._routes = sorted([*self._routes, *routes], key=lambda route: route.pattern.count("{"))
+
+    @property
+    def table(self) -> tuple[Route[H], ...]:
+        """All of them."""
+        return tuple(self._routes)
 
     def find(self, method: bytes, url: bytes) -> tuple[H, dict[str, str]]:
         """The handler and the arguments in the path: for HEAD those of GET. Raises RouteError."""

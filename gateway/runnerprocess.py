@@ -86,7 +86,7 @@ class RunnerProcess:
             ),
             None,
         )
-        coupling.application.parser = Parser(callbacks=True)  # which are sent from here
+        coupling.application.parse.parser = Parser(callbacks=True)  # which are sent from here
         callbacks = Callbacks(self._store, jobs, owner, lambda job, response: _body(job, response, jobs))
         runner = Runner(
             coupling.application,

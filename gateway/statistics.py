@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias
 
+from penstock.gateway.about import MODELS, OBJECT, About, a_list, an_object, json
 from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.connection import Exchange
 from penstock.gateway.reports import Reports
@@ -100,6 +101,14 @@ def _spent(count: float, seconds: float) -> dict[str, int]:
     return {"count": round(count), "ns": round(seconds * _NS)}
 
 
+_ABOUT: Final = About(
+    "What has been asked and how long it took, as Triton counts",
+    MODELS,
+    json(an_object({"model_stats": a_list(OBJECT)}, ("model_stats",))),
+    errors=(404, 503),
+)
+
+
 class Statistics:
     """``routes``: for the application to answer."""
 
@@ -108,7 +117,7 @@ class Statistics:
         self._caller = application.caller
         self._reports = reports
         self.routes: list[Route[Handler]] = [
-            Route("GET", f"/v2/models{model}/stats", self._stats)
+            Route("GET", f"/v2/models{model}/stats", self._stats, about=_ABOUT)
             for model in ("", "/{model}", "/{model}/versions/{version}")
         ]
 

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias
 
-from penstock.client.arrays import Forms
-from penstock.gateway.application import Application, Handler, Parse, Target
+from penstock.gateway.about import INFERENCE_ERRORS, OBJECT, TENSORFLOW, About, a_list, an_object, json
+from penstock.gateway.application import Application, Handler, Target
 from penstock.gateway.changes import Style
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import Query
+from penstock.gateway.inference import Reading
+from penstock.gateway.parse import Parse
 from penstock.gateway.routes import Route, RouteError
+from penstock.gateway.schemas import ANY_INSTANCES, ANY_PREDICTION, EXAMPLES, RESULTS, tensorflow
 from penstock.gateway.tfjson import SIGNATURE, TYPES, Question, read_classify, read_predict, read_regress
 from penstock.wire.errors import BAD_INPUT, NOT_FOUND, UNAVAILABLE, PenstockError
 from penstock.wire.messages import Payload
@@ -40,33 +42,63 @@ _Read: TypeAlias = "Callable[[ModelSpec, Buffer], Question]"
 _VERBS: Final[dict[str, _Read]] = {"predict": read_predict, "classify": read_classify, "regress": read_regress}
 
 
+def read_question(read: _Read, spec: ModelSpec, body: Buffer) -> tuple[Reading, Payload]:
+    """Raises PenstockError."""
+    layout, payload, write = read(spec, body)
+    return Reading(layout, _JSON, write=write), payload
+
+
+_ABOUTS: Final = {
+    "predict": About(
+        "Predict, in rows or columns",
+        TENSORFLOW,
+        ANY_PREDICTION,
+        ANY_INSTANCES,
+        errors=INFERENCE_ERRORS,
+        inference=True,
+        of_model=tensorflow,
+    ),
+    "classify": About("Classes of examples", TENSORFLOW, RESULTS, EXAMPLES, errors=INFERENCE_ERRORS, inference=True),
+    "regress": About("Numbers for examples", TENSORFLOW, RESULTS, EXAMPLES, errors=INFERENCE_ERRORS, inference=True),
+}
+_STATUS: Final = About(
+    "The states of its versions",
+    TENSORFLOW,
+    json(an_object({"model_version_status": a_list(OBJECT)}, ("model_version_status",))),
+    errors=(400, 404, 503),
+)
+_MALFORMED: Final = About("Nothing: a model is asked with :predict, :classify or :regress", TENSORFLOW, errors=(400,))
+_METADATA: Final = About(
+    "Its signature",
+    TENSORFLOW,
+    json(an_object({"model_spec": OBJECT, "metadata": OBJECT}, ("model_spec", "metadata"))),
+    errors=(400, 404, 503),
+)
+
+
 class TensorFlowServing:
     """``routes``: for the application to answer."""
 
     def __init__(self, application: Application) -> None:
         self._application = application
         self._caller = application.caller
-        self._forms = Forms()
         self.routes: list[Route[Handler]] = []
         for by, base in _BASES.items():
             self.routes += [
-                Route("POST", f"{base}:{verb}", partial(self._infer, partial(self._parse, by, read)), any_case=True)
+                Route("POST", f"{base}:{verb}", partial(self._infer, self._parse(by, read)), True, _ABOUTS[verb])
                 for verb, read in _VERBS.items()
             ]
             self.routes += [
-                Route("GET", base, partial(self._status, by), any_case=True),
-                Route("POST", base, self._malformed, any_case=True),
-                Route("GET", base + "/metadata", partial(self._metadata, by), any_case=True),
+                Route("GET", base, partial(self._status, by), True, _STATUS),
+                Route("POST", base, self._malformed, True, _MALFORMED),
+                Route("GET", base + "/metadata", partial(self._metadata, by), True, _METADATA),
             ]
 
     def _infer(self, parse: Parse, exchange: Exchange, target: Target) -> None:
         self._application.infer(exchange, target, parse)
 
-    def _parse(self, by: str, read: _Read, target: Target, body: Buffer) -> tuple[Query, Payload]:
-        spec = self._find(by, target)
-        layout, payload, write = read(spec, body)
-        form = self._forms.find(spec, layout, len(payload), target.priority, target.tenant)
-        return Query(spec, form, _JSON, "", 0.0, False, False, write), payload
+    def _parse(self, by: str, read: _Read) -> Parse:
+        return Parse(partial(self._find, by), partial(read_question, read))
 
     def _malformed(self, exchange: Exchange, target: Target) -> None:
         url = exchange.request.head.url.decode("latin-1")

@@ -112,7 +112,7 @@ class Desk:
     def __init__(self, loop: Loop, slots: Slots | None = None, **limits: Any) -> None:
         self.loop = loop
         self.slots = slots
-        self.options = GatewayOptions(**limits)
+        self.options = GatewayOptions(**{"json_processes_max": 0, **limits})
         self.caller = Caller(Identity(b"a caller", "gateway", 1, True, "/run/here", calls_max=4))
         self.reports = Reports(loop.loop, self._ask_broker, lambda: Snapshot("gateway", ()), 10)
         self.serials: list[int] = []
@@ -550,8 +550,8 @@ def test_header_that_asks_for_what_cannot_be_is_400_and_named(joined: Desk, head
 
 def test_invented_tenants_grow_nothing_without_a_limit(joined: Desk) -> None:
     for number in range(3000):
-        joined.application.parser.parse(spec(), json.dumps(INFER).encode(), None, 0, f"tenant {number}")
-    assert len(joined.application.parser._forms._known) <= 1024
+        joined.application.parse.parser.parse(spec(), json.dumps(INFER).encode(), None, 0, f"tenant {number}")
+    assert len(joined.application.parse.parser._forms._known) <= 1024
 
 
 def test_time_of_a_request_runs_since_its_head_has_come(joined: Desk) -> None:
@@ -697,7 +697,7 @@ def test_text_that_cannot_be_answered_is_400(joined: Desk) -> None:
         (errors.BAD_INPUT, 400, {}),
         (errors.NOT_FOUND, 404, {}),
         (errors.TOO_LARGE, 413, {}),
-        (errors.UNSUPPORTED, 501, {"Accept-Encoding": "gzip, deflate"}),
+        (errors.UNSUPPORTED, 501, {"Accept-Encoding": "gzip, deflate, zstd"}),
         (errors.OVERLOADED, 503, {"Retry-After": "3"}),
         (errors.DRAINING, 503, {"Retry-After": "3"}),
         (errors.UNAVAILABLE, 503, {"Retry-After": "3"}),
@@ -844,8 +844,8 @@ def test_identity_is_no_encoding(joined: Desk) -> None:
 
 def test_unknown_encoding_is_501_and_told_the_known_ones(joined: Desk) -> None:
     answer = said(joined.infer(Content_Encoding="br"))
-    assert (answer.status, answer.headers["Accept-Encoding"]) == (501, "gzip, deflate")
-    assert answer.error == "Content-Encoding 'br' is not known; gzip and deflate are"
+    assert (answer.status, answer.headers["Accept-Encoding"]) == (501, "gzip, deflate, zstd")
+    assert answer.error == "Content-Encoding 'br' is not known; gzip, deflate and zstd are"
 
 
 def test_body_that_expands_beyond_the_limit_is_413(loop: Loop) -> None:
@@ -1034,7 +1034,7 @@ def test_responses_are_counted_by_status(joined: Desk) -> None:
     joined.ask("GET", "/v2/health/live")
     joined.ask("GET", "/nope")
     joined.ask("POST", "/v2")
-    joined.application.refused(408, "late")
+    joined.application.refused(408, "late", {})
     exchange = joined.infer()
     joined.sent()
     joined.double(1, X)

@@ -248,7 +248,8 @@ def test_where_it_cannot_be_opened_all_is_computed(
 
 def test_an_error_is_not_kept(desk: Cached) -> None:
     exchange = desk.infer()
-    desk.fails(*desk.numbers())
+    [failed] = desk.numbers()
+    desk.fails(failed)
     assert said(exchange).status == 500
     assert how(desk.compute(desk.infer())) == MISS
 
@@ -344,7 +345,8 @@ def test_those_that_ask_at_once_wait_for_one(desk: Cached) -> None:
 
 def test_if_the_one_that_is_computed_fails_another_is_and_only_it_has_failed(desk: Cached) -> None:
     exchanges = [desk.infer() for _ in range(3)]
-    desk.fails(*desk.numbers())
+    [failed] = desk.numbers()
+    desk.fails(failed)
     assert said(exchanges[0]).status == 500
     [number] = desk.numbers()
     assert all(waits(exchange) for exchange in exchanges[1:])

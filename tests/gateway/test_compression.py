@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.gateway import compression
 from penstock.gateway.compression import SMALL_BYTES, choose, compress, decompress, decompress_small
 from penstock.wire.errors import BAD_INPUT, CANCELLED, TOO_LARGE, UNSUPPORTED, PenstockError
+
+zstd = compression.zstd
 
 
 def raw_deflate(body: bytes) -> bytes:
@@ -21,10 +24,18 @@ def raw_deflate(body: bytes) -> bytes:
     return squeezer.compress(body) + squeezer.flush()
 
 
+def zstd_in_pieces(body: bytes) -> bytes:
+    """Whose sender did not know how long it would be."""
+    squeezer = zstd.ZstdCompressor(level=3)
+    return b"".join(squeezer.compress(body[at : at + 5000]) for at in range(0, len(body), 5000)) + squeezer.flush()
+
+
 FORMATS: list[tuple[str, Callable[[bytes], bytes]]] = [
     ("gzip", gzip.compress),
     ("deflate", zlib.compress),
     ("deflate", raw_deflate),
+    ("zstd", zstd.compress),
+    ("zstd", zstd_in_pieces),
 ]
 
 
@@ -121,20 +132,32 @@ def test_it_stops_when_it_is_not_wanted_any_more() -> None:
     assert (raised.value.code, looks) == (CANCELLED, 3)
 
 
+def test_a_frame_that_wants_much_memory_is_refused() -> None:
+    """Of 2 GB here, though it holds next to nothing; up to 8 MiB there may be."""
+    for log in (31, 27, 24, 23):
+        squeezer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: log})
+        frame = squeezer.compress(b"hello") + squeezer.flush()
+        if log == 23:
+            assert bytes(decompress(frame, "zstd", 1000)) == b"hello"
+        else:
+            error = refusal(frame, "zstd")
+            assert (error.code, "window of more than 8388608 bytes" in error.message) == (TOO_LARGE, True)
+
+
 def test_checksum_counts() -> None:
     whole = gzip.compress(b"hello")
     assert refusal(whole[:-8] + b"\0" * 8, "gzip").code == BAD_INPUT
 
 
-@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "x" * 1000, ""])
+@pytest.mark.parametrize("encoding", ["br", "zstd, gzip", "gzip, gzip", "x" * 1000, ""])
 def test_unknown_encoding_is_not_done(encoding: str) -> None:
     error = refusal(b"", encoding)
     assert error.code == UNSUPPORTED
-    assert error.message == f"Content-Encoding '{encoding[:40]}' is not known; gzip and deflate are"
+    assert error.message == f"Content-Encoding '{encoding[:40]}' is not known; gzip, deflate and zstd are"
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200), st.sampled_from(["gzip", "deflate"]), st.booleans())
+@given(st.binary(max_size=200), st.sampled_from(["gzip", "deflate", "zstd"]), st.booleans())
 def test_any_bytes_are_a_body_or_an_error(body: bytes, encoding: str, begin_well: bool) -> None:
     start = compress(b"hello", encoding)[:8] if begin_well else b""
     try:
@@ -151,6 +174,11 @@ def test_any_bytes_are_a_body_or_an_error(body: bytes, encoding: str, begin_well
         ("gzip", "gzip"),
         ("deflate", "deflate"),
         ("gzip, deflate", "gzip"),
+        ("zstd", "zstd"),
+        ("gzip, deflate, br, zstd", "zstd"),
+        ("gzip, zstd;q=0.9", "gzip"),
+        ("zstd;q=0, *", "gzip"),
+        ("zstd, *", "zstd"),
         ("deflate, gzip", "gzip"),
         ("GZIP", "gzip"),
         ("br", ""),
@@ -159,8 +187,9 @@ def test_any_bytes_are_a_body_or_an_error(body: bytes, encoding: str, begin_well
         ("*;q=0", ""),
         ("gzip;q=0", ""),
         ("gzip;q=0, *", "deflate"),
-        ("gzip;q=0, deflate;q=0, *", ""),
+        ("gzip;q=0, deflate;q=0, *", "zstd"),
         ("gzip;q=0.2, deflate;q=0.8", "deflate"),
+        ("gzip;q=0, deflate;q=0, zstd;q=0, *", ""),
         ("gzip; q=0.2 , deflate ; Q=0.8", "deflate"),
         ("deflate;q=0.5, *;q=0.9", "gzip"),
         ("identity", ""),
@@ -181,15 +210,15 @@ def test_choice_for_accept_encoding(accepted: str, chosen: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet="gzipdeflat*;q=,.01 xé", max_size=40))
+@given(st.text(alphabet="gzipdeflatszd*;q=,.01 xé", max_size=40))
 def test_any_accept_encoding_has_a_choice(accepted: str) -> None:
-    assert choose(accepted) in ("", "gzip", "deflate")
+    assert choose(accepted) in ("", "gzip", "deflate", "zstd")
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "zstd"])
 def test_what_is_sent_can_be_read_by_everybody(encoding: str) -> None:
     body = b'{"outputs":[]}' * 100
     sent = compress(body, encoding)
     assert len(sent) < len(body)
-    assert (gzip if encoding == "gzip" else zlib).decompress(sent) == body
+    assert {"gzip": gzip, "deflate": zlib, "zstd": zstd}[encoding].decompress(sent) == body
     assert compress(body, encoding) == sent, "it does not depend on the time"

@@ -79,3 +79,46 @@ def test_a_failed_request_is_logged_with_it(loop: Loop, caplog: pytest.LogCaptur
     told, untold = [record.__dict__["fields"] for record in caplog.records]
     assert told["x_request_id"] == "a-1"
     assert "x_request_id" not in untold
+
+
+ID = b"X-Request-Id: a-1\r\nOrigin: https://example.org\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"POST /v2 HTTP/1.1\r\nHost: a\r\n%bContent-Length: 100000000\r\n\r\n", 413),
+        (b"POST /v2 HTTP/1.1\r\nHost: a\r\n%bTransfer-Encoding: chunked\r\n\r\n3e9\r\n" + bytes(1001), 413),
+        (b"GET /v2 HTTP/1.1\r\nHost: a\r\n%b" + b"a: b\r\n" * 100 + b"\r\n", 431),
+        (b"GET /v2 HTTP/1.1\r\nHost: a\r\n%bHost: b\r\n\r\n", 400),
+        (b"POST /v2 HTTP/1.1\r\nHost: a\r\n%bTransfer-Encoding: gzip\r\n\r\n", 501),
+        (b"GET /v2 HTTP/1.1\r\nHost: a\r\n%bExpect: much\r\n\r\n", 417),
+        (b"GET /v2 HTTP/1.1\r\nHost: a\r\n%bA: ", 408),
+        (b"POST /v2 HTTP/1.1\r\nHost: a\r\n%bContent-Length: 10\r\n\r\n", 408),
+    ],
+)
+def test_what_the_connection_refuses_has_it_too(
+    loop: Loop, serve: Callable[..., Serving], caplog: pytest.LogCaptureFixture, request_bytes: bytes, status: int
+) -> None:
+    desk = Desk(loop, cors_origins=("https://example.org",)).join(ready())
+    limits = {"head_timeout_s": 0.02, "body_timeout_s": 0.02, "body_bytes_max": 1000}
+    serving = serve(desk.application, **limits)
+    serving.watch()
+    peer = serving.connect()
+    with caplog.at_level(logging.INFO, "penstock.gateway"):
+        peer.send(request_bytes.replace(b"%b", ID))
+        answer = peer.response()
+    assert (answer.status, answer.headers["x-request-id"]) == (status, "a-1")
+    assert answer.headers["access-control-allow-origin"] == "https://example.org"
+    assert desk.meter("penstock_http_responses", str(status)) == 1
+    [record] = caplog.records
+    assert record.__dict__["fields"]["x_request_id"] == "a-1"
+    serving.still()
+
+
+def test_what_is_refused_has_no_other_requests_id(peer: Peer) -> None:
+    peer.send(ask("GET", "/v2", "X-Request-Id: 1"))
+    assert peer.response().headers["x-request-id"] == "1"
+    peer.send(b"what is this\r\n\r\n")
+    answer = peer.response()
+    assert (answer.status, answer.headers.get("x-request-id")) == (400, None)
