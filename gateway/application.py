@@ -13,18 +13,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import orjson
 
 from penstock.client.caller import Caller
-from penstock.client.events import Complete, Sink
+from penstock.client.events import Complete
 from penstock.gateway import abouts
 from penstock.gateway.aside import Aside
-from penstock.gateway.cache import read_cache_control
 from penstock.gateway.changes import Style
 from penstock.gateway.clerks import Clerks
-from penstock.gateway.compression import ENCODINGS, choose, compress, decompress, decompress_small
+from penstock.gateway.compression import ENCODINGS, compress, decompress, decompress_small
 from penstock.gateway.connection import Exchange
 from penstock.gateway.cors import Cors
 from penstock.gateway.feed import FEED_HEAD, Feed
@@ -37,13 +36,15 @@ from penstock.gateway.reader import Head
 from penstock.gateway.reports import Reports, form_for
 from penstock.gateway.requestid import read_request_id, request_id_line
 from penstock.gateway.routes import Route, RouteError, Routes
+from penstock.gateway.statuses import STATUSES
 from penstock.gateway.steady import Steady
-from penstock.gateway.terms import read_terms
+from penstock.gateway.target import Defer, Handler, Target
 from penstock.gateway.timing import ServerTiming, explanation, total_line
 from penstock.gateway.tracing import Tracing
+from penstock.gateway.underway import Inference, TracedInference
 from penstock.wire import errors
-from penstock.wire.errors import BAD_INPUT, OVERLOADED, BadMessage, PenstockError
-from penstock.wire.messages import UNNAMED, Payload
+from penstock.wire.errors import OVERLOADED, BadMessage, PenstockError
+from penstock.wire.messages import Payload
 from penstock.wire.metrics import Meters, Value
 from penstock.wire.models import SERVED, ModelSpec, ModelState
 from penstock.wire.process import fields
@@ -55,21 +56,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("penstock.gateway")
 
-STATUSES: Final = {
-    errors.BAD_INPUT: 400,
-    errors.NOT_FOUND: 404,
-    errors.TOO_LARGE: 413,
-    errors.UNSUPPORTED: 501,
-    errors.OVERLOADED: 503,
-    errors.DRAINING: 503,
-    errors.UNAVAILABLE: 503,
-    errors.LOST: 503,
-    errors.DEADLINE: 504,
-    errors.CANCELLED: 499,
-    errors.MODEL_FAILED: 500,
-    errors.POISONED: 500,
-    errors.INTERNAL: 500,
-}
 # Of these routes; other files bring theirs.
 _EXTENSIONS: Final = ("classification", "sequence", "binary_tensor_data", "parameters", "schedule_policy")
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
@@ -78,11 +64,8 @@ _ACCEPT_ENCODING: Final = f"Accept-Encoding: {', '.join(ENCODINGS)}\r\n".encode(
 _JOIN_MAX_BYTES: Final = 64 * 1024  # a larger payload is written behind the head instead of being copied
 _ASIDE_MIN_BYTES: Final = 128 * 1024  # what is larger is compressed and expanded on a thread
 _EXPANDING_MAX: Final = 2  # bodies at a time: each takes a processor's time, and up to body_bytes_max of memory
-_LENGTH_DIGITS_MAX: Final = 12
 
 T = TypeVar("T")
-Handler: TypeAlias = "Callable[[Exchange, Target], None]"
-Defer: TypeAlias = "Callable[[Exchange, Target, Parse], None]"
 
 
 class Application:
@@ -101,7 +84,7 @@ class Application:
     ) -> None:
         """``meters``: where what is answered over HTTP is counted, the caller's where there are none."""
         self.inference: Callable[[Application, Exchange, Query], Inference] = (
-            Inference if tracing is None else partial(_TracedInference, tracing)
+            Inference if tracing is None else partial(TracedInference, tracing)
         )
         self.is_traced = tracing is not None
         self.cache: ResponseCache | None = None  # of models that have one
@@ -574,147 +557,3 @@ class Application:
 
 def _allow(methods: Sequence[str]) -> bytes:
     return f"Allow: {', '.join(methods)}\r\n".encode()
-
-
-class Target:
-    """What a request's head means here. ``header_length``: bytes of JSON in front of binary tensors, None without any.
-    ``defer``: takes it where it is not to be answered with its result, see ``jobs.py``.
-    ``encoding``: of the body, "" as it is. ``accepts``: the encoding that the answer should have. The others: see
-    ``Terms``, of which a request then costs four look-ups less.
-
-    Raises PenstockError for headers that say nothing that can be.
-    """
-
-    __slots__ = (
-        *(
-            "accepts",
-            "cache_control",
-            "defer",
-            "encoding",
-            "handler",
-            "header_length",
-            "job",
-            "model",
-            "region",
-            "version",
-        ),
-        *("explain", "priority", "repeats", "sticky", "tenant", "timeout_s"),
-    )
-
-    def __init__(self, handler: Handler, arguments: Mapping[str, str], headers: Mapping[str, bytes]) -> None:
-        self.handler = handler
-        self.defer: Defer | None = None
-        self.job = arguments.get("id", "")
-        self.model = arguments.get("model", "")
-        self.version = arguments.get("version", "")
-        self.region = arguments.get("region", "")
-        self.header_length = _header_length(headers.get("inference-header-content-length"))
-        encoding = headers.get("content-encoding", b"identity").decode("latin-1").strip()
-        self.encoding = "" if encoding.lower() == "identity" else encoding
-        self.accepts = choose(headers.get("accept-encoding", b"").decode("latin-1"))
-        self.timeout_s, self.priority, self.tenant, self.explain, self.sticky = read_terms(headers)
-        self.cache_control = read_cache_control(headers)
-        self.repeats = False  # answers to such requests are remembered, see repeats.py
-
-
-def _header_length(value: bytes | None) -> int | None:
-    if value is None:
-        return None
-    value = value.strip()
-    if not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
-        raise PenstockError(BAD_INPUT, "Inference-Header-Content-Length is not a number of bytes")
-    return int(value)
-
-
-class Inference:
-    """An inference request under way: where its answer goes."""
-
-    __slots__ = ("_application", "_asked", "_exchange", "_number", "_query")
-
-    def __init__(self, application: Application, exchange: Exchange, query: Query) -> None:
-        self._application = application
-        self._exchange = exchange
-        self._query = query
-
-    def limit(self) -> tuple[float, float]:
-        """The seconds that it has, and since when.
-
-        A time that the request names runs since its head has come, so a body that comes slowly uses it up, and so do
-        expanding it and waiting for room. The time of those that name none begins when all of them is there.
-        """
-        exchange, timeout_s = self._exchange, self._query.timeout_s
-        header_s: float = exchange.request.head.target.timeout_s
-        if header_s and not 0 < timeout_s <= header_s:
-            timeout_s = header_s
-        if timeout_s:
-            return timeout_s, exchange.began
-        return self._application.options.request_timeout_s, exchange.arrived
-
-    def unasked(self) -> None:
-        """Its answer comes of something else than a request of its own."""
-        self._asked, self._number = self._exchange.arrived, 0
-
-    def start(self, payload: Payload, sink: Sink | None = None) -> None:
-        """``sink``: that is told what comes of it in its place. Raises PenstockError when too much is under way, or its
-        time is up already."""
-        application, exchange = self._application, self._exchange
-        timeout_s, since = self.limit()
-        self._asked = now = time.monotonic()
-        if now >= since + timeout_s:
-            raise PenstockError(
-                errors.DEADLINE,
-                f"time was up before the request was queued: {now - since:.3f} s after it began to come, and it has "
-                f"{timeout_s:g} s",
-            )
-        self._number = application.caller.submit(self._query.form, payload, timeout_s, sink or self, since)
-        exchange.gone = self
-
-    def complete(self, answer: Complete, lines: bytes = b"") -> None:
-        """``lines``: more header lines of the answer."""
-        application, exchange, query = self._application, self._exchange, self._query
-        seconds = time.monotonic() - exchange.arrived
-        if application.seconds.observe_one(seconds):
-            application.seconds.exemplify(seconds, application.name(query.id, self._number))
-        try:
-            application.finish(exchange, query, answer, self._asked, seconds, lines)
-        except Exception:  # of one answer, which is no reason to end: the core would not be told the rest of its batch
-            log.exception("answer cannot be written", extra=fields(model=query.form.model))
-            if answer.held and not exchange.status:  # else it goes with what has been sent
-                application.release(answer.held)
-            application.crashed(exchange)
-
-    def fail(self, error: PenstockError) -> None:
-        self._application.fail(self._exchange, error, self._query.id, self._number)
-
-    def __call__(self) -> None:
-        """The client has hung up: nobody else wants the result."""
-        self._application.caller.cancel(self._number)
-        self._application.flush()
-
-
-class _TracedInference(Inference):
-    """One whose spans are told."""
-
-    __slots__ = ("_tracing",)
-
-    def __init__(self, tracing: Tracing, application: Application, exchange: Exchange, query: Query) -> None:
-        super().__init__(application, exchange, query)
-        self._tracing = tracing
-
-    def complete(self, answer: Complete, lines: bytes = b"") -> None:
-        super().complete(answer, lines)
-        self._ended(200, answer)
-
-    def fail(self, error: PenstockError) -> None:
-        super().fail(error)
-        self._ended(STATUSES[error.code], error=error)
-
-    def __call__(self) -> None:
-        super().__call__()
-        self._ended(STATUSES[errors.CANCELLED], error=PenstockError(errors.CANCELLED, "the client has left"))
-
-    def _ended(self, status: int, answer: Complete | None = None, error: PenstockError | None = None) -> None:
-        query = self._query
-        model = query.form.model, query.form.version.removeprefix(UNNAMED)
-        seconds = time.monotonic() - self._exchange.arrived
-        self._tracing.ended(self._exchange.request.head, model, seconds, status, query.id, answer, error)

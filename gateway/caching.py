@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from penstock.client.events import Complete
-from penstock.gateway.application import Application, Inference, Target
+from penstock.gateway.application import Application
 from penstock.gateway.cache import LEADS, NO_STORE, REFRESH, WAITS, Flight, Flights, form_key, ran, request_key
 from penstock.gateway.cacheredis import RedisStore
 from penstock.gateway.cachestores import Stores
@@ -24,7 +24,9 @@ from penstock.gateway.cachevalue import Kept
 from penstock.gateway.connection import Exchange
 from penstock.gateway.inference import Query
 from penstock.gateway.repeats import Repeats
+from penstock.gateway.target import Target
 from penstock.gateway.timing import CACHED
+from penstock.gateway.underway import Inference
 from penstock.wire.errors import DEADLINE, OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import Form, Payload
 from penstock.wire.metrics import Value

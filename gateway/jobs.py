@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from penstock.gateway.about import JOB, JOBS, STRING, About, a_list, an_object, json
-from penstock.gateway.application import Application, Defer, Handler, Target
+from penstock.gateway.application import Application
 from penstock.gateway.aside import Aside
 from penstock.gateway.connection import Exchange
 from penstock.gateway.inference import ONLY_JOBS_CALL, CallbackAsked, Query
@@ -34,6 +34,7 @@ from penstock.gateway.jobwake import Bell
 from penstock.gateway.parse import Parse
 from penstock.gateway.reader import Head, Request
 from penstock.gateway.routes import Route, RouteError
+from penstock.gateway.target import Defer, Handler, Target
 from penstock.jobs.address import CallbackRefused, read_networks, read_target
 from penstock.jobs.document import document
 from penstock.jobs.job import CANCELLED, EXPIRED, STATUSES, Job, StoredRequest, StoredResponse

@@ -27,7 +27,8 @@ from penstock.wire.slots import PLACED_MIN_BYTES, Slot
 from penstock.wire.tensors import Buffer
 
 if TYPE_CHECKING:
-    from penstock.gateway.application import Application, Target
+    from penstock.gateway.application import Application
+    from penstock.gateway.target import Target
 
 # On the loop these take some 5 ms, on 2 cores of a Xeon: JSON takes 15 ns a byte to read, and 15 ns a byte of float32
 # to write.

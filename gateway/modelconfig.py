@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from penstock.gateway.about import MODELS, NUMBER, STRING, About, an_object, json
-from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.application import Application
 from penstock.gateway.connection import Exchange
 from penstock.gateway.routes import Route
+from penstock.gateway.target import Handler, Target
 from penstock.wire.models import ModelSpec, TensorSpec
 
 EXTENSION: Final = "model_configuration"

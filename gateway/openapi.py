@@ -30,11 +30,12 @@ from penstock.gateway.about import (
     an_object,
     json,
 )
-from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.application import Application
 from penstock.gateway.aside import Aside, Work
 from penstock.gateway.connection import Exchange
 from penstock.gateway.page import load_page
 from penstock.gateway.routes import Route
+from penstock.gateway.target import Handler, Target
 from penstock.wire.models import SERVED, ModelSpec, ModelState
 
 VERSIONS_MAX: Final = 100  # of models that have paths of their own; some 50 ms of a thread, and 500 KB

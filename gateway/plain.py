@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from penstock.gateway.about import INFERENCE_ERRORS, OBJECT, PLAIN, About, json
-from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.application import Application
 from penstock.gateway.changes import Style
 from penstock.gateway.connection import Exchange
 from penstock.gateway.inference import Reading, cut
@@ -21,6 +21,7 @@ from penstock.gateway.jsondata import BINARY_ONLY, dump_data, loads, pack_data
 from penstock.gateway.parse import Parse
 from penstock.gateway.routes import Route
 from penstock.gateway.schemas import plain
+from penstock.gateway.target import Handler, Target
 from penstock.wire.codec import unpack_outcome
 from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.messages import Outcome, Payload

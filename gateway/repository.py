@@ -18,11 +18,12 @@ from typing import Any, Final, TypeAlias
 from penstock.client.orders import ORDER_WAIT_S, Orders, late
 from penstock.client.publish import MODEL_FILE, PublishError, check_model, check_version, publish
 from penstock.gateway.about import BINARY, REPOSITORY, STRING, About, a_list, an_object, json
-from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.application import Application
 from penstock.gateway.aside import Aside, Work
 from penstock.gateway.connection import Exchange
 from penstock.gateway.jsondata import loads
 from penstock.gateway.routes import Route, RouteError
+from penstock.gateway.target import Handler, Target
 from penstock.wire.errors import BAD_INPUT, CANCELLED, UNAVAILABLE, PenstockError
 from penstock.wire.messages import LOAD, UNLOAD
 from penstock.wire.models import IDLE, READY, SERVED, ModelState

@@ -13,12 +13,13 @@ from typing import Any, Final
 
 import orjson
 
-from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.application import Application
 from penstock.gateway.aside import Aside
 from penstock.gateway.connection import Exchange
 from penstock.gateway.peers import Lease, find_peer
 from penstock.gateway.regions import NOT_ALLOWED, Regions
 from penstock.gateway.routes import Route, RouteError
+from penstock.gateway.target import Handler, Target
 from penstock.wire.errors import BAD_INPUT, NOT_FOUND, PenstockError
 from penstock.wire.tensors import Buffer
 

@@ -15,10 +15,11 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from penstock.gateway.about import MODELS, OBJECT, About, a_list, an_object, json
-from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.application import Application
 from penstock.gateway.connection import Exchange
 from penstock.gateway.reports import Reports
 from penstock.gateway.routes import Route
+from penstock.gateway.target import Handler, Target
 from penstock.gateway.triton import NOTHING_SPENT, Told
 from penstock.wire.errors import OVERLOADED, UNAVAILABLE, PenstockError
 from penstock.wire.messages import Snapshot

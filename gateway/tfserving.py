@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from penstock.gateway.about import INFERENCE_ERRORS, OBJECT, TENSORFLOW, About, a_list, an_object, json
-from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.application import Application
 from penstock.gateway.changes import Style
 from penstock.gateway.connection import Exchange
 from penstock.gateway.inference import Reading
 from penstock.gateway.parse import Parse
 from penstock.gateway.routes import Route, RouteError
 from penstock.gateway.schemas import ANY_INSTANCES, ANY_PREDICTION, EXAMPLES, RESULTS, tensorflow
+from penstock.gateway.target import Handler, Target
 from penstock.gateway.tfjson import SIGNATURE, TYPES, Question, read_classify, read_predict, read_regress
 from penstock.wire.errors import BAD_INPUT, NOT_FOUND, UNAVAILABLE, PenstockError
 from penstock.wire.messages import Payload

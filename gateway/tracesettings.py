@@ -18,10 +18,11 @@ from uuid import uuid4
 
 import orjson
 
-from penstock.gateway.application import Application, Handler, Target
+from penstock.gateway.application import Application
 from penstock.gateway.common import Common, Section
 from penstock.gateway.connection import Exchange
 from penstock.gateway.routes import Route
+from penstock.gateway.target import Handler, Target
 from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.tensors import Buffer
 

@@ -20,12 +20,13 @@ import pytest
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Event, Fail, FromWorker
 from penstock.gateway import application
-from penstock.gateway.application import STATUSES, Application
+from penstock.gateway.application import Application
 from penstock.gateway.compression import decompress
 from penstock.gateway.connection import Connection, Exchange
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.reader import Budget, Head, Reader, Request
 from penstock.gateway.reports import Reports
+from penstock.gateway.statuses import STATUSES
 from penstock.gateway.waits import BoundedWait
 from penstock.wire import errors
 from penstock.wire.arena import Arena
