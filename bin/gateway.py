@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,12 +15,14 @@ from penstock.bin import options
 @click.option("--name", default="gateway", show_default=True, help="What it is called in logs and metrics.")
 @options.jobs_store
 @options.config_file
+@options.allow_client_shm
 @options.process_options
 def gateway(
     http: str,
     name: str,
     jobs_store: str | None,
     config: Path | None,
+    allow_client_shm: bool,
     runtime_dir: Path | None,
     log_format: str,
     log_level: str,
@@ -32,6 +35,8 @@ def gateway(
 
     address, given = options.broker_address(runtime_dir), options.load_options(config)
     limits, place = given.gateway, options.jobs_place(jobs_store, given.jobs, address)
+    if allow_client_shm:
+        limits = replace(limits, allow_client_shm=True)
     try:
         tracing = Tracing(name) if limits.tracing else None
     except TracingError as error:

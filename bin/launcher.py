@@ -74,6 +74,7 @@ class Plan:
     log_format: str
     log_level: str
     jobs_store: str | None = None  # in place of [jobs] store
+    allow_client_shm: bool = False
     record: Path | None = None
     record_max_bytes: int = RECORD_MAX_BYTES
     options: Options = field(default_factory=Options)
@@ -231,10 +232,11 @@ class Launcher:
             raise LaunchError(f"cannot listen on {plan.http}: {error.strerror}") from None
         fd = listener.fileno()
         gateways = []
+        shared = ["--allow-client-shm"] if plan.allow_client_shm else []
         for number in range(plan.gateways):
             name = f"gateway-{number}"
-            command = ["gateway", f"--http=fd://{fd}", f"--name={name}", *options, *config, *self._jobs_store()]
-            gateways.append(self._start(name, command, (fd,)))
+            arguments = [f"--http=fd://{fd}", f"--name={name}", *options, *config, *self._jobs_store(), *shared]
+            gateways.append(self._start(name, ["gateway", *arguments], (fd,)))
         return self._wait(gateways) and self._wait_until(lambda: _answers(url_of(listener)))
 
     def _common(self) -> list[str]:

@@ -100,6 +100,11 @@ config_file = click.option(
     default=None,
     help="Limits of the server, in TOML: sections [broker], [worker], [gateway] and [jobs].",
 )
+allow_client_shm = click.option(
+    "--allow-client-shm",
+    is_flag=True,
+    help="Let clients name shared memory of this host (/dev/shm) for their tensors; also in [gateway].",
+)
 log_format = click.option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
 log_level = click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True

@@ -16,6 +16,7 @@ from penstock.worker.config import ConfigError, Toml, read_toml
 
 CONFIG_LOOK_S: Final = 0.7  # between two looks at the file
 _BOTH: Final = {"gateway", "jobs"}
+_AGREED: Final = ("gateways.*", "trace-*.count")
 _COPY: Final = "penstock-{}.toml"  # in the runtime directory, which nobody else can read
 
 Mark: TypeAlias = tuple[int, ...]  # what differs when a file is written or replaced; (): there is none
@@ -90,7 +91,9 @@ class ConfigFile:
 
 
 def sweep(directory: Path) -> None:
-    """Remove all copies, also those of a launcher that was killed."""
-    for copy in directory.glob(_COPY.format("*")):
-        with suppress(OSError):
-            os.unlink(copy)
+    """Remove all copies, also those of a launcher that was killed, and what gateways have agreed upon (common.py and
+    tracesettings.py there)."""
+    for pattern in (_COPY.format("*"), *_AGREED):
+        for copy in directory.glob(pattern):
+            with suppress(OSError):
+                os.unlink(copy)

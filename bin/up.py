@@ -27,6 +27,7 @@ log = logging.getLogger("penstock.launcher")
 @options.bind
 @options.jobs_store
 @options.config_file
+@options.allow_client_shm
 @options.record
 @options.runtime_dir
 @options.log_format
@@ -41,6 +42,7 @@ def up(
     bind: str,
     jobs_store: str | None,
     config: Path | None,
+    allow_client_shm: bool,
     record: Path | None,
     record_max_bytes: int,
     runtime_dir: Path | None,
@@ -85,6 +87,7 @@ def up(
             bind=bind,
             jobs_store=jobs_store,
             config=config,
+            allow_client_shm=allow_client_shm,
             record=record,
             record_max_bytes=record_max_bytes,
             options=limits,

@@ -71,7 +71,7 @@ STATUSES: Final = {
     errors.INTERNAL: 500,
 }
 # Of these routes; other files bring theirs.
-_EXTENSIONS: Final = ("classification", "sequence", "binary_tensor_data", "schedule_policy")
+_EXTENSIONS: Final = ("classification", "sequence", "binary_tensor_data", "parameters", "schedule_policy")
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = f"Accept-Encoding: {', '.join(ENCODINGS)}\r\n".encode()
@@ -342,6 +342,13 @@ class Application:
         else:
             self._submit(parse, exchange, target, exchange.request.body)
 
+    def read_body(self, exchange: Exchange, target: Target, then: Callable[[Exchange, Target, Buffer], None]) -> None:
+        """Do something with a body, compressed or not."""
+        if target.encoding:
+            self.expand(exchange, target, then)
+        else:
+            then(exchange, target, exchange.request.body)
+
     def expand(self, exchange: Exchange, target: Target, then: Callable[[Exchange, Target, Buffer], None]) -> None:
         """Do something with a body as it was before it was compressed."""
         body = exchange.request.body
@@ -579,7 +586,18 @@ class Target:
     """
 
     __slots__ = (
-        *("accepts", "cache_control", "defer", "encoding", "handler", "header_length", "job", "model", "version"),
+        *(
+            "accepts",
+            "cache_control",
+            "defer",
+            "encoding",
+            "handler",
+            "header_length",
+            "job",
+            "model",
+            "region",
+            "version",
+        ),
         *("explain", "priority", "repeats", "sticky", "tenant", "timeout_s"),
     )
 
@@ -589,6 +607,7 @@ class Target:
         self.job = arguments.get("id", "")
         self.model = arguments.get("model", "")
         self.version = arguments.get("version", "")
+        self.region = arguments.get("region", "")
         self.header_length = _header_length(headers.get("inference-header-content-length"))
         encoding = headers.get("content-encoding", b"identity").decode("latin-1").strip()
         self.encoding = "" if encoding.lower() == "identity" else encoding

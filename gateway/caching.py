@@ -140,7 +140,9 @@ class ResponseCache:
         self, exchange: Exchange, target: Target, query: Query, body: Buffer, known: _Known, kept: Kept
     ) -> None:
         """What has just been answered, for requests of the same bytes; unless each of them is said where its time went,
-        or may mean another version."""
+        or may mean another version or other data, or has an answer that is changed first."""
+        if query.fleeting or query.change is not None:
+            return
         if target.explain or query.explain or self.application.is_traced or query.spec.name in self._caller.splits:
             return
         told, until = self._caller.told, kept.at + self._ttl_s

@@ -76,6 +76,8 @@ class Line(Protocol):
 
     @property
     def budget(self) -> Budget: ...
+    @property
+    def ends(self) -> tuple[tuple[str, int], tuple[str, int]] | None: ...
     def slots(self) -> Slots | None: ...
     def answered(self, exchange: Exchange, /) -> None: ...
     def begin(self, exchange: Exchange, content_type: bytes, extra: bytes, /) -> Stream: ...
@@ -102,6 +104,11 @@ class Exchange:
         self._response: bytes | None = None
         self._tail: Buffer = b""
         self._sent: Callable[[], None] | None = None
+
+    @property
+    def ends(self) -> tuple[tuple[str, int], tuple[str, int]] | None:
+        """The addresses of its TCP connection, ours and the client's; None where it has none."""
+        return self._connection.ends if isinstance(self._connection, Connection) else None
 
     def send(self, status: int, response: bytes, tail: Buffer = b"", sent: Callable[[], None] | None = None) -> None:
         """Answer with a whole response, which says nothing of the connection: for a connection that is kept alive.
@@ -298,6 +305,13 @@ class Connection(asyncio.BufferedProtocol):
         return self._http.budget
 
     # --- asyncio calls these ---
+
+    @property
+    def ends(self) -> tuple[tuple[str, int], tuple[str, int]] | None:
+        if self._transport is None:
+            return None
+        near, far = self._transport.get_extra_info("sockname"), self._transport.get_extra_info("peername")
+        return ((near[0], near[1]), (far[0], far[1])) if type(near) is tuple and type(far) is tuple else None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name

@@ -43,6 +43,10 @@ class NoLine:
     def budget(self) -> Budget:
         return self._http.budget
 
+    @property
+    def ends(self) -> None:
+        return None
+
     def slots(self) -> Slots | None:
         return self._http.slots()
 

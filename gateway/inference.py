@@ -18,6 +18,7 @@ from penstock.client.terms import check_sequence
 from penstock.gateway.changes import Changes, Style
 from penstock.gateway.classification import read_classes
 from penstock.gateway.jsondata import BINARY_ONLY, NUMBERS, dump_data, loads, pack_data
+from penstock.gateway.regions import NOT_ALLOWED, Regions
 from penstock.wire.codec import unpack_layout, unpack_outcome
 from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
@@ -46,7 +47,7 @@ class Query(NamedTuple):
 
     ``reusable``: another request with the same JSON and other binary tensors means the same, as long as the model
     stays. ``write``: how another protocol than this one says the answer. ``change``: what is to become of the answer
-    before it is said.
+    before it is said. ``fleeting``: tensors lie in the client's memory, so that the same bytes may mean something else.
     """
 
     spec: ModelSpec
@@ -58,12 +59,13 @@ class Query(NamedTuple):
     reusable: bool
     write: Write | None = None
     change: Changes | None = None
+    fleeting: bool = False
 
 
 class Reading(NamedTuple):
     """What a body says beside its tensors' bytes, before it is held against the model; all as in Query. ``priority``: 0
     where it says none. ``sequence``: its id, and whether the request starts and ends it. ``callback_url``: what it
-    gives for it, None where it gives nothing. A reading can be made in another process."""
+    gives for it, None where it gives nothing. A reading can be made in another process, unless it is fleeting."""
 
     layout: Layout
     style: Style
@@ -76,6 +78,7 @@ class Reading(NamedTuple):
     change: Changes | None = None
     sequence: tuple[Any, Any, Any] | None = None
     callback_url: Any = None
+    fleeting: bool = False
 
 
 class _Frame(NamedTuple):
@@ -106,6 +109,7 @@ class Parser:
         self._known: dict[tuple[str, str, bytes, int, str], Query] = {}
         self._frames: dict[tuple[str, str, bytes, int, str], _Frame] = {}
         self._forms = Forms()
+        self.regions: Regions | None = None  # shared memory of clients, where there is any
 
     def parse(
         self, spec: ModelSpec, body: Buffer, header_length: int | None, priority: int = 0, tenant: str = ""
@@ -177,7 +181,7 @@ class Parser:
     def _parse(
         self, spec: ModelSpec, text: Buffer, binary: memoryview, priority: int, tenant: str
     ) -> tuple[Query, Payload]:
-        reading, payload = read_request(spec, text, binary)
+        reading, payload = read_request(spec, text, binary, self.regions)
         return self.query(spec, reading, len(payload), priority, tenant), payload
 
     def query(self, spec: ModelSpec, reading: Reading, nbytes: int, priority: int = 0, tenant: str = "") -> Query:
@@ -200,19 +204,22 @@ class Parser:
             reading.reusable,
             reading.write,
             reading.change,
+            reading.fleeting,
         )
 
 
-def read_request(spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Reading, Payload]:
+def read_request(
+    spec: ModelSpec, text: Buffer, binary: memoryview, regions: Regions | None = None
+) -> tuple[Reading, Payload]:
     """A request's JSON, and the tensors that came behind it. Raises PenstockError."""
     request = _object(loads(text), "the request")
     identifier = request.get("id", "")
     if type(identifier) is not str or len(identifier) > _ID_MAX:
         raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
     parameters = _object(request.get("parameters", {}), "'parameters'")
-    outputs, style, change = _read_outputs(spec, request.get("outputs", []), parameters)
+    outputs, style, change = _read_outputs(spec, request.get("outputs", []), parameters, regions)
     _check_style(spec, outputs, style, change)
-    tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary)
+    tensors, payload, all_binary = _read_inputs(request.get("inputs"), binary, regions)
     priority, timeout_us, explain, callback_url, sequence = 0, 0, False, None, None
     if parameters:
         priority = _integer(parameters, "priority", MAX_PRIORITY)
@@ -222,6 +229,7 @@ def read_request(spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Rea
         if "sequence_id" in parameters:
             start, end = parameters.get("sequence_start", False), parameters.get("sequence_end", False)
             sequence = parameters["sequence_id"], start, end
+    fleeting = regions is not None and _is_shared(request["inputs"], change)
     reading = Reading(
         Layout(tuple(tensors), tuple(outputs)),
         style,
@@ -229,11 +237,12 @@ def read_request(spec: ModelSpec, text: Buffer, binary: memoryview) -> tuple[Rea
         priority,
         timeout_us / 1e6,
         explain,
-        all_binary and not identifier and sequence is None,
+        all_binary and not (identifier or fleeting or sequence is not None),
         None,
         change,
         sequence,
         callback_url,
+        fleeting,
     )
     return reading, payload
 
@@ -257,6 +266,7 @@ def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
     if (
         query.id
         or query.form.sequence
+        or query.fleeting
         or len(tensors) != 1
         or tensors[0].datatype not in NUMBERS
         or body.count(_DATA) != 1
@@ -292,7 +302,7 @@ def _raw_shape(spec: ModelSpec, nbytes: int) -> tuple[int, ...]:
     return tuple(nbytes // step if dim == -1 and step else max(dim, 0) for dim in shape)
 
 
-def _read_inputs(inputs: Any, binary: memoryview) -> tuple[list[Tensor], Payload, bool]:
+def _read_inputs(inputs: Any, binary: memoryview, regions: Regions | None = None) -> tuple[list[Tensor], Payload, bool]:
     """The tensors of a request and where they lie, and whether all of them came as binary."""
     if type(inputs) is not list:
         raise PenstockError(BAD_INPUT, "the request has no list 'inputs'")
@@ -306,9 +316,14 @@ def _read_inputs(inputs: Any, binary: memoryview) -> tuple[list[Tensor], Payload
         size = _binary_size(each, name)
         if size is None:
             all_binary = False
-            if "data" not in each:
+            if "shared_memory_region" in each.get("parameters", {}):
+                if "data" in each:
+                    raise PenstockError(BAD_INPUT, f"input '{name}' has both data and a shared_memory_region")
+                part: Buffer = _allowed(regions).read(name, each["parameters"])
+            elif "data" not in each:
                 raise PenstockError(BAD_INPUT, f"input '{name}' has neither data nor a binary_data_size")
-            part: Buffer = pack_data(name, datatype, shape, each["data"])
+            else:
+                part = pack_data(name, datatype, shape, each["data"])
         else:
             if "data" in each:
                 raise PenstockError(BAD_INPUT, f"input '{name}' has both data and a binary_data_size")
@@ -354,7 +369,9 @@ def _binary_size(each: dict[str, Any], name: str) -> int | None:
     return size
 
 
-def _read_outputs(spec: ModelSpec, outputs: Any, parameters: dict[str, Any]) -> tuple[list[str], Style, Changes | None]:
+def _read_outputs(
+    spec: ModelSpec, outputs: Any, parameters: dict[str, Any], regions: Regions | None
+) -> tuple[list[str], Style, Changes | None]:
     default = _flag(parameters, "binary_data_output", False)
     if type(outputs) is not list:
         raise PenstockError(BAD_INPUT, "'outputs' is a list")
@@ -371,9 +388,25 @@ def _read_outputs(spec: ModelSpec, outputs: Any, parameters: dict[str, Any]) -> 
         if "classification" in own:
             changes = changes or Changes(spec.batchable)
             changes.classes[name] = read_classes(spec, name, own["classification"])
+        if "shared_memory_region" in own:
+            changes = changes or Changes(spec.batchable)
+            changes.places[name] = _allowed(regions).place(name, own)
         if _flag(own, "binary_data", default) != default:
             exceptions.add(name)
     return names, Style(default, frozenset(exceptions)), changes
+
+
+def _is_shared(inputs: list[dict[str, Any]], changes: Changes | None) -> bool:
+    """Whether anything of a request lies in its client's memory."""
+    if changes is not None and changes.places:
+        return True
+    return any("shared_memory_region" in each.get("parameters", {}) for each in inputs)
+
+
+def _allowed(regions: Regions | None) -> Regions:
+    if regions is None:
+        raise PenstockError(BAD_INPUT, NOT_ALLOWED)
+    return regions
 
 
 def _check_style(spec: ModelSpec, outputs: Sequence[str], style: Style, changes: Changes | None) -> None:
@@ -449,17 +482,21 @@ def _head(body: bytes, style: Style) -> _Head:
         orjson.dumps(outcome.version),
         _OUTPUTS,
     )
-    outputs = [_output(tensor, style.is_binary(tensor.name)) for tensor in outcome.tensors]
+    elsewhere = dict(style.elsewhere)
+    outputs = [_output(each, style.is_binary(each.name), elsewhere.get(each.name, b"")) for each in outcome.tensors]
     response = b""
-    if all(output.binary for output in outputs):
+    if not elsewhere and all(output.binary for output in outputs):
         json = start + b",".join(output.before for output in outputs) + b"]}"
         nbytes = sum(output.nbytes for output in outputs)
         response = wrap(json, nbytes, b"", True)
     return _Head(start, outputs, response, _whole_bytes(outcome))
 
 
-def _output(tensor: Tensor, binary: bool) -> _Output:
+def _output(tensor: Tensor, binary: bool, elsewhere: bytes) -> _Output:
     described = orjson.dumps({"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape})
+    if elsewhere:
+        whole = b'%b,"parameters":%b}' % (described[:-1], elsewhere)
+        return _Output(whole, True, tensor.datatype, tensor.shape, tensor.offset, 0)
     tail = b',"parameters":{"binary_data_size":%d}}' % tensor.nbytes if binary else b',"data":'
     return _Output(described[:-1] + tail, binary, tensor.datatype, tensor.shape, tensor.offset, tensor.nbytes)
 

@@ -18,7 +18,7 @@ from penstock.gateway.about import JOB, JOBS, STRING, About, a_list, an_object, 
 from penstock.gateway.application import Application, Defer, Handler, Target
 from penstock.gateway.aside import Aside
 from penstock.gateway.connection import Exchange
-from penstock.gateway.inference import ONLY_JOBS_CALL, CallbackAsked
+from penstock.gateway.inference import ONLY_JOBS_CALL, CallbackAsked, Query
 from penstock.gateway.jobquery import (
     IDS_MAX,
     LIMIT_MAX,
@@ -79,6 +79,7 @@ _RESULT: Final = About(
 _JSON: Final = b"application/json"
 _AGAIN: Final = b"Retry-After: 1\r\n"
 _LATE: Final = "the store of jobs did not come to it within {} (store_wait_s)"
+_NOT_SHARED: Final = "a job may run when its client has gone, and its memory; leave out shared_memory_region"
 
 
 class NoJobs:
@@ -160,11 +161,12 @@ class Jobs:
     def _check(self, parse: Parse, kept: Buffer, exchange: Exchange, target: Target, body: Buffer) -> None:
         self._application.large.check(exchange, target, parse, body, partial(self._checked, kept, exchange, target))
 
-    def _checked(self, kept: Buffer, exchange: Exchange, target: Target, check: Callable[[], object]) -> None:
+    def _checked(self, kept: Buffer, exchange: Exchange, target: Target, check: Callable[[], Query]) -> None:
         head = exchange.request.head
         url, callback_url = split_callback(head.url)
         try:
-            check()
+            if check().fleeting:
+                raise PenstockError(BAD_INPUT, _NOT_SHARED)
         except CallbackAsked as asked:
             if callback_url:
                 raise PenstockError(BAD_INPUT, "callback_url is given in the URL and in the parameters") from None

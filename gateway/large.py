@@ -111,12 +111,12 @@ class LargeJson:
         target: Target,
         parse: Parse,
         body: Buffer,
-        then: Callable[[Callable[[], object]], None],
+        then: Callable[[Callable[[], Query]], None],
     ) -> None:
-        """Look whether a body is a request, and ask nothing. ``then`` is called with what raises PenstockError if it is
-        none; its defects answer the exchange, as do those that a clerk finds. Raises PenstockError."""
+        """Look whether a body is a request, and ask nothing. ``then`` is called with what gives it, or raises
+        PenstockError; its defects answer the exchange, as do those that a clerk finds. Raises PenstockError."""
         if len(body) < LARGE_BODY_BYTES or not self.takes(target, body):
-            then(lambda: parse(target, body))
+            then(lambda: parse(target, body)[0])
             return
         spec = parse.find(target)
 

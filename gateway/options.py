@@ -37,6 +37,7 @@ class GatewayOptions:
     report_timeout_s: float = 1.0  # for the broker's part of /metrics
     compress_bytes_min: int = 512  # smaller answers are sent as they are
 
+    allow_client_shm: bool = False  # clients may name files in /dev/shm for tensors, see regions.py
     model_push: bool = False  # new versions of models may be published over HTTP, see repository.py
     cors_origins: tuple[str, ...] = ()  # whose pages may ask from a browser, see cors.py; "*": anybody's
     tracing: bool = False  # OpenTelemetry spans of every request, see tracing.py

@@ -17,22 +17,27 @@ import uvloop
 
 from penstock.client.link import Link
 from penstock.client.orders import Orders
-from penstock.gateway import modelconfig, repository, statistics
+from penstock.gateway import logsettings, modelconfig, repository, sharedmemory, statistics, tracesettings
 from penstock.gateway.acceptor import Acceptor
 from penstock.gateway.application import Application
 from penstock.gateway.caching import ResponseCache
+from penstock.gateway.common import Common
 from penstock.gateway.connection import Http
 from penstock.gateway.jobs import Jobs, NoJobs
 from penstock.gateway.listening import Sign, listen, reachable_url, url_of
+from penstock.gateway.logsettings import LogSettings
 from penstock.gateway.modelconfig import ModelConfig
 from penstock.gateway.openapi import OpenApi
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.plain import Plain
+from penstock.gateway.regions import Regions
 from penstock.gateway.reports import Reports
 from penstock.gateway.repository import Repository
+from penstock.gateway.sharedmemory import SharedMemory
 from penstock.gateway.statistics import Statistics
 from penstock.gateway.steady import Steady
 from penstock.gateway.tfserving import TensorFlowServing
+from penstock.gateway.tracesettings import TraceSettings
 from penstock.gateway.tracing import Tracing
 from penstock.gateway.waits import first_of
 from penstock.jobs.place import Place
@@ -204,9 +209,20 @@ class Coupling:
             NoJobs(application)
         else:
             application.add(self._jobs.routes)
-        runtime = settings.broker.runtime
-        self._cache = application.cache = ResponseCache(loop, application, None if runtime is None else runtime.path)
+        runtime = None if settings.broker.runtime is None else settings.broker.runtime.path
+        self._cache = application.cache = ResponseCache(loop, application, runtime)
         self.measures.append(lambda: self._cache.stores.measure(application.caller.meters))
+        common = Common(runtime)
+        self._logs = LogSettings(application, common)
+        regions = Regions(common, settings.options.allow_client_shm)
+        application.parse.parser.regions = regions if regions.allowed else None
+        shared = [sharedmemory.EXTENSION] if regions.allowed else []
+        application.add(SharedMemory(loop, application, regions).routes, *shared)
+        traces = TraceSettings(application, common, runtime, settings.tracing is not None)
+        application.add(traces.routes, tracesettings.EXTENSION)
+        application.add(self._logs.routes, logsettings.EXTENSION)
+        if settings.tracing is not None:
+            settings.tracing.wants = traces.wants
         self.http = Http(loop, settings.options, self.application, self._link.slots)
         if self._jobs is not None:
             self._jobs.draining = lambda: self.http.draining
@@ -274,7 +290,8 @@ class Coupling:
         return serial
 
     def _measure(self) -> None:
-        """Bring the series that are not counted as things happen up to date."""
+        """Bring the series that are not counted as things happen up to date, at each beat."""
+        self._logs.look()
         caller = self._link.caller
         self._meters.value("penstock_http_connections").value = len(self.http.connections)
         self._meters.value("penstock_http_cut_off").value = self.http.cut_off

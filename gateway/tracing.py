@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, Final, NamedTuple
 
@@ -78,6 +78,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("penstock", version("penstock"))
         self._extract = TraceContextTextMapPropagator().extract
         self._trace = trace
+        self.wants: Callable[[str], bool] = lambda model: True  # whether a model's request is to be traced
 
     def ended(
         self,
@@ -90,6 +91,8 @@ class Tracing:
         error: PenstockError | None = None,
     ) -> None:
         """A request for a model (name, version) has been answered with ``status``, now, ``seconds`` after it came."""
+        if not self.wants(model[0]):
+            return
         trace = self._trace
         end_ns = time.time_ns()
         start_ns = end_ns - int(seconds * _SECOND_NS)

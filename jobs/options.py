@@ -12,7 +12,7 @@ class JobsOptions:
     store_wait_s: float = 5.0  # for the store's answer, or for others that write to it: 503
     connections_max: int = 8  # to the store, of each process; more threads take turns
 
-    count_max: int = 10_000  # jobs that are kept, ended or not: 503
+    count_max: int = 100_000  # jobs that are kept, ended or not: 503
     bytes_max: int = 1 << 30  # of all their requests and responses, the last quarter for responses: 503
     result_bytes_max: int = 64 << 20  # of one response; the job fails when it is larger
     ttl_s: float = 3600.0  # from a job's end until it is forgotten: 410

@@ -248,7 +248,7 @@ def test_server_says_what_it_is_and_what_works(desk: Desk) -> None:
         assert json.loads(answer.body) == {
             "name": "penstock",
             "version": version("penstock"),
-            "extensions": ["classification", "sequence", "binary_tensor_data", "schedule_policy"],
+            "extensions": ["classification", "sequence", "binary_tensor_data", "parameters", "schedule_policy"],
         }
 
 

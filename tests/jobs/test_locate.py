@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,16 +60,6 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", nowhere)
     with pytest.raises(StoreError, match=r"no home directory; name a file with \[jobs\] store"):
         locate("sqlite", RUN)
-
-
-def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "penstock.jobs.redis", raising=False)
-    monkeypatch.delitem(sys.modules, "penstock.jobs.redistable", raising=False)
-    monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(
-        StoreError, match=r"redis://host, which needs the package redis.*pip install 'penstock\[redis\]'"
-    ):
-        open_store("redis://:geheim@host", JobsOptions())
 
 
 def test_which_kind_it_is(tmp_path: Path) -> None:

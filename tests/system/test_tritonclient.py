@@ -189,11 +189,14 @@ def test_the_extensions_are_those_that_work(client: Any) -> None:
         "classification",
         "sequence",
         "binary_tensor_data",
+        "parameters",
         "schedule_policy",
         "model_repository",
         "model_repository(unload_dependents)",
         "statistics",
         "model_configuration",
+        "trace",
+        "logging",
     ]
 
 

@@ -159,7 +159,7 @@ def test_requests_under_way_are_answered_when_it_is_told_to_stop(start_server: S
 def test_the_processes_end_with_their_launcher_however_it_ends(start_server: StartServer) -> None:
     server = start_server()
     children = server.children()
-    assert len(children) == 3
+    assert len(children) == 4
     server.send(signal.SIGKILL)
     server.wait()
     wait_for(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()], "the processes to end")

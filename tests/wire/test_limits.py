@@ -41,6 +41,7 @@ WITHOUT_LIMIT: Final = {
     "gateway/cachestore.py: self._ready.wait()": "its thread waits for work, or for the word to end",
     "gateway/cachestores.py: opening.result()": "it has ended",
     "gateway/repository.py: done.result()": "it has ended",
+    "gateway/sharedmemory.py: done.result()": "it has ended",
     "gateway/application.py: future.exception()": "it has ended",
     "gateway/jobs.py: done.result()": "it has ended",
     "gateway/jobwaits.py: done.result()": "it has ended",
