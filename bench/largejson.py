@@ -118,7 +118,7 @@ def ask(channel: socket.socket, request: bytes) -> tuple[int, int]:
 def ask_for_much(port: int, kind: str, megabytes: int, ready: Event, stop: Event, told: Any) -> None:
     """In a process of its own: one large request after another. Tells how many, how long they took, and their bytes."""
     if kind == "busy":
-        os.nice(10)
+        os.nice(5)
         ready.set()
         while not stop.is_set():
             sum(range(100_000))

@@ -25,7 +25,7 @@ from penstock.wire.process import end_before_others
 from penstock.wire.tensors import Buffer
 
 LENGTHS: Final = struct.Struct("<QQ")
-_NICENESS: Final = 10  # small requests go first where there are fewer processors than work
+_NICENESS: Final = 5  # small requests go first where there are fewer processors than work; more would starve it
 _OOM_SCORE: Final = 1000  # what it does can be asked again; the gateway has connections
 _WRITTEN_MAX: Final = 1 << 30  # bytes at once; Linux takes no more than 2 GiB
 

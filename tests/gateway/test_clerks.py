@@ -111,7 +111,7 @@ def test_one_clerk_does_one_errand_after_another_and_out_of_the_way(office: Call
         one.run(whoami)
     [first, *others] = [value for value, _ in one.hear(3)]
     assert others == [first, first]
-    assert first[1:] == (10, "1000")
+    assert first[1:] == (5, "1000")
     assert one.clerks.processes == [first[0]]
 
 
