@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 
+from penstock.gateway.about import OBJECT, SERVER, About, json
 from penstock.gateway.application import Application
 from penstock.gateway.common import Common, Section
 from penstock.gateway.connection import Exchange
@@ -22,6 +23,8 @@ from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.tensors import Buffer
 
 EXTENSION: Final = "logging"
+_TELL: Final = About("Which lines the gateways write", SERVER, json(OBJECT))
+_SET: Final = About("Have the gateways write other lines", SERVER, json(OBJECT), json(OBJECT), errors=(400, 503))
 _SECTION: Final = "logging"
 _LEVELS: Final = {"log_info": logging.INFO, "log_warning": logging.WARNING, "log_error": logging.ERROR}
 _FIXED: Final = {
@@ -69,8 +72,8 @@ class LogSettings:
         self._begun = self._root.getEffectiveLevel()  # as it was started
         self._followed: Section = {}
         self.routes: list[Route[Handler]] = [
-            Route("GET", "/v2/logging", self._tell),
-            Route("POST", "/v2/logging", self._set),
+            Route("GET", "/v2/logging", self._tell, about=_TELL),
+            Route("POST", "/v2/logging", self._set, about=_SET),
         ]
         self.look()
 

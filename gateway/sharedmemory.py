@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 
+from penstock.gateway.about import NUMBER, OBJECT, SHARED_MEMORY, STRING, About, a_list, an_object, json
 from penstock.gateway.application import Application
 from penstock.gateway.aside import Aside
 from penstock.gateway.connection import Exchange
@@ -30,6 +31,27 @@ _LOOKING_WAIT_S: Final = 5.0
 _LATE: Final = "the process that registers shared memory could not be found within {}"
 _SYSTEM: Final = "/v2/systemsharedmemory"
 _CUDA: Final = "/v2/cudasharedmemory"
+_REGION: Final = {"name": STRING, "key": STRING, "offset": NUMBER, "byte_size": NUMBER}
+_STATUS: Final = About(
+    "Regions of clients' shared memory",
+    SHARED_MEMORY,
+    json(a_list(an_object(_REGION, tuple(_REGION)))),
+    errors=(400, 404),
+)
+_REGISTER: Final = About(
+    "Name a region of shared memory, for requests to say where their tensors lie",
+    SHARED_MEMORY,
+    body=json(an_object({key: _REGION[key] for key in ("key", "offset", "byte_size")}, ("key", "byte_size"))),
+    errors=(400, 503),
+)
+_UNREGISTER: Final = About("Forget one region, or all", SHARED_MEMORY, errors=(400, 503))
+_CUDA_STATUS: Final = About(
+    "Regions of CUDA's shared memory, of which there are none", SHARED_MEMORY, json(a_list(OBJECT)), errors=(404,)
+)
+_CUDA_REGISTER: Final = About(
+    "Refused: CUDA's shared memory cannot be used", SHARED_MEMORY, body=json(OBJECT), errors=(400,)
+)
+_CUDA_UNREGISTER: Final = About("Forget one region of CUDA's shared memory, or all", SHARED_MEMORY)
 
 
 class SharedMemory:
@@ -42,16 +64,16 @@ class SharedMemory:
         self._looking = Aside(loop, _LOOKING_MAX, _LOOKING_WAIT_S, _LATE)
         self._timer: asyncio.TimerHandle | None = None
         self.routes: list[Route[Handler]] = [
-            Route("GET", f"{_SYSTEM}/status", self._status),
-            Route("GET", f"{_SYSTEM}/region/{{region}}/status", self._status),
-            Route("POST", f"{_SYSTEM}/region/{{region}}/register", self._register),
-            Route("POST", f"{_SYSTEM}/region/{{region}}/unregister", self._unregister),
-            Route("POST", f"{_SYSTEM}/unregister", self._unregister),
-            Route("GET", f"{_CUDA}/status", self._cuda_status),
-            Route("GET", f"{_CUDA}/region/{{region}}/status", self._cuda_status),
-            Route("POST", f"{_CUDA}/region/{{region}}/register", self._cuda_register),
-            Route("POST", f"{_CUDA}/region/{{region}}/unregister", self._done),
-            Route("POST", f"{_CUDA}/unregister", self._done),
+            Route("GET", f"{_SYSTEM}/status", self._status, about=_STATUS),
+            Route("GET", f"{_SYSTEM}/region/{{region}}/status", self._status, about=_STATUS),
+            Route("POST", f"{_SYSTEM}/region/{{region}}/register", self._register, about=_REGISTER),
+            Route("POST", f"{_SYSTEM}/region/{{region}}/unregister", self._unregister, about=_UNREGISTER),
+            Route("POST", f"{_SYSTEM}/unregister", self._unregister, about=_UNREGISTER),
+            Route("GET", f"{_CUDA}/status", self._cuda_status, about=_CUDA_STATUS),
+            Route("GET", f"{_CUDA}/region/{{region}}/status", self._cuda_status, about=_CUDA_STATUS),
+            Route("POST", f"{_CUDA}/region/{{region}}/register", self._cuda_register, about=_CUDA_REGISTER),
+            Route("POST", f"{_CUDA}/region/{{region}}/unregister", self._done, about=_CUDA_UNREGISTER),
+            Route("POST", f"{_CUDA}/unregister", self._done, about=_CUDA_UNREGISTER),
         ]
 
     def _status(self, exchange: Exchange, target: Target) -> None:

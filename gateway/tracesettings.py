@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import orjson
 
+from penstock.gateway.about import OBJECT, SERVER, About, json
 from penstock.gateway.application import Application
 from penstock.gateway.common import Common, Section
 from penstock.gateway.connection import Exchange
@@ -27,6 +28,8 @@ from penstock.wire.errors import BAD_INPUT, PenstockError
 from penstock.wire.tensors import Buffer
 
 EXTENSION: Final = "trace"
+_TELL: Final = About("Which requests are traced", SERVER, json(OBJECT), errors=(404,))
+_SET: Final = About("Have other requests traced", SERVER, json(OBJECT), json(OBJECT), errors=(400, 404, 503))
 COUNT_GLOB: Final = "trace-*.count"  # files of counts, in the runtime directory
 _SECTION: Final = "trace"
 _LEVEL, _RATE, _COUNT = "trace_level", "trace_rate", "trace_count"
@@ -103,7 +106,7 @@ class TraceSettings:
         self._counters: dict[str, _Counter] = {}
         self.routes: list[Route[Handler]] = []
         for path in ("/v2/trace/setting", "/v2/models/{model}/trace/setting"):
-            self.routes += [Route("GET", path, self._tell), Route("POST", path, self._set)]
+            self.routes += [Route("GET", path, self._tell, about=_TELL), Route("POST", path, self._set, about=_SET)]
 
     def _tell(self, exchange: Exchange, target: Target) -> None:
         if target.model:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from openapi_spec_validator import validate
 
+from penstock.gateway import openapi
 from penstock.gateway.about import TAGS
 from penstock.gateway.modelconfig import ModelConfig
 from penstock.gateway.openapi import VERSIONS_MAX, OpenApi, document
@@ -52,6 +55,18 @@ def test_every_route_says_what_it_is(desk: Desk) -> None:
         assert not route.about.summary.endswith(".")
     paths = asked(desk)["paths"]
     assert {route.pattern for route in desk.application.table} == set(paths)
+
+
+def test_every_route_of_every_file_says_what_it_is() -> None:
+    """Also those that are not in the table here."""
+    silent = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted(Path(openapi.__file__).parent.glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Route"
+        if len(node.args) < 5 and "about" not in [each.arg for each in node.keywords]
+    ]
+    assert silent == []
 
 
 def test_the_document_is_valid(desk: Desk) -> None:
