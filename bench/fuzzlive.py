@@ -373,7 +373,9 @@ def run(seed: int, count: int) -> Outcome:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-fuzz-")))
         repository, runtime = make_repository(directory / "models"), RuntimeDir(directory / "run")
         log = stack.enter_context(tempfile.TemporaryFile())
-        server = stack.enter_context(bench_http.Server(repository, runtime.path, "--log-format=json", log=log))
+        more = ("--log-format=json", f"--jobs={directory / 'jobs.sqlite'}")
+        server = stack.enter_context(bench_http.Server(repository, runtime.path, *more, log=log))
+        runs_jobs(runtime)
         pids = processes.of(server.pid)
         connection = HTTPConnection(server.url.removeprefix("http://"), timeout=_WAIT_S)
         stack.callback(connection.close)
@@ -404,15 +406,32 @@ def run(seed: int, count: int) -> Outcome:
     return outcome
 
 
+def runs_jobs(runtime: RuntimeDir) -> None:
+    """Wait for the last of a server's processes, which it does not wait for itself before it says that it is ready."""
+    until = time.monotonic() + _SETTLE_S
+    while not runtime.jobs.exists() and time.monotonic() < until:
+        time.sleep(_LOOK_MS / 1000)
+
+
 def settled(pids: set[int], before: State | None = None) -> State:
-    """When all who came have been taken for gone, and no more descriptors are open than ``before``."""
-    began = time.monotonic()
+    """When all who came have been taken for gone, and no more descriptors are open than ``before``; at first, when for
+    so long none has been opened, since what begins, and who is told of it, opens some."""
+    began = quiet = time.monotonic()
+    last = state_of(pids)
     while True:
         time.sleep(_QUIET_S / 6)
-        waited, now = time.monotonic() - began, state_of(pids)
-        closed = before is None or all(count <= before.descriptors[pid] for pid, count in now.descriptors.items())
-        if waited > _SETTLE_S or (closed and waited > _QUIET_S):
+        now, at = state_of(pids), time.monotonic()
+        if before is None and _opened(last, now):
+            quiet = at
+        last = now
+        closed = before is None or not _opened(before, now)
+        if at - began > _SETTLE_S or (closed and at - quiet > _QUIET_S):
             return now
+
+
+def _opened(before: State, after: State) -> bool:
+    """Whether any process has more descriptors than it had."""
+    return any(count > before.descriptors.get(pid, 0) for pid, count in after.descriptors.items())
 
 
 def _changes(pids: set[int], left: set[int], warm: State, after: State) -> Iterator[str]:

@@ -15,6 +15,7 @@ LIMIT_MAX: Final = 1000  # jobs of one list
 LIMIT: Final = 100
 _SECONDS: Final = re.compile(r"\d{1,3}(?:\.\d{0,9})?|\.\d{1,9}", re.ASCII)
 _ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_QUOTED: Final = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|$)')  # text, whose commas separate nothing
 _CALLBACK: Final = b"callback_url"
 _SHOWN_MAX: Final = 80  # characters of what is refused
 
@@ -23,6 +24,8 @@ def prefers_async(value: bytes | None) -> bool:
     """Of the header Prefer (RFC 7240): preferences with parameters, separated by commas; of several lines or one."""
     if value is None:
         return False
+    if b'"' in value:
+        value = _QUOTED.sub(b"", value)
     names = (each.partition(b";")[0].partition(b"=")[0] for each in value.split(b","))
     return any(name.strip().lower() == b"respond-async" for name in names)
 

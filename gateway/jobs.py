@@ -47,7 +47,7 @@ from penstock.wire.tensors import Buffer
 _OFF: Final = "this server keeps no jobs ([jobs] store is off), so nothing can be called back"
 # Headers that mean something for the request itself, and not for how its first answer is sent.
 KEPT: Final = (
-    *("content-type", "content-encoding", "inference-header-content-length", "x-request-id"),
+    *("content-type", "content-encoding", "inference-header-content-length", "x-request-id", "cache-control"),
     *("penstock-explain", "penstock-priority", "penstock-sticky", "penstock-tenant", "penstock-timeout"),
     *("traceparent", "tracestate"),
 )

@@ -97,7 +97,8 @@ class Callbacks:
         self._tls = tls
         self._clock = clock
         self._allowed = read_networks(options.callback_allow)
-        self._key = read_secret(options.callback_secret) if options.callback_secret else b""
+        if options.callback_secret:
+            read_secret(options.callback_secret)
         self._woken = threading.Event()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -200,15 +201,14 @@ class Callbacks:
         return ("" if 200 <= status < 300 else f"it was answered with status {status}"), True
 
     def _headers(self, id: str, body: bytes) -> dict[str, str]:
-        if not self._key:
-            self._key = signing_key(self._store)
+        key = signing_key(self._store)  # each time: a store that has been made anew has another
         timestamp = int(self._clock())
         return {
             "Content-Type": "application/json",
             "User-Agent": "penstock",
             "webhook-id": id,
             "webhook-timestamp": str(timestamp),
-            "webhook-signature": sign(self._key, id, timestamp, body),
+            "webhook-signature": sign(key, id, timestamp, body),
         }
 
     def _context(self) -> ssl.SSLContext:

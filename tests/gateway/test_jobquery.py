@@ -21,6 +21,8 @@ from penstock.wire.errors import BAD_INPUT, PenstockError
         b"wait=10, respond-async",
         b'respond-async=""',
         b"handling=lenient,respond-async,wait=1",
+        b'a="b, c;d \\"", respond-async',
+        b'respond-async; a="b, c"',
     ],
 )
 def test_who_prefers_it(value: bytes) -> None:
@@ -28,7 +30,19 @@ def test_who_prefers_it(value: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, b"", b"respond", b"respond-asynchronously", b"wait=respond-async", b"return=minimal"]
+    "value",
+    [
+        None,
+        b"",
+        b"respond",
+        b"respond-asynchronously",
+        b"wait=respond-async",
+        b"return=minimal",
+        b'a="b, respond-async, c"',
+        b'a="b\\", respond-async, c"',
+        b'a="b, respond-async, c',
+        b'"respond-async"',
+    ],
 )
 def test_who_does_not(value: bytes | None) -> None:
     assert not prefers_async(value)

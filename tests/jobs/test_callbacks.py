@@ -136,6 +136,18 @@ def test_a_job_that_has_ended_is_told_and_signed(
     assert store.due_callbacks("d", 10, 1e9, 1.0) == []
 
 
+def test_a_store_that_is_made_anew_signs_with_its_own_secret(
+    opened: Opener, stranger: Stranger, begin: Begin, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(**ALLOW)
+    callbacks = begin(store)
+    for _ in range(2):
+        ended_job(store, f"http://stranger.example:{stranger.port}", clock.now)
+        callbacks.wake()
+        assert is_genuine(store.secret(), stranger.next())
+        monkeypatch.setattr(store, "secret", lambda: bytes(32))  # as somebody who asks it now is told
+
+
 def test_a_secret_of_the_configuration_signs(opened: Opener, stranger: Stranger, begin: Begin, clock: Clock) -> None:
     key = bytes(range(24))
     store = opened(callback_secret="whsec_" + base64.b64encode(key).decode(), **ALLOW)
