@@ -34,6 +34,7 @@ log = logging.getLogger("penstock.gateway")
 
 _SCHEMA: Final = 1  # of the file
 _PREFIX: Final = "responses-"
+_DATA: Final = "data.mdb"
 _ROUND: Final = 1 << 20  # bytes, of the whole
 _READERS_MAX: Final = 1024  # threads of all gateways of a host that read at once, or did when they were killed
 _LARGEST_PART: Final = 16  # an answer that takes more than one part in so many of all the room is not kept
@@ -70,7 +71,7 @@ class MemoryStore:
         self._pending_bytes_max = pending_bytes_max
         self._path = directory / f"{_PREFIX}{_SCHEMA}-{nbytes}"
         self._used_max = int(nbytes * _FULL)
-        self._lock = _use(self._path)
+        self._lock = _use(self._path, nbytes)
         try:
             self._open(nbytes)
         except (lmdb.Error, OSError) as error:
@@ -86,7 +87,8 @@ class MemoryStore:
         self._writer.start()
 
     def _open(self, nbytes: int) -> None:
-        self._path.mkdir(mode=0o700, exist_ok=True)
+        if not _is_whole(self._path, nbytes):
+            _make(self._path, nbytes)  # those who have the other one open go on with it as long as they can
         self._env = lmdb.open(
             str(self._path),
             map_size=nbytes,
@@ -272,7 +274,7 @@ class MemoryStore:
 # --- who uses a file ---
 
 
-def _use(path: Path) -> int:
+def _use(path: Path, nbytes: int) -> int:
     """The lock of those that use a file, held until its descriptor is closed. What nobody used before is removed, and
     so are others of its kind that nobody uses. Raises StoreError."""
     try:
@@ -282,15 +284,32 @@ def _use(path: Path) -> int:
         for _ in range(_LOCK_TRIES):
             alone = _try_lock(_lock_of(path), fcntl.LOCK_EX)
             if alone is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(alone)
+                with os.fdopen(alone):
+                    _make(path, nbytes)
             shared = _try_lock(_lock_of(path), fcntl.LOCK_SH)
             if shared is not None:
                 return shared  # who has come between has made it anew as well, and has it
             time.sleep(_LOCK_TRY_S)  # another gateway is about to
     except OSError as error:
         raise StoreError(f"{_lock_of(path)}: {error.strerror}") from None
+    except lmdb.Error as error:
+        raise StoreError(str(error)) from None
     raise StoreError(f"{path} is held by a process that does not go on")
+
+
+def _make(path: Path, nbytes: int) -> None:
+    """A new file, at once as long as it may become: one that is shorter was cut, and to read it would be a SIGBUS."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700)
+    lmdb.open(str(path), map_size=nbytes, max_readers=_READERS_MAX, sync=False, metasync=False, mode=0o600).close()
+    os.truncate(path / _DATA, nbytes)
+
+
+def _is_whole(path: Path, nbytes: int) -> bool:
+    try:
+        return (path / _DATA).stat().st_size >= nbytes
+    except OSError:
+        return False
 
 
 def _let_go(path: Path, lock: int) -> None:

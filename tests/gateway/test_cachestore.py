@@ -350,3 +350,21 @@ def test_what_cannot_be_written_is_said_once_and_dropped(
         assert store.get(key(number)) is None
     assert store.dropped == 3
     assert [record.message for record in caplog.records] == ["answers cannot be kept"]
+
+
+@pytest.mark.parametrize("left", [0, 100, 4096, 8192, 40_000])
+def test_one_that_was_cut_is_made_anew_though_another_uses_it(
+    left: int, directory: Path, start_other: Callable[[], Other]
+) -> None:
+    first = start_other()
+    for number in range(20):
+        assert first.ask("put", number, "x" * 1000) == "put"
+    [file] = directory.rglob("data.mdb")
+    wait_for(lambda: file.stat().st_blocks * 512 > 40_000)
+    first.signal(signal.SIGSTOP)  # else it might end of it
+    os.truncate(file, left)
+    second = start_other()
+    assert second.ask("get", 1) == "nothing"
+    assert second.ask("put", 1, "new") == "put"
+    assert start_other().ask("get", 2) == "nothing"
+    assert second.ask("get", 1) == "new"
