@@ -33,6 +33,7 @@ from penstock.gateway.options import GatewayOptions
 from penstock.gateway.page import load_page
 from penstock.gateway.parse import Parse, ParseV2
 from penstock.gateway.reader import Head
+from penstock.gateway.regions import Unread
 from penstock.gateway.reports import Reports, form_for
 from penstock.gateway.requestid import read_request_id, request_id_line
 from penstock.gateway.routes import Route, RouteError, Routes
@@ -361,6 +362,9 @@ class Application:
                 return
             query, payload = parse(target, body)
             if query.spec.build and self.cache is not None and self.cache.take(exchange, target, query, payload, body):
+                return
+            if query.form.nbytes >= PLACED_MIN_BYTES and type(payload) is Unread:
+                self.large.start(exchange, target, query, payload)
                 return
             inference = self.inference(self, exchange, query)
             if query.form.nbytes >= PLACED_MIN_BYTES:

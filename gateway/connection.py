@@ -198,14 +198,15 @@ class Exchange:
         if self._connection is not None:
             self._connection.budget.release(self.request)
 
-    def expanded(self, body: Buffer) -> bool:
-        """The body was compressed, and is this. False when there is no room for it."""
+    def expanded(self, body: Buffer, more: int = 0) -> bool:
+        """The body was compressed, and is this, or so many bytes ``more`` belong to it. False when there is no room for
+        it."""
         request = self.request
         if self._connection is None:
             return True
-        if not self._connection.budget.take(len(body)):
+        if not self._connection.budget.take(len(body) + more):
             return False
-        request.charged += len(body)
+        request.charged += len(body) + more
         request.body = body
         return True
 

@@ -330,7 +330,7 @@ def _view(reading: Reading, sums: _Sums, known: Mapping[str, _Known], gateway: s
     latency = _latency(sums.counts("penstock_request_seconds"))
     gpus = _gpus(gauges)
     callers = sum(gauges.get("penstock_callers", {}).values())
-    gateways = sum(1 for each in processes if each.role == GATEWAY and each.missing_s is None)
+    ours = sum(1 for each in processes if each.role in (GATEWAY, RUNNER) and each.missing_s is None)
     failures = sums.failures()
     chosen = sorted(models, key=lambda model: (model.state == READY, -model.rate, model.name, model.version))
     return View(
@@ -347,7 +347,7 @@ def _view(reading: Reading, sums: _Sums, known: Mapping[str, _Known], gateway: s
         rows=_mean(batches),
         batches=list(batches[:-1]),
         bounds=list(ROWS),
-        clients=max(0, int(callers) - gateways),
+        clients=max(0, int(callers) - ours),
         models=sorted(chosen[:_MODELS_MAX], key=lambda model: (model.name, model.version)),
         models_left_out=len(models) - len(chosen[:_MODELS_MAX]),
         processes=processes,

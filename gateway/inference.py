@@ -18,7 +18,7 @@ from penstock.client.terms import check_sequence
 from penstock.gateway.changes import Changes, Style
 from penstock.gateway.classification import read_classes
 from penstock.gateway.jsondata import BINARY_ONLY, NUMBERS, dump_data, loads, pack_data
-from penstock.gateway.regions import NOT_ALLOWED, Regions
+from penstock.gateway.regions import NOT_ALLOWED, Place, Regions, Unread
 from penstock.wire.codec import unpack_layout, unpack_outcome
 from penstock.wire.datatypes import ITEM_SIZES, element_count
 from penstock.wire.errors import BAD_INPUT, BadMessage, PenstockError
@@ -34,6 +34,10 @@ _DECODER: Final = json.JSONDecoder()
 _NOTHING: Final = memoryview(b"")
 _ID_MAX: Final = 1024  # characters
 _NAME_MAX: Final = 256  # characters
+_TOO_MUCH: Final = (
+    "a request that names shared memory has at most some hundred KB of JSON; put its other tensors there as well, or "
+    "send them as binary"
+)
 ONLY_JOBS_CALL: Final = "a callback_url is for requests with the header 'Prefer: respond-async', which become jobs"
 
 
@@ -186,6 +190,14 @@ class Parser:
 
     def query(self, spec: ModelSpec, reading: Reading, nbytes: int, priority: int = 0, tenant: str = "") -> Query:
         """What a request asks whose tensors take ``nbytes``. Raises PenstockError when it does not fit the model."""
+        try:
+            return self._query(spec, reading, nbytes, priority, tenant)
+        except CallbackAsked:
+            raise
+        except PenstockError as error:
+            raise _named(error, reading.id) from None
+
+    def _query(self, spec: ModelSpec, reading: Reading, nbytes: int, priority: int, tenant: str) -> Query:
         form = self._forms.find(spec, reading.layout, nbytes, priority or reading.priority, tenant)
         if reading.sequence is not None:
             form = in_sequence(form, *check_sequence(*reading.sequence))
@@ -216,6 +228,22 @@ def read_request(
     identifier = request.get("id", "")
     if type(identifier) is not str or len(identifier) > _ID_MAX:
         raise PenstockError(BAD_INPUT, f"'id' is a string of at most {_ID_MAX} characters")
+    try:
+        return _read_request(spec, request, identifier, binary, regions)
+    except PenstockError as error:
+        raise _named(error, identifier) from None
+
+
+def _named(error: PenstockError, identifier: str) -> PenstockError:
+    """As Triton says it, of a request that has an id."""
+    if identifier:
+        return PenstockError(error.code, f"[request id: {identifier}] {error.message}", error.retry_after_s)
+    return error
+
+
+def _read_request(
+    spec: ModelSpec, request: dict[str, Any], identifier: str, binary: memoryview, regions: Regions | None
+) -> tuple[Reading, Payload]:
     parameters = _object(request.get("parameters", {}), "'parameters'")
     outputs, style, change = _read_outputs(spec, request.get("outputs", []), parameters, regions)
     _check_style(spec, outputs, style, change)
@@ -252,11 +280,19 @@ def _given(value: Any) -> Any:
     return False if value is None else value
 
 
-def read_body(header_length: int | None, spec: ModelSpec, body: Buffer) -> tuple[Reading, Payload]:
-    """A whole body. ``header_length``: as for ``Parser.parse``, but not 0. Raises PenstockError."""
+def read_body(
+    header_length: int | None, spec: ModelSpec, body: Buffer, shared: bool = False
+) -> tuple[Reading, Payload]:
+    """A whole body. ``header_length``: as for ``Parser.parse``, but not 0. ``shared``: clients may have shared memory,
+    but not with this one. Raises PenstockError."""
     end = len(body) if header_length is None else header_length
     view = memoryview(body)
-    return read_request(spec, view[:end], view[end:])
+    try:
+        return read_request(spec, view[:end], view[end:])
+    except PenstockError as error:
+        if shared and error.message.endswith(NOT_ALLOWED):
+            raise PenstockError(error.code, error.message.removesuffix(NOT_ALLOWED) + _TOO_MUCH) from None
+        raise
 
 
 def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
@@ -302,13 +338,15 @@ def _raw_shape(spec: ModelSpec, nbytes: int) -> tuple[int, ...]:
     return tuple(nbytes // step if dim == -1 and step else max(dim, 0) for dim in shape)
 
 
-def _read_inputs(inputs: Any, binary: memoryview, regions: Regions | None = None) -> tuple[list[Tensor], Payload, bool]:
+def _read_inputs(
+    inputs: Any, binary: memoryview, regions: Regions | None = None
+) -> tuple[list[Tensor], Payload | Unread, bool]:
     """The tensors of a request and where they lie, and whether all of them came as binary."""
     if type(inputs) is not list:
         raise PenstockError(BAD_INPUT, "the request has no list 'inputs'")
     _check_count(inputs, "inputs")
     tensors: list[Tensor] = []
-    parts: list[Buffer] = []
+    parts: list[Buffer | Place] = []
     at = taken = 0
     all_binary = True
     for each in inputs:
@@ -319,7 +357,7 @@ def _read_inputs(inputs: Any, binary: memoryview, regions: Regions | None = None
             if "shared_memory_region" in each.get("parameters", {}):
                 if "data" in each:
                     raise PenstockError(BAD_INPUT, f"input '{name}' has both data and a shared_memory_region")
-                part: Buffer = _allowed(regions).read(name, each["parameters"])
+                part: Buffer | Place = _allowed(regions).read(name, each["parameters"], at)
             elif "data" not in each:
                 raise PenstockError(BAD_INPUT, f"input '{name}' has neither data nor a binary_data_size")
             else:
@@ -333,15 +371,19 @@ def _read_inputs(inputs: Any, binary: memoryview, regions: Regions | None = None
                 )
             part = binary[taken : taken + size]
             taken += size
-        tensors.append(Tensor(name, datatype, shape, at, len(part)))
+        nbytes = part.nbytes if isinstance(part, Place) else len(part)
+        tensors.append(Tensor(name, datatype, shape, at, nbytes))
         parts.append(part)
-        at += len(part)
+        at += nbytes
     if taken != len(binary):
         raise PenstockError(
             BAD_INPUT, f"the request carries {len(binary)} bytes of binary data, and its inputs claim {taken}"
         )
     # Inputs that are all binary lie side by side already.
-    return tensors, binary if all_binary else b"".join(parts), all_binary
+    if all_binary:
+        return tensors, binary, True
+    read = [part for part in parts if not isinstance(part, Place)]
+    return tensors, b"".join(read) if len(read) == len(parts) else Unread(parts), False
 
 
 def _check_count(tensors: list[Any], what: str) -> None:

@@ -20,6 +20,7 @@ from penstock.gateway.compression import compress
 from penstock.gateway.connection import Exchange, take_slot
 from penstock.gateway.inference import Query, Reading, Write, render_body
 from penstock.gateway.parse import Parse, Read
+from penstock.gateway.regions import Unread
 from penstock.wire.errors import INTERNAL, OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import Payload
 from penstock.wire.models import ModelSpec
@@ -65,7 +66,7 @@ def write(
     return sizes, [compress(json + binary, encoding)] if encoding else [json, binary]
 
 
-def _move(sheet: Sheet, view: memoryview) -> None:
+def _move(sheet: Sheet | Unread, view: memoryview) -> None:
     """Copy what it holds, and give up its memory."""
     with contextlib.closing(sheet):
         sheet.read_into(view)
@@ -134,7 +135,13 @@ class LargeJson:
         )
         exchange.gone = errand.leave
 
-    def _start(self, exchange: Exchange, target: Target, query: Query, sheet: Sheet) -> None:
+    def start(self, exchange: Exchange, target: Target, query: Query, unread: Unread) -> None:
+        """Ask with tensors that a thread reads out of clients' memory. Raises PenstockError."""
+        if not exchange.expanded(b"", unread.nbytes):
+            raise PenstockError(OVERLOADED, "too many bytes of tensors are under way; try again shortly", 1.0)
+        self._start(exchange, target, query, unread)
+
+    def _start(self, exchange: Exchange, target: Target, query: Query, sheet: Sheet | Unread) -> None:
         application, request = self._application, exchange.request
         inference = application.inference(application, exchange, query)
         request.body = b""
@@ -153,7 +160,9 @@ class LargeJson:
                 slot.give_back()
             if exchange.abandoned:
                 return
-            if done.exception() is not None:
+            if isinstance(error := done.exception(), PenstockError):
+                raise error
+            if error is not None:
                 raise PenstockError(OVERLOADED, "the tensors of a large JSON could not be copied", 1.0)
             request.slot = slot
             inference.start(slot)

@@ -63,4 +63,4 @@ class ParseV2(Parse):
         return self.parser.parse(self.find(target), body, target.header_length, target.priority, target.tenant)
 
     def reader(self, target: Asked) -> Read:
-        return partial(read_body, target.header_length)
+        return partial(read_body, target.header_length, shared=self.parser.regions is not None)

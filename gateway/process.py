@@ -214,7 +214,7 @@ class Coupling:
         self.measures.append(lambda: self._cache.stores.measure(application.caller.meters))
         common = Common(runtime)
         self._logs = LogSettings(application, common)
-        regions = Regions(common, settings.options.allow_client_shm)
+        regions = Regions(common, settings.options.allow_client_shm, settings.options.body_bytes_max)
         application.parse.parser.regions = regions if regions.allowed else None
         shared = [sharedmemory.EXTENSION] if regions.allowed else []
         application.add(SharedMemory(loop, application, regions).routes, *shared)

@@ -13,15 +13,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from penstock.gateway.common import Common, Section
 from penstock.gateway.peers import Lease, is_alive
-from penstock.wire.errors import BAD_INPUT, NOT_FOUND, OVERLOADED, PenstockError
+from penstock.wire.errors import BAD_INPUT, NOT_FOUND, OVERLOADED, TOO_LARGE, PenstockError
+from penstock.wire.tensors import Buffer
 
 DIRECTORY: Final = Path("/dev/shm")
 REGIONS_MAX: Final = 4096
+READ_MAX_BYTES: Final = 128 * 1024  # of an input, at once; more is read by a thread
 _SECTION: Final = "system_shared_memory"
 _NAME_MAX: Final = 256  # characters
 _KEY_MAX: Final = 255  # characters; that it may have fewer bytes the system says
@@ -72,16 +75,13 @@ class Region:
             raise PenstockError(BAD_INPUT, f"Invalid offset + byte size for shared memory region: '{self.name}'")
         return self.offset + offset
 
-    def read(self, at: int, nbytes: int) -> bytes:
-        """Raises PenstockError where it has been cut short meanwhile."""
-        parts: list[bytes] = []
-        while nbytes:
-            part = os.pread(self.fd, nbytes, at)
-            if not part:
+    def read_into(self, at: int, view: memoryview) -> None:
+        """Fill ``view``. Raises PenstockError where it has been cut short meanwhile."""
+        while view:
+            count = os.preadv(self.fd, [view], at)
+            if not count:
                 raise PenstockError(BAD_INPUT, f"Invalid offset + byte size for shared memory region: '{self.name}'")
-            parts.append(part)
-            at, nbytes = at + len(part), nbytes - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            at, view = at + count, view[count:]
 
     def write(self, at: int, data: memoryview) -> None:
         """Raises PenstockError."""
@@ -95,12 +95,51 @@ class Region:
             raise PenstockError(BAD_INPUT, f"shared memory region '{self.name}' cannot be written: {why}") from None
 
 
-class Regions:
-    """Those of all gateways of the server. ``allowed``: clients may have any."""
+class Unread:
+    """A payload of ``nbytes`` of which parts lie in regions yet: to be read by a thread, since it is large. Others are
+    copied, whatever becomes of the request's body. It is used as a clerk's sheet is."""
 
-    def __init__(self, common: Common, allowed: bool) -> None:
+    def __init__(self, parts: Sequence[Buffer | Place]) -> None:
+        self._parts = [part if isinstance(part, Place) else bytes(part) for part in parts]
+        self.nbytes = sum(_size(part) for part in self._parts)
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def read_into(self, view: memoryview) -> None:
+        """Raises PenstockError."""
+        at = 0
+        for part in self._parts:
+            end = at + _size(part)
+            if isinstance(part, Place):
+                part.region.read_into(part.at, view[at:end])
+            else:
+                view[at:end] = part
+            at = end
+
+    def view(self) -> memoryview:
+        """All of it, read now. Raises PenstockError."""
+        view = memoryview(bytearray(self.nbytes))
+        self.read_into(view)
+        return view
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+        self._parts = []
+
+
+def _size(part: Buffer | Place) -> int:
+    return part.nbytes if isinstance(part, Place) else len(part)
+
+
+class Regions:
+    """Those of all gateways of the server. ``allowed``: clients may have any. ``bytes_max``: of all inputs of a request
+    that lie there, as of its body."""
+
+    def __init__(self, common: Common, allowed: bool, bytes_max: int = 64 << 20) -> None:
         self._common = common
         self.allowed = allowed
+        self._bytes_max = bytes_max
         self._open: dict[str, tuple[Section, Region]] = {}
 
     def register(self, name: str, request: dict[str, Any], lease: Lease | None) -> None:
@@ -170,10 +209,21 @@ class Regions:
             )
         return region
 
-    def read(self, tensor: str, parameters: dict[str, Any]) -> bytes:
-        """The data of an input that lies there. Raises PenstockError."""
-        region, at, nbytes, _ = self._part(f"input '{tensor}'", parameters)
-        return region.read(at, nbytes)
+    def read(self, tensor: str, parameters: dict[str, Any], before: int = 0) -> bytes | Place:
+        """The data of an input that lies there, or where that is, if it is large. ``before``: bytes of inputs before
+        it. Raises PenstockError."""
+        place = self._part(f"input '{tensor}'", parameters)
+        if before + place.nbytes > self._bytes_max:
+            raise PenstockError(
+                TOO_LARGE,
+                f"input '{tensor}' and those before it take {before + place.nbytes} bytes, with what lies in shared "
+                f"memory; the limit is {self._bytes_max} (body_bytes_max)",
+            )
+        if place.nbytes > READ_MAX_BYTES:
+            return place
+        data = bytearray(place.nbytes)
+        place.region.read_into(place.at, memoryview(data))
+        return bytes(data)
 
     def place(self, tensor: str, parameters: dict[str, Any]) -> Place:
         """Where an output is to go. Raises PenstockError."""
@@ -187,8 +237,8 @@ class Regions:
             raise PenstockError(
                 BAD_INPUT, f"'shared_memory_byte_size' must be specified along with 'shared_memory_region' of {what}"
             )
-        nbytes = _whole(f"shared_memory_byte_size' of {what}, '", parameters["shared_memory_byte_size"])
-        offset = _whole(f"shared_memory_offset' of {what}, '", parameters.get("shared_memory_offset", 0))
+        nbytes = _whole("shared_memory_byte_size", parameters["shared_memory_byte_size"], f" of {what}")
+        offset = _whole("shared_memory_offset", parameters.get("shared_memory_offset", 0), f" of {what}")
         region = self.find(name)
         told = {"shared_memory_region": name} | ({"shared_memory_offset": offset} if offset else {})
         return Place(region, region.check(offset, nbytes), nbytes, told)
@@ -238,11 +288,11 @@ NOT_ALLOWED: Final = (
 )
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, value: Any, of: str = "") -> int:
     if type(value) is not int or value < 0:
-        raise PenstockError(BAD_INPUT, f"'{name}' is a whole number, 0 or more")
+        raise PenstockError(BAD_INPUT, f"'{name}'{of} is a whole number, 0 or more")
     if value > _BYTES_MAX:
-        raise PenstockError(BAD_INPUT, f"Integer overflow detected: '{name}'")
+        raise PenstockError(BAD_INPUT, f"Integer overflow detected: '{name}'{of}")
     return value
 
 

@@ -162,10 +162,8 @@ def test_settings_without_effect_are_a_warning(repository: Path) -> None:
 
 def test_what_a_config_pbtxt_asks_for_in_vain_is_a_warning(repository: Path) -> None:
     write(repository, "net", dense())
-    (repository / "net" / "config.pbtxt").write_text("response_cache { enable: true }\ninput { name: 'z' }\n")
+    (repository / "net" / "config.pbtxt").write_text("input { name: 'z' }\n")
     assert warnings(check(repository)) == [
-        "warning: model net: config.pbtxt: response_cache.enable is not followed: no answer is cached; put a cache "
-        "before the server",
         "warning: model net: config.pbtxt: input[0]: the model has no input 'z'; the model is followed",
     ]
 

@@ -112,6 +112,21 @@ def test_id_priority_and_timeout() -> None:
     assert (query.id, query.form.priority, query.timeout_s) == ("né 1", 1, 1.5)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"parameters": {"priority": 9}}, "parameter 'priority' is a whole number"),  # before it is held
+        ({"inputs": [A_JSON | {"shape": [4, 1]}, B_JSON]}, "unexpected shape for input 'a'"),  # against the model
+        ({"inputs": [A_JSON | {"data": [1]}, B_JSON]}, "input 'a' has 1 elements"),
+        ({"outputs": [{"name": "nope"}]}, "unexpected inference output 'nope'"),
+    ],
+)
+def test_what_is_wrong_names_the_request(wrong: dict[str, Any], sentence: str) -> None:
+    request = {"inputs": [A_JSON, B_JSON], **wrong}
+    assert refusal(request).startswith(sentence)
+    assert refusal({"id": "a1", **request}).startswith(f"[request id: a1] {sentence}")
+
+
 @pytest.mark.parametrize("binary", [False, True])
 def test_requests_that_differ_in_urgency_or_tenant_are_not_taken_for_each_other(binary: bool) -> None:
     """Though their JSON is the same, and known."""

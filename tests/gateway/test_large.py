@@ -6,12 +6,15 @@ import gzip
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from penstock.gateway import large
+from penstock.gateway.clerk import Sheet
 from penstock.gateway.connection import Exchange
 from penstock.gateway.large import LARGE_ANSWER_BYTES, LARGE_BODY_BYTES
 from penstock.gateway.plain import Plain
@@ -21,7 +24,7 @@ from penstock.wire.arena import Arena
 from penstock.wire.messages import Outcome
 from penstock.wire.models import Tensor
 from penstock.wire.slots import Slots
-from tests.gateway.serving import Loop
+from tests.gateway.serving import DEADLINE_S, Loop
 from tests.gateway.test_application import Desk, ready, said, waits
 
 ROWS = 33_000
@@ -219,11 +222,22 @@ def test_who_hangs_up_is_not_asked_for(desks: Callable[..., Desk], slots: Slots)
     assert waits(first)
 
 
-def test_who_hangs_up_while_tensors_are_copied(desks: Callable[..., Desk], slots: Slots) -> None:
+def test_who_hangs_up_while_tensors_are_copied(
+    desks: Callable[..., Desk], slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = threading.Event()
+    copy = large._move
+
+    def move(sheet: Sheet, view: memoryview) -> None:
+        assert left.wait(DEADLINE_S)  # else the copy may be there, and the request sent, before it can be left
+        copy(sheet, view)
+
+    monkeypatch.setattr(large, "_move", move)
     desk = desks(slots)
     exchange = desk.begin("POST", "/v2/models/double/infer", body_of(INFER))
     desk.loop.until(lambda: slots.arena.allocator.used)
     exchange._connection = None  # its slot is being written
+    left.set()
     desk.loop.until(lambda: not slots.arena.allocator.used)
     assert desk.caller.calls == {}
 

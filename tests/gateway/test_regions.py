@@ -17,11 +17,11 @@ import pytest
 from penstock.gateway import regions as module
 from penstock.gateway.changes import Changes, Style
 from penstock.gateway.common import Common
-from penstock.gateway.inference import Parser, render
+from penstock.gateway.inference import Parser, read_body, render
 from penstock.gateway.peers import Lease, find_peer, is_alive
-from penstock.gateway.regions import Regions
+from penstock.gateway.regions import READ_MAX_BYTES, Regions, Unread
 from penstock.wire.codec import pack_outcome
-from penstock.wire.errors import BAD_INPUT, NOT_FOUND, PenstockError
+from penstock.wire.errors import BAD_INPUT, NOT_FOUND, TOO_LARGE, PenstockError
 from penstock.wire.messages import Outcome
 from penstock.wire.models import ModelSpec, Tensor, TensorSpec
 
@@ -278,3 +278,47 @@ def test_a_request_with_shared_memory_is_read_anew_each_time(pair: tuple[Regions
     parser.regions = None
     with pytest.raises(PenstockError, match="--allow-client-shm"):
         parser.parse(spec, json.dumps(asked).encode(), None)
+
+
+def test_what_a_request_reads_has_a_limit(tmp_path: Path, directory: Path) -> None:
+    os.truncate(directory / "a", 1 << 40)  # which takes no memory
+    regions = Regions(Common(tmp_path), True, 1000)
+    regions.register("r", {"key": "a", "byte_size": 1 << 40}, None)
+    assert refusal(regions.read, "x", part(nbytes=1 << 40))[0] == TOO_LARGE
+    code, message = refusal(regions.read, "x", part(nbytes=501), 500)
+    assert (code, "'x' and those before it take 1001 bytes" in message) == (TOO_LARGE, True)
+    assert regions.read("x", part(nbytes=500), 500)[:3] == bytes([0, 1, 2])
+
+
+def test_a_large_input_is_read_later(tmp_path: Path, directory: Path) -> None:
+    regions = Regions(Common(tmp_path), True)
+    data = os.urandom(READ_MAX_BYTES + 4)
+    (directory / "a").write_bytes(data)
+    regions.register("r", {"key": "a", "byte_size": len(data)}, None)
+    spec = ModelSpec(
+        "m",
+        "1",
+        "onnxruntime_onnx",
+        (TensorSpec("x", "UINT8", (-1,)), TensorSpec("z", "UINT8", (-1,))),
+        (TensorSpec("y", "UINT8", (-1,)),),
+        False,
+        1 << 20,
+    )
+    x = {"name": "x", "shape": [len(data)], "datatype": "UINT8", "parameters": part(nbytes=len(data))}
+    z = {"name": "z", "shape": [2], "datatype": "UINT8", "data": [7, 8]}
+    parser = Parser()
+    parser.regions = regions
+    query, payload = parser.parse(spec, json.dumps({"inputs": [x, z]}).encode(), None)
+    assert query.fleeting
+    assert isinstance(payload, Unread)
+    assert bytes(payload.view()) == data + bytes([7, 8])
+    os.truncate(directory / "a", READ_MAX_BYTES)
+    assert refusal(payload.view) == (BAD_INPUT, "Invalid offset + byte size for shared memory region: 'r'")
+
+
+def test_large_json_goes_without_shared_memory() -> None:
+    spec = ModelSpec("m", "1", "onnxruntime_onnx", (TensorSpec("x", "UINT8", (-1,)),), (), True, 1 << 20)
+    x = {"name": "x", "shape": [4], "datatype": "UINT8", "parameters": part()}
+    body = json.dumps({"inputs": [x]}).encode()
+    assert "has at most some hundred KB of JSON" in refusal(read_body, None, spec, body, True)[1]
+    assert "start it with --allow-client-shm" in refusal(read_body, None, spec, body)[1]

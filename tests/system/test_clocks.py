@@ -107,6 +107,9 @@ def test_no_decision_follows_the_clock_on_the_wall(
     config = tmp_path / "penstock.toml"
     config.write_text("[broker]\nbusy_silence_max_s = 30.0\n")
     server = start_server(str(repository), f"--config={config}", environment=clock.environment)
+    wait_for(
+        lambda: len(server.children()) == 4 and len(processor_s(server)) == 4, "who runs jobs, which nobody awaits"
+    )
     processes = server.children()
     begin = time.monotonic()
     with asking(server) as answered:
@@ -121,7 +124,7 @@ def test_no_decision_follows_the_clock_on_the_wall(
     assert [(line["event"], line) for line in unusual] == []
     assert server.end() == 0
     last = {line["process"]: datetime.fromisoformat(line["time"]) for line in server.log()}
-    assert last.keys() == {"broker", "cpu-0", "gateway-0"}
+    assert last.keys() == {"broker", "cpu-0", "gateway-0", "jobs"}
     for at in last.values():
         assert abs(at - (datetime.now(UTC) - timedelta(days=700))) < timedelta(hours=1)
 

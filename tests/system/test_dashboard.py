@@ -81,7 +81,7 @@ def test_everything_there_is_is_shown(server: Server, browser: Browser) -> None:
     browser.until("document.querySelectorAll('.box.up').length === 5", "two gateways, a broker and two workers")
     boxes = browser.evaluate("[...document.querySelectorAll('.box')].map((box) => box.dataset.name)")
     assert boxes == ["HTTP clients", "gateway-0", "gateway-1", "broker", "cpu-0", "cpu-1"]
-    browser.until("document.querySelectorAll('#processes tbody tr').length === 5", "all processes")
+    browser.until("document.querySelectorAll('#processes tbody tr').length === 6", "all processes")
     verdict = browser.evaluate("document.getElementById('verdict').textContent")
     assert verdict.startswith("model broken version 1 is UNAVAILABLE: ")
     assert browser.evaluate("document.getElementById('link').textContent") == "live"

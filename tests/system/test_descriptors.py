@@ -119,6 +119,7 @@ def test_a_broker_and_a_worker_let_nobody_else_in_and_serve_those_that_they_know
     name = "broker" if role == "broker" else "cpu"
     with Client(server.runtime) as known, ExitStack() as others:
         known.infer("dense", ROW)
+        wait_for(lambda: 'penstock_jobs_bytes{runner="jobs"}' in server.metrics(), "who runs jobs, which nobody awaits")
         with limited(pid, more):
             if more < 0:  # all at once, and nobody comes before it has been noticed: libzmq would end the process
                 wait_for(lambda: said(server, name, "descriptors run out"), "the log")

@@ -355,7 +355,7 @@ def flood(server: Server, what: str, until: Callable[[], bool]) -> Memory:
         grown = Memory(server)
         with Flooder(what, server) as flooder, Neighbour(ask_client(client)) as beside:
             wait_for(lambda: (grown.look(), until() and beside.answers > 100)[1], f"{what} to be counted", 60)
-    wait_for(lambda: counted(server.metrics(), "penstock_callers") == 1, "the others to be forgotten")
+    wait_for(lambda: counted(server.metrics(), "penstock_callers") == 2, "the others to be forgotten")
     print(f"{what}: {flooder.sent} messages, the slowest answer beside after {beside.slowest_s:.3f} s, {grown}")
     beside.check()
     return grown

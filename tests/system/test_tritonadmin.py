@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
+from onnx import TensorProto
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
-from tests.system.models import dense, two_inputs, write
+from tests.system.models import dense, identity, two_inputs, write
 from tests.system.servers import Server, StartServer, wait_for
 
 A = np.array([[1, 2], [3, 4]], np.int32)
@@ -35,6 +36,7 @@ KEY = f"/tests-{os.getpid()}"
 def server(start_server: StartServer, tmp_path: Path) -> Server:
     write(tmp_path / "models", "sums", two_inputs())
     write(tmp_path / "models", "dense", dense())
+    write(tmp_path / "models", "wide", identity(TensorProto.FLOAT, ("N", "M")))
     return start_server(str(tmp_path / "models"), "--gateways=2", "--allow-client-shm")
 
 
@@ -69,6 +71,24 @@ def infer_shared(client: Any, size: int = 16, out: str = "mine", offset: int = 3
     outputs = [triton.InferRequestedOutput("sum"), triton.InferRequestedOutput("difference")]
     outputs[0].set_shared_memory(out, size, offset=offset)
     return client.infer("sums", inputs, outputs=outputs)
+
+
+def test_large_tensors_in_shared_memory(client: Any) -> None:
+    array = np.arange(4_000_000, dtype=np.float32).reshape(2, -1)
+    with region(2 * array.nbytes) as handle:
+        shm.set_shared_memory_region(handle, [array])
+        client.register_system_shared_memory("mine", KEY, 2 * array.nbytes)
+        given, output = triton.InferInput("x", list(array.shape), "FP32"), triton.InferRequestedOutput("y")
+        given.set_shared_memory("mine", array.nbytes)
+        output.set_shared_memory("mine", array.nbytes, offset=array.nbytes)
+        client.infer("wide", [given], outputs=[output])
+        found = shm.get_contents_as_numpy(handle, np.float32, list(array.shape), offset=array.nbytes)
+        np.testing.assert_array_equal(found, array)
+        os.truncate(f"/dev/shm{KEY}", 1 << 40)  # which takes no memory
+        client.register_system_shared_memory("all", KEY, 1 << 40)
+        given.set_shared_memory("all", 1 << 40)
+        with pytest.raises(InferenceServerException, match="body_bytes_max"):
+            client.infer("wide", [given])
 
 
 def test_tensors_in_shared_memory(client: Any) -> None:
