@@ -100,18 +100,22 @@ class LogSettings:
         }
 
     def look(self) -> None:
-        """Follow what is set now."""
+        """Follow what is set now. As long as nothing is, nobody's log is touched."""
         section = self._common.read(_SECTION)
-        if section is self._followed:
+        if section is self._followed or not (section or self._followed):
             return
         self._followed = section
+        for handler in self._root.handlers:
+            for each in [each for each in handler.filters if isinstance(each, _Only)]:
+                handler.removeFilter(each)
+        if not section:
+            self._root.setLevel(self._begun)
+            return
         settings = self._settings(section)
         wanted = {level for key, level in _LEVELS.items() if settings[key]}
         if settings[_VERBOSE]:
             wanted.add(logging.DEBUG)
         for handler in self._root.handlers:
-            for each in [each for each in handler.filters if isinstance(each, _Only)]:
-                handler.removeFilter(each)
             handler.addFilter(_Only(frozenset(wanted)))
         self._root.setLevel(min(wanted, default=logging.CRITICAL))
 

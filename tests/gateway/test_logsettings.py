@@ -6,7 +6,6 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -21,9 +20,7 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 class Gateway:
     def __init__(self, loop: Loop, runtime: Path, level: int = logging.INFO) -> None:
         self.lines: list[str] = []
-        self.root = logging.getLogger(f"root of test {uuid4()}")
-        self.root.setLevel(level)
-        self.root.propagate = False
+        self.root = logging.Logger("root of test", level)  # of its own: pytest's handlers are not to be filtered
         handler = logging.Handler()
         handler.emit = lambda record: self.lines.append(record.getMessage())  # type: ignore[method-assign]
         self.root.addHandler(handler)
@@ -84,3 +81,11 @@ def test_what_makes_no_sense_changes_nothing(pair: tuple[Gateway, Gateway], body
     gateway, _ = pair
     assert gateway.desk.ask("POST", "/v2/logging", body).status == 400
     assert gateway.said() == ["info", "warning", "error", "critical"]
+
+
+def test_a_log_is_not_touched_until_something_is_set(loop: Loop, tmp_path: Path) -> None:
+    gateway = Gateway(loop, tmp_path)
+    gateway.root.setLevel(logging.ERROR)
+    gateway.settings.look()
+    assert gateway.said() == ["error", "critical"]
+    assert [handler.filters for handler in gateway.root.handlers] == [[]]
