@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -20,7 +22,9 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 class Gateway:
     def __init__(self, loop: Loop, runtime: Path, level: int = logging.INFO) -> None:
         self.lines: list[str] = []
-        self.root = logging.Logger("root of test", level)  # of its own: pytest's handlers are not to be filtered
+        self.root = logging.getLogger(f"root of test {uuid4()}")
+        self.root.setLevel(level)
+        self.root.propagate = False
         handler = logging.Handler()
         handler.emit = lambda record: self.lines.append(record.getMessage())  # type: ignore[method-assign]
         self.root.addHandler(handler)
@@ -40,6 +44,16 @@ class Gateway:
         for name, level in LEVELS.items():
             self.root.log(level, name)
         return self.lines
+
+
+@pytest.fixture(autouse=True)
+def pytests_own() -> Iterator[None]:
+    """Its handlers, which it gives to logs that end at themselves, too, are for all tests."""
+    handlers = logging.getLogger().handlers
+    before = [(handler, list(handler.filters)) for handler in handlers]
+    yield
+    for handler, filters in before:
+        handler.filters[:] = filters
 
 
 @pytest.fixture
@@ -88,4 +102,4 @@ def test_a_log_is_not_touched_until_something_is_set(loop: Loop, tmp_path: Path)
     gateway.root.setLevel(logging.ERROR)
     gateway.settings.look()
     assert gateway.said() == ["error", "critical"]
-    assert [handler.filters for handler in gateway.root.handlers] == [[]]
+    assert gateway.root.handlers[0].filters == []
