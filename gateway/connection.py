@@ -108,7 +108,7 @@ class Exchange:
     @property
     def ends(self) -> tuple[tuple[str, int], tuple[str, int]] | None:
         """The addresses of its TCP connection, ours and the client's; None where it has none."""
-        return self._connection.ends if isinstance(self._connection, Connection) else None
+        return None if self._connection is None else self._connection.ends
 
     def send(self, status: int, response: bytes, tail: Buffer = b"", sent: Callable[[], None] | None = None) -> None:
         """Answer with a whole response, which says nothing of the connection: for a connection that is kept alive.

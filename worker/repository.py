@@ -253,20 +253,19 @@ class Repository:
         config = found.config
         if not (self._any_device or config.loaded_on(self._device)):
             return Found(name, Route(name), config=stamp, directories=(directory,))
+        # What is no version yet may become one that is wrong.
+        besides = [each for each in entries if not is_version(each) and not each.startswith(".")]
+        looked = [directory, *[directory / each for each in besides[:_INSIDE_MAX]]]
         if not there and not strays:
             lacking = f"{directory} has no version directory; put the model at {name}/1/{found.file_name}"
-            looked = [directory / each for each in entries][:_INSIDE_MAX]
             missing = _missing(name, directory, lacking)
-            return replace(missing, config=stamp, problem=problem, directories=(directory, *looked))
+            return replace(missing, config=stamp, problem=problem, directories=tuple(looked))
         asked = asked_for(config.version_policy, there) if there else []
         route = Route(name, tuple(asked), _labels(config), tuple(config.traffic.items())[:MAX_ROUTES])
         versions = wanted(config.version_policy, there, config.labels, config.traffic) if there else []
         files = [self._find_version(name, directory / each, kept, root) for each in versions]
         beside = [each for each in sorted(there, key=int, reverse=True) if each not in versions][:_OTHERS_MAX]
         others = [self._find_version(name, directory / each, kept, root) for each in beside]
-        # What is no version yet may become one that is wrong, and a version's files may lie deeper.
-        besides = [each for each in entries if not is_version(each) and not each.startswith(".")]
-        looked = [directory, *[directory / each for each in besides[:_INSIDE_MAX]]]
         for each in dict.fromkeys((*versions, *beside)):
             looked += _directories_of(directory / each) if each in there else ()
         return Found(name, route, tuple(files), tuple(others), strays, not there, stamp, problem, tuple(looked))
