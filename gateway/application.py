@@ -47,7 +47,7 @@ from penstock.wire import errors
 from penstock.wire.errors import OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import Payload
 from penstock.wire.metrics import Meters, Value
-from penstock.wire.models import SERVED, ModelSpec, ModelState
+from penstock.wire.models import SERVED, ModelSpec, ModelState, place
 from penstock.wire.process import fields
 from penstock.wire.slots import PLACED_MIN_BYTES, Slot
 from penstock.wire.tensors import Buffer
@@ -290,12 +290,13 @@ class Application:
 
     def _model_metadata(self, exchange: Exchange, target: Target) -> None:
         spec = self.current(target)
-        known = (self.caller.models or {}).get(spec.name, {})
+        known = (self.caller.models or {}).get(spec.name, {}).values()
+        served = [state.version for state in sorted(known, key=place) if state.state in SERVED]
         self.answer_json(
             exchange,
             {
                 "name": spec.name,
-                "versions": [spec.version] if target.version else sorted(known),
+                "versions": [spec.version] if target.version else served,
                 "platform": spec.platform,
                 "inputs": [each._asdict() for each in spec.inputs],
                 "outputs": [each._asdict() for each in spec.outputs],

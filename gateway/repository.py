@@ -26,7 +26,7 @@ from penstock.gateway.routes import Route, RouteError
 from penstock.gateway.target import Handler, Target
 from penstock.wire.errors import BAD_INPUT, CANCELLED, UNAVAILABLE, PenstockError
 from penstock.wire.messages import LOAD, UNLOAD
-from penstock.wire.models import IDLE, READY, SERVED, ModelState
+from penstock.wire.models import IDLE, READY, SERVED, ModelState, place
 from penstock.wire.process import fields
 from penstock.wire.tensors import Buffer
 
@@ -107,7 +107,7 @@ class Repository:
             raise PenstockError(BAD_INPUT, "'ready' is true or false")
         states = [state for versions in (self._caller.models or {}).values() for state in versions.values()]
         self._application.answer_json(
-            exchange, [_row(state) for state in sorted(states, key=_place) if state.state in SERVED or not only_ready]
+            exchange, [_row(state) for state in sorted(states, key=place) if state.state in SERVED or not only_ready]
         )
 
     # --- orders ---
@@ -286,10 +286,3 @@ def _row(state: ModelState) -> dict[str, str]:
     row = {"name": state.name, "version": state.version, "state": READY if state.state == IDLE else state.state}
     reason = state.reason or (_NOT_LOADED if state.state == IDLE else "")
     return row | {"reason": reason} if reason else row
-
-
-def _place(state: ModelState) -> tuple[str, bool, int, str]:
-    """By name, then by number, and then what is none."""
-    version = state.version
-    is_number = version.isdecimal()
-    return state.name, not is_number, int(version) if is_number else 0, version

@@ -137,6 +137,13 @@ def newest(versions: Sequence[str]) -> str:
     )
 
 
+def place(state: ModelState) -> tuple[str, bool, int, str]:
+    """Where a version stands in a list: by name, then by number, and then what is none."""
+    version = state.version
+    is_number = version.isdecimal()
+    return state.name, not is_number, int(version) if is_number else 0, version
+
+
 def check(spec: ModelSpec, layout: Layout) -> Size:
     """Whether a request fits a model. Raises PenstockError naming the tensor, what was expected and what came."""
     given = {tensor.name: tensor for tensor in layout.tensors}

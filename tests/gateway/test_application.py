@@ -310,9 +310,10 @@ def test_model_is_described(joined: Desk) -> None:
     }
 
 
-def test_model_with_several_versions(desk: Desk) -> None:
-    desk.join(ready(version="1"), ready(version="2"))
-    assert json.loads(desk.ask("GET", "/v2/models/double").body)["versions"] == ["1", "2"]
+def test_model_with_several_versions_names_those_that_can_be_asked(desk: Desk) -> None:
+    loading = ModelState("double", "3", LOADING, "", None)
+    desk.join(ready(version="10"), ready(version="1"), ready(version="2"), loading)
+    assert json.loads(desk.ask("GET", "/v2/models/double").body)["versions"] == ["1", "2", "10"]
     assert json.loads(desk.ask("GET", "/v2/models/double/versions/1").body)["versions"] == ["1"]
 
 

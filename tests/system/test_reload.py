@@ -39,6 +39,11 @@ def said(server: Server, event: str) -> list[dict[str, Any]]:
     return [line for line in server.log() if line["event"].startswith(event)]
 
 
+def replaced(server: Server, name: str) -> list[dict[str, Any]]:
+    """Whose names begin so: who runs jobs follows gateways."""
+    return [line for line in said(server, "process replaced") if line["about_process"].startswith(name)]
+
+
 def headers_allowed(server: Server, number: int) -> bool:
     """By each gateway that answers."""
     headers = {f"x-{each}": "1" for each in range(number)}
@@ -108,7 +113,7 @@ def test_where_a_new_process_does_not_come_up_all_is_as_it_was(server: Server, m
     config.write_text("[gateway]\nheaders_max = 90\n[worker]\nmax_compute_s = 20\n")
     [line] = wait_for(lambda: said(server, "configuration does not work"), "the launcher to say so")
     assert line["reason"].startswith("cpu-0 serves on as it was: the new process ended with exit code 2")
-    wait_for(lambda: len(said(server, "process replaced")) == 4, "the gateways to have gone back")
+    wait_for(lambda: len(replaced(server, "gateway")) == 4, "the gateways to have gone back")
     assert server.children("worker") == workers
     assert not headers_allowed(server, 60)
     hidden.rename(models)
