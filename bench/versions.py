@@ -3,7 +3,8 @@
 
 Each round starts a server of each version anew, in alternating order (memory lies differently each time, and that alone
 makes a microsecond), and asks each twice, in turns. What is told is the difference within the rounds: its median, and
-between which values half of them lie. Both run on the packages that are installed here. Goes to standard output as a
+between which values half of them lie; and the median of the ratios, by which what one version took on another machine
+tells what the other would take there. Both run on the packages that are installed here. Goes to standard output as a
 table, and to a JSON file.
 """
 
@@ -69,14 +70,15 @@ def main() -> None:
     parser.add_argument("before", type=a_version, help="NAME=PATH of the one that is compared with")
     here = f"now={Path(__file__).parents[1]}"
     parser.add_argument("now", type=a_version, nargs="?", default=a_version(here), help="the other one: this")
-    parser.add_argument("--model", choices=["tiny", "mlp", "image"], default="tiny")
+    parser.add_argument("--model", choices=["tiny", "wide", "mlp", "image"], default="tiny")
+    parser.add_argument("--form", choices=["binary", "json"], default="binary")
     parser.add_argument("--connections", type=bench_http.whole_number, default=64)
     parser.add_argument("--rounds", type=bench_http.whole_number, default=10)
     parser.add_argument("--seconds", type=bench_http.whole_number, default=4, help="of each turn")
     parser.add_argument("--out", type=Path, default=bench_http.RESULTS / "versions.json")
     arguments = parser.parse_args()
     versions = dict([arguments.before, arguments.now])
-    case = bench_http.Case(arguments.model, "binary", arguments.connections)
+    case = bench_http.Case(arguments.model, arguments.form, arguments.connections)
     runs: dict[str, list[bench_http.Figures]] = {name: [] for name in versions}
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as place:
         directory = Path(place)
@@ -87,7 +89,8 @@ def main() -> None:
                 runs[name] += found
     machine = bench_http.about_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(f"{case.model}, {case.connections} connections, {arguments.rounds} rounds of {TURNS} x {arguments.seconds} s")
+    turns = f"{arguments.rounds} rounds of {TURNS} x {arguments.seconds} s"
+    print(f"{case.model}, {case.form}, {case.connections} connections, {turns}")
     print("| version | requests/s | gateway us | broker us | worker us | all us |")
     print("|---|---|---|---|---|---|")
     for name, found in runs.items():
@@ -97,9 +100,11 @@ def main() -> None:
     (before, first), (now, second) = runs.items()
     more = [cost_us(other) - cost_us(one) for one, other in zip(first, second, strict=True)]
     low, middle_us, high = statistics.quantiles(more, n=4)
+    ratio = statistics.median(cost_us(other) / cost_us(one) for one, other in zip(first, second, strict=True))
     print(
         f"{now} takes {middle_us:+.2f} us more than {before}: half of {len(more)} pairs from {low:+.2f} to {high:+.2f}"
     )
+    print(f"{ratio:.3f} times as much")
     content = {"machine": machine, "case": asdict(case), "runs": {name: list(map(asdict, runs[name])) for name in runs}}
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 

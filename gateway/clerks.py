@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -82,7 +81,6 @@ class _Clerk:
                     stdout=subprocess.DEVNULL,
                     pass_fds=[other.fileno()],
                     process_group=0,  # Ctrl-C means the gateway
-                    env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's threads, which have nothing to do here
                 )
         except BaseException:
             self.channel.close()
