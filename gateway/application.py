@@ -410,13 +410,13 @@ class Application:
         if query.explain or target.explain:
             worker, arrived = self.caller.worker_name(answer.worker), exchange.arrived
             parameters = explanation(answer, worker, arrived - exchange.began, asked - arrived, total_s)
+        if (query.change is not None or len(answer.payload) >= LARGE_ANSWER_BYTES) and self.large.writes(query, answer):
+            self.large.write(exchange, query, answer, begin, parameters)
+            return
         if query.change is not None:
             self._change(exchange, query, answer, begin, parameters)
             return
         encoding, write = target.accepts, query.write
-        if len(answer.payload) >= LARGE_ANSWER_BYTES and self.large.writes(query):
-            self.large.write(exchange, query, answer, begin, parameters)
-            return
         try:
             if encoding:
                 if write is not None:

@@ -45,6 +45,12 @@ class Changes:
         """Whether an output is not said as the model gives it."""
         return name in self.classes or name in self.places
 
+    def classes_max(self, rows: int, nbytes: int) -> int:
+        """How many classes an answer of so many bytes tells at most; 0 where other things become of it, too."""
+        if self.places:
+            return 0
+        return min(nbytes, max(rows, 1) * sum([each.most for each in self.classes.values()]))
+
     def apply(self, body: bytes, payload: Payload, style: Style) -> tuple[bytes, Payload, Style]:
         """An answer, packed, as it is to be said. May be called on a thread. Raises BadMessage or PenstockError."""
         if self.classes:

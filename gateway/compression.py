@@ -23,6 +23,9 @@ _EXPANSION_MAX: Final = 1032  # of a byte, by deflate; zstd has no limit
 _EXPANSION_USUAL: Final = 64  # more is suspect
 _FED_BYTES: Final = 1 << 16  # what is not used of what was given is copied
 _PIECE_BYTES: Final = 1 << 18
+# Whose data may be pieces, one behind another (RFC 1952, 2.2; RFC 8878, 3).
+_MAY_BE_JOINED: Final = frozenset({"gzip", "zstd"})
+_JOINED_MAX: Final = 10_000  # each costs some microseconds, however little it holds
 _WINDOW_LOG_MAX: Final = 23  # 8 MiB, which every reader has to have and no sender may exceed
 SMALL_BYTES: Final = 1 << 18  # takes some tenths of a millisecond to expand
 ENCODINGS: Final = ("gzip", "deflate", "zstd")
@@ -118,7 +121,7 @@ _FORMATS: Final[dict[str, tuple[Callable[[], _Expander], ...]]] = {
 
 
 def decompress_small(body: Buffer, encoding: str, bytes_max: int) -> bytes | None:
-    """As ``decompress``, but None for what expands to more than ``SMALL_BYTES``."""
+    """As ``decompress``, but None for what expands to more than ``SMALL_BYTES``, or is not in one piece."""
     most = min(SMALL_BYTES, bytes_max)
     for make in _formats(encoding):
         expander = make()
@@ -130,9 +133,9 @@ def decompress_small(body: Buffer, encoding: str, bytes_max: int) -> bytes | Non
             raise _too_large(bytes_max)
         if len(whole) > most:
             return None
-        if not expander.eof or expander.unused_data:
+        if not expander.eof or (expander.unused_data and not _may_be_joined(encoding)):
             break
-        return whole
+        return None if expander.unused_data else whole
     raise _damaged(encoding)
 
 
@@ -144,9 +147,9 @@ def decompress(body: Buffer, encoding: str, bytes_max: int, wanted: Callable[[],
             # What is not kept takes no memory.
             least = 0 if make is _Zstd else bytes_max / _EXPANSION_MAX
             if least < len(body) < bytes_max / _EXPANSION_USUAL:
-                _check_size(_pieces(body, encoding, make(), wanted), bytes_max)
+                _check_size(_pieces(body, encoding, make, wanted), bytes_max)
             whole = bytearray()
-            for piece in _pieces(body, encoding, make(), wanted):
+            for piece in _pieces(body, encoding, make, wanted):
                 whole += piece
                 if len(whole) > bytes_max:
                     raise _too_large(bytes_max)
@@ -164,6 +167,10 @@ def _formats(encoding: str) -> tuple[Callable[[], _Expander], ...]:
     return found
 
 
+def _may_be_joined(encoding: str) -> bool:
+    return encoding.strip().lower() in _MAY_BE_JOINED
+
+
 def _check_size(pieces: Iterator[bytes], bytes_max: int) -> None:
     size = 0
     for piece in pieces:
@@ -172,21 +179,28 @@ def _check_size(pieces: Iterator[bytes], bytes_max: int) -> None:
             raise _too_large(bytes_max)
 
 
-def _pieces(body: Buffer, encoding: str, expander: _Expander, wanted: Callable[[], bool]) -> Iterator[bytes]:
+def _pieces(body: Buffer, encoding: str, make: Callable[[], _Expander], wanted: Callable[[], bool]) -> Iterator[bytes]:
     """What a body expands to. Raises what ``_DAMAGES`` has, and PenstockError when it is cut off, followed by
     something, or not wanted any more."""
-    rest = memoryview(body)
-    while not expander.eof:
-        if not wanted():
-            raise PenstockError(CANCELLED, "the client has left")
-        fed = rest[:0]
-        if expander.hungry:
-            fed, rest = rest[:_FED_BYTES], rest[_FED_BYTES:]
-            if not fed:
-                raise _damaged(encoding)
-        yield expander.expand(fed, _PIECE_BYTES)
-    if expander.unused_data or rest:
-        raise _damaged(encoding)
+    whole, at = memoryview(body), 0
+    for _ in range(_JOINED_MAX):
+        expander = make()
+        while not expander.eof:
+            if not wanted():
+                raise PenstockError(CANCELLED, "the client has left")
+            fed = whole[:0]
+            if expander.hungry:
+                fed = whole[at : at + _FED_BYTES]
+                at += len(fed)
+                if not fed:
+                    raise _damaged(encoding)
+            yield expander.expand(fed, _PIECE_BYTES)
+        at -= len(expander.unused_data)
+        if at == len(whole):
+            return
+        if not _may_be_joined(encoding):
+            raise _damaged(encoding)
+    raise PenstockError(TOO_LARGE, f"the body is more than {_JOINED_MAX} pieces of {encoding}; join them to one")
 
 
 def _too_large(bytes_max: int) -> PenstockError:

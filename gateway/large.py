@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock.client.events import Complete
-from penstock.gateway.changes import Style
+from penstock.gateway.changes import Changes, Style
 from penstock.gateway.clerk import Sheet
 from penstock.gateway.clerks import Clerks
 from penstock.gateway.compression import compress
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # to write.
 LARGE_BODY_BYTES: Final = 384 * 1024
 LARGE_ANSWER_BYTES: Final = 256 * 1024
+LARGE_CLASSES: Final = 8192
 
 
 def read(function: Read, spec: ModelSpec, body: Buffer) -> tuple[Reading, list[Payload]]:
@@ -45,6 +46,7 @@ def read(function: Read, spec: ModelSpec, body: Buffer) -> tuple[Reading, list[P
 
 def write(
     function: Write | None,
+    change: Changes | None,
     body: bytes,
     style: Style,
     identifier: str,
@@ -56,6 +58,8 @@ def write(
     compressed, if it is to have an ``encoding``. Raises PenstockError."""
     binary = b""
     try:
+        if change is not None:
+            body, payload, style = change.apply(body, payload, style)
         if function is not None:
             json = function(body, payload)
         else:
@@ -84,9 +88,14 @@ class LargeJson:
         """Whether it is the JSON of a body that is large."""
         return self.on and (target.header_length is None or LARGE_BODY_BYTES <= target.header_length <= len(body))
 
-    def writes(self, query: Query) -> bool:
-        """Whether an answer holds JSON beside what tells its shapes."""
-        return self.on and not (query.write is None and query.style.all_binary)
+    def writes(self, query: Query, answer: Complete) -> bool:
+        """Whether it is much that an answer holds beside what tells its shapes and binary outputs."""
+        if not self.on:
+            return False
+        nbytes, change = len(answer.payload), query.change
+        if change is not None:
+            return change.classes_max(query.form.rows, nbytes) >= LARGE_CLASSES
+        return nbytes >= LARGE_ANSWER_BYTES and not (query.write is None and query.style.all_binary)
 
     # --- requests ---
 
@@ -224,7 +233,7 @@ class LargeJson:
 
         errand = self._clerks.run(
             write,
-            (query.write, answer.body, query.style, query.id, parameters, encoding),
+            (query.write, query.change, answer.body, query.style, query.id, parameters, encoding),
             answer.payload,
             lambda sizes, sheet: application.later(exchange, send, (sizes, sheet)),
             fail,

@@ -88,6 +88,32 @@ def test_it_is_asked_and_answered_as_if_it_were_small(desks: Callable[..., Desk]
     assert len(told[0].body) > LARGE_ANSWER_BYTES
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_many_classes_are_told_as_a_few_are(desks: Callable[..., Desk], binary: bool) -> None:
+    told = []
+    for processes in (0, 1):
+        desk = desks(processes=processes)
+        output = {"name": "y", "parameters": {"classification": 2, "binary_data": binary}}
+        exchange = desk.begin("POST", "/v2/models/double/infer", body_of({**INFER, "outputs": [output]}))
+        desk.double(1, payload_of(desk))
+        told.append(answered(desk, exchange))
+    assert {**told[0].headers, "Server-Timing": ""} == {**told[1].headers, "Server-Timing": ""}
+    assert told[0].body == told[1].body
+    assert b"9428.286133:1" in told[0].body
+
+
+def test_few_classes_cost_no_process(desks: Callable[..., Desk]) -> None:
+    desk = desks()
+    request = {"inputs": [X | {"shape": [2, 2], "data": [1, 2, 4, 3]}]}
+    output = {"name": "y", "parameters": {"classification": 1 << 30}}
+    exchange = desk.begin("POST", "/v2/models/double/infer", json.dumps({**request, "outputs": [output]}).encode())
+    desk.double(1, payload_of(desk))
+    assert json.loads(said(exchange).body)["outputs"][0]["data"] == [
+        *("4.000000:1", "2.000000:0", "8.000000:0", "6.000000:1")
+    ]
+    assert desk.application.clerks.processes == []
+
+
 @pytest.fixture
 def slots() -> Iterator[Slots]:
     slots = Slots(Arena(1 << 20, "test"))
