@@ -138,7 +138,7 @@ class Runner:
         """Do what there is to do. For how many seconds there will be nothing, unless it is woken."""
         looks = now >= self._look_at
         room = self._options.running_max - len(self.running)
-        seen = await self._ask(self._look, None if looks else self._change, room, bool(self.running), looks)
+        seen = await self._ask(self._look, None if looks else self._change, room, frozenset(self.running), looks)
         if seen is not None:
             # Where there was no room for all, there may be by the next time.
             self._change = seen.change if len(seen.claimed) < room else None
@@ -156,15 +156,15 @@ class Runner:
             return BUSY_POLL_S
         return max(0.0, self._look_at - now) if self.heard else DEAF_POLL_S
 
-    def _look(self, change: int | None, room: int, has_running: bool, sweeps: bool) -> _Seen | None:
+    def _look(self, change: int | None, room: int, running: frozenset[str], sweeps: bool) -> _Seen | None:
         """All that is asked of the store, on one thread: to hand over costs more than to ask. None where nothing has
         changed since ``change``."""
         store, now = self._store, time.time()
         seen = store.change()
         if seen == change:
             return None
-        claimed = store.claim(self._owner, room, now, self._options.lease_s) if room > 0 else ()
-        cancelled = store.wanted_cancels(self._owner) if has_running else ()
+        claimed = store.claim(self._owner, room, now, self._options.lease_s, running) if room > 0 else ()
+        cancelled = store.wanted_cancels(self._owner) if running else ()
         if sweeps:
             store.sweep(now)
         return _Seen(seen, claimed, cancelled)

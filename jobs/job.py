@@ -43,6 +43,9 @@ ERROR_CHARACTERS_MAX: Final = 4096  # of any sentence that is kept
 
 # Between the attempts of a callback; the last one stands for all after it.
 CALLBACK_WAITS_S: Final = (1.0, 5.0, 30.0, 120.0, 600.0)
+# Nobody has a job or a callback wait for longer: what is to wait until later was told so before the clock was set back.
+LATER_MAX_S: Final = 60.0
+CALLBACK_LATER_MAX_S: Final = 1200.0
 PENDING: Final = "pending"  # a callback that is to be sent
 DELIVERED: Final = "delivered"
 CALLBACK_FAILED: Final = "failed"  # given up
@@ -142,7 +145,7 @@ def submitted(request: StoredRequest, now: float) -> Job:
 def is_due(job: Job, now: float, dead: frozenset[str] = frozenset()) -> bool:
     """Whether anybody may run it now. ``dead``: owners that are known to have ended."""
     if job.status == QUEUED:
-        return job.not_before <= now
+        return not now < job.not_before <= now + LATER_MAX_S
     return job.status == RUNNING and (job.lease_until <= now or job.owner in dead)
 
 
@@ -246,6 +249,10 @@ def callback_span_s(options: JobsOptions) -> float:
 def callback_wait_s(attempts: int) -> float:
     """After so many attempts, until the next."""
     return CALLBACK_WAITS_S[min(attempts, len(CALLBACK_WAITS_S)) - 1]
+
+
+def callback_is_due(callback: Callback, now: float) -> bool:
+    return callback.state == PENDING and not now < callback.due_at <= now + CALLBACK_LATER_MAX_S
 
 
 def callback_begun(callback: Callback, owner: str, now: float, lease_s: float, attempts_max: int) -> Callback:

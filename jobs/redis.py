@@ -106,12 +106,12 @@ class RedisStore(Store):
             packed = self._redis.get(f"{PREFIX}response:{id}")
         return None if packed is None else unpacked_response(packed)
 
-    def claim(self, owner: str, count: int, now: float, lease_s: float) -> Sequence[Job]:
+    def claim(self, owner: str, count: int, now: float, lease_s: float, running: Collection[str] = ()) -> Sequence[Job]:
         taken: builtins.list[Job] = []
         dead: frozenset[str] = frozenset()
 
         def decide(job: Job) -> Job | None:
-            if not jobs.is_due(job, now, dead):
+            if job.id in running or not jobs.is_due(job, now, dead):
                 return None
             return jobs.claimed(job, owner, now, lease_s, self.options)
 
@@ -134,11 +134,12 @@ class RedisStore(Store):
         pipeline.hkeys(f"{PREFIX}owners")
         pipeline.zrangebyscore(f"{PREFIX}leases", "-inf", now, start=0, num=BATCH_MAX)
         pipeline.zrangebyscore(f"{PREFIX}later", "-inf", now, start=0, num=BATCH_MAX)
+        pipeline.zrangebyscore(f"{PREFIX}later", now + jobs.LATER_MAX_S, "+inf", start=0, num=BATCH_MAX)
         pipeline.zrange(f"{PREFIX}ready", 0, count - 1)
-        owners, lapsed, waited, ready = map(texts, pipeline.execute())
+        owners, lapsed, waited, set_back, ready = map(texts, pipeline.execute())
         dead = frozenset(each for each in owners if each != owner and is_dead(each))
         held = texts(self._redis.zrange(f"{PREFIX}leases", 0, IDS_MAX)) if dead else []
-        return [*dict.fromkeys([*lapsed, *held, *waited, *ready])], dead
+        return [*dict.fromkeys([*lapsed, *held, *waited, *set_back, *ready])], dead
 
     def renew(self, owner: str, ids: Collection[str], now: float, lease_s: float) -> set[str]:
         def decide(job: Job) -> Job | None:
@@ -196,7 +197,7 @@ class RedisStore(Store):
     def due_callbacks(self, owner: str, count: int, now: float, lease_s: float) -> Sequence[Job]:
         def decide(job: Job) -> Job | None:
             called = job.callback
-            if called is None or called.state != jobs.PENDING or called.due_at > now:
+            if called is None or not jobs.callback_is_due(called, now):
                 return None
             return replace(
                 job,
@@ -204,7 +205,12 @@ class RedisStore(Store):
             )
 
         with self._table.talking():
-            ids = texts(self._redis.zrangebyscore(f"{PREFIX}callbacks", "-inf", now, start=0, num=count))
+            later = now + jobs.CALLBACK_LATER_MAX_S
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.zrangebyscore(f"{PREFIX}callbacks", "-inf", now, start=0, num=count)
+            pipeline.zrangebyscore(f"{PREFIX}callbacks", later, "+inf", start=0, num=count)
+            due, set_back = map(texts, pipeline.execute())
+            ids = [*due, *set_back][:count]
             self._table.indexed(ids)
         altered = self._table.alter(ids, decide).values()
         return [job for job in altered if job.callback is not None and job.callback.state == jobs.PENDING]

@@ -109,13 +109,13 @@ class SqliteStore(Store):
             ).fetchone()
         return None if row is None else StoredResponse(row[0], msgpack.unpackb(row[1]), row[2])
 
-    def claim(self, owner: str, count: int, now: float, lease_s: float) -> Sequence[Job]:
+    def claim(self, owner: str, count: int, now: float, lease_s: float, running: Collection[str] = ()) -> Sequence[Job]:
         with self._file.reading() as connection:
-            if not _candidates(connection, owner, 1, now):
+            if not _candidates(connection, owner, 1, now, running):
                 return []  # nobody else has to wait for that
         taken: builtins.list[Job] = []
         with self._file.writing() as connection:
-            for number, job in _candidates(connection, owner, count, now):
+            for number, job in _candidates(connection, owner, count, now, running):
                 if len(taken) == count:
                     break
                 job = jobs.claimed(job, owner, now, lease_s, self.options)
@@ -210,13 +210,17 @@ class SqliteStore(Store):
         return len(numbers)
 
     def due_callbacks(self, owner: str, count: int, now: float, lease_s: float) -> Sequence[Job]:
-        query = f"{_SELECT} WHERE callback_state = 'pending' AND callback_due_at <= ? ORDER BY callback_due_at LIMIT ?"
+        query = (
+            f"{_SELECT} WHERE callback_state = 'pending' AND (callback_due_at <= ? OR callback_due_at > ?) "
+            "ORDER BY callback_due_at LIMIT ?"
+        )
+        later = now + jobs.CALLBACK_LATER_MAX_S
         with self._file.reading() as connection:
-            if not connection.execute(query, (now, 1)).fetchall():
+            if not connection.execute(query, (now, later, 1)).fetchall():
                 return []
         taken = []
         with self._file.writing() as connection:
-            for row in connection.execute(query, (now, count)).fetchall():
+            for row in connection.execute(query, (now, later, count)).fetchall():
                 job = _job(row)
                 assert job.callback is not None
                 begun = jobs.callback_begun(job.callback, owner, now, lease_s, self.options.callback_attempts_max)
@@ -262,14 +266,18 @@ class SqliteStore(Store):
         self._file.close()
 
 
-def _candidates(connection: sqlite3.Connection, owner: str, count: int, now: float) -> list[tuple[int, Job]]:
+def _candidates(
+    connection: sqlite3.Connection, owner: str, count: int, now: float, running: Collection[str]
+) -> list[tuple[int, Job]]:
     """Jobs that may be run now, in the order of their arrival: all that have lost their runner, and of those that wait
     ``count`` at most."""
     owners = connection.execute("SELECT DISTINCT owner FROM jobs WHERE status = 'running'").fetchall()
     dead = [each for (each,) in owners if each != owner and is_dead(each)]
     lost = f"{_SELECT} WHERE status = 'running' AND (lease_until <= ? OR owner IN ({', '.join('?' * len(dead))}))"
-    queued = f"{_SELECT} WHERE status = 'queued' AND not_before <= ? ORDER BY number LIMIT ?"
-    rows = connection.execute(lost, (now, *dead)).fetchall() + connection.execute(queued, (now, count)).fetchall()
+    queued = f"{_SELECT} WHERE status = 'queued' AND (not_before <= ? OR not_before > ?) ORDER BY number LIMIT ?"
+    lost_rows = connection.execute(lost, (now, *dead)).fetchall()
+    rows = [row for row in lost_rows if row[1] not in running]
+    rows += connection.execute(queued, (now, now + jobs.LATER_MAX_S, count)).fetchall()
     return [(row[0], _job(row)) for row in sorted(rows, key=lambda row: int(row[0]))]
 
 

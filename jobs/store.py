@@ -74,9 +74,10 @@ class Store(ABC):
         """None until the job has ended, when there was none, and when it has expired and been swept."""
 
     @abstractmethod
-    def claim(self, owner: str, count: int, now: float, lease_s: float) -> Sequence[Job]:
+    def claim(self, owner: str, count: int, now: float, lease_s: float, running: Collection[str] = ()) -> Sequence[Job]:
         """So many at most that are this owner's from now on, in the order of their arrival. A local owner that has
-        ended (see owner.py) holds nothing."""
+        ended (see owner.py) holds nothing. ``running``: those that it runs, which it is not given again, however long
+        the machine was suspended or how far its clock was set."""
 
     @abstractmethod
     def renew(self, owner: str, ids: Collection[str], now: float, lease_s: float) -> set[str]:

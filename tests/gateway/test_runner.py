@@ -139,6 +139,19 @@ def test_after_its_time_it_fails_with_what_was_said_last(open_desk: Callable[...
     assert desk.until(ident, FAILED).http_status == 503
 
 
+def test_a_lease_that_ran_out_while_nobody_looked_is_renewed(open_desk: Callable[..., Desk]) -> None:
+    """As after a suspend: the job is not begun a second time beside itself."""
+    desk = open_desk(lease_s=1e-6)
+    ident = desk.submit()
+    [exchange] = desk.asked()
+    for _ in range(3):
+        desk.submit(StoredRequest(b"POST", b"/other", {}, b""))  # has it look
+        desk.asked(len(desk.application.exchanges) + 1)[-1].answer(200, b"")
+    exchange.answer(200, b"{}")
+    assert desk.until(ident, SUCCEEDED).attempts == 1
+    assert [each.request.head.url for each in desk.application.exchanges].count(b"/v2/models/m/infer") == 1
+
+
 def test_so_many_run_at_a_time_in_their_order(open_desk: Callable[..., Desk]) -> None:
     desk = open_desk(running_max=2)
     idents = [desk.submit(StoredRequest(b"POST", b"/%d" % number, {}, b"")) for number in range(4)]

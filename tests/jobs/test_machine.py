@@ -128,13 +128,15 @@ class Machine(RuleBasedStateMachine):
         assert not full
         self.model.jobs[job.id] = Known(size=total, body=body, called=called)
 
-    @rule(owner=OWNERS, count=st.integers(0, 4))
-    def claim(self, owner: str, count: int) -> None:
+    @rule(owner=OWNERS, count=st.integers(0, 4), remembers=st.booleans())
+    def claim(self, owner: str, count: int, remembers: bool) -> None:
+        kept = self.model.kept().items()
+        running = {id for id, job in kept if remembers and job.status == "running" and job.owner == owner}
         wanted: list[str] = []
         for id, job in self.model.kept().items():
             if len(wanted) == count:
                 break
-            if job.status == "running" and job.lease <= self.now:
+            if job.status == "running" and job.lease <= self.now and id not in running:
                 job.deaths += 1
                 if job.cancel or job.deaths >= OPTIONS.attempts_max:
                     job.end("cancelled" if job.cancel else "failed", self.now)
@@ -144,7 +146,7 @@ class Machine(RuleBasedStateMachine):
             job.status, job.owner, job.lease = "running", owner, self.now + LEASE_S
             job.begun += 1
             wanted.append(id)
-        assert [job.id for job in self.store.claim(owner, count, self.now, LEASE_S)] == wanted
+        assert [job.id for job in self.store.claim(owner, count, self.now, LEASE_S, running)] == wanted
 
     @rule(owner=OWNERS)
     def renew(self, owner: str) -> None:

@@ -104,6 +104,30 @@ def test_a_lease_that_is_renewed_does_not_run_out(opened: Opener) -> None:
     assert [job.id for job in store.claim("b", 10, 30.9, 15.0)] == [id]
 
 
+def test_who_was_suspended_is_not_given_what_it_runs(opened: Opener) -> None:
+    store = opened()
+    id = run(store, "a", 1.0)
+    assert store.claim("a", 10, 1000.0, 15.0, {id}) == []
+    assert store.renew("a", [id], 1000.0, 15.0) == {id}
+    assert store.claim("b", 10, 1014.9, 15.0, {"another"}) == []
+    assert [job.id for job in store.claim("a", 10, 1015.0, 15.0)] == [id], "it could not end it"
+
+
+def test_a_clock_that_is_set_back_has_nobody_wait(opened: Opener) -> None:
+    """Longer than one waits at all, that is."""
+    store = opened(ttl_s=1e6)
+    id = store.submit(replace(REQUEST, callback_url="https://example.com/done"), 10_000.0).id
+    store.claim("a", 1, 10_000.0, 15.0)
+    assert store.put_back(id, "a", 10_020.0, 10_000.0)
+    assert store.claim("a", 1, 9990.0, 15.0) == []
+    assert [job.id for job in store.claim("a", 1, 10_020.0 - jobs.LATER_MAX_S - 0.1, 15.0)] == [id]
+    store.finish(id, "a", SUCCEEDED, RESPONSE, "", 10_000.0)
+    assert len(store.due_callbacks("c", 10, 10_000.0, 20.0)) == 1
+    assert store.callback_done(id, "c", False, "it said 500", 10_600.0)
+    assert store.due_callbacks("c", 10, 10_600.0 - jobs.CALLBACK_LATER_MAX_S, 20.0) == []
+    assert len(store.due_callbacks("c", 10, 10_600.0 - jobs.CALLBACK_LATER_MAX_S - 0.1, 20.0)) == 1
+
+
 def test_who_has_lost_the_lease_ends_nothing(opened: Opener) -> None:
     store = opened()
     id = run(store, "a", 1.0)
