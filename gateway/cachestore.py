@@ -35,6 +35,8 @@ log = logging.getLogger("penstock.gateway")
 _SCHEMA: Final = 1  # of the file
 _PREFIX: Final = "responses-"
 _DATA: Final = "data.mdb"
+_READERS: Final = "lock.mdb"
+_READER_BYTES: Final = 64
 _ROUND: Final = 1 << 20  # bytes, of the whole
 _READERS_MAX: Final = 1024  # threads of all gateways of a host that read at once, or did when they were killed
 _LARGEST_PART: Final = 16  # an answer that takes more than one part in so many of all the room is not kept
@@ -298,9 +300,12 @@ def _use(path: Path, nbytes: int) -> int:
 
 
 def _make(path: Path, nbytes: int) -> None:
-    """A new file, at once as long as it may become: one that is shorter was cut, and to read it would be a SIGBUS."""
+    """A new file, at once as long as it may become: one that is shorter was cut, and to read it would be a SIGBUS. So
+    it would be to write the list of readers where the disk has no room for it, which LMDB maps without having it."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(mode=0o700)
+    with open(path / _READERS, "wb") as readers:
+        os.posix_fallocate(readers.fileno(), 0, (_READERS_MAX + 64) * _READER_BYTES)
     lmdb.open(str(path), map_size=nbytes, max_readers=_READERS_MAX, sync=False, metasync=False, mode=0o600).close()
     os.truncate(path / _DATA, nbytes)
 

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from penstock.client import Client, PenstockError
 from penstock.simulate.trace import read_trace
-from tests.system.models import make_model, write
+from tests.system.models import dense, make_model, write
 from tests.system.servers import PENSTOCK, Process, Server, StartServer, wait_for
 
 ROW = {"x": np.ones((1, 4), np.float32)}
@@ -225,6 +225,46 @@ def test_a_report_that_finds_no_room_leaves_the_old_one_whole(
     assert done.stderr.splitlines()[-1] == f"penstock: cannot write the report: [Errno 28] {NO_ROOM}"
     assert "requests/s" in done.stdout
     assert done.stdout.endswith("\nold\nreport.html\n")
+
+
+def kept(server: Server, value: float) -> str:
+    """How an answer came that may have been kept."""
+    request = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [value] * 4}]}
+    status, headers, _ = server.request("POST", "/v2/models/dense/infer", json.dumps(request).encode())
+    assert status == 200
+    return headers.get("penstock-cache", "")
+
+
+def test_answers_that_find_no_room_are_not_kept_until_there_is_room(disk: Disk, tmp_path: Path) -> None:
+    write(tmp_path / "models", "dense", dense(), config="response_cache = true\n")
+    filler = tmp_path / "disk" / "filler"
+    server = Server(tmp_path / "disk" / "run", str(tmp_path / "models"), by=disk("size=2m"))
+    try:
+        gateways = server.children("gateway")
+        wait_for(lambda: kept(server, 0) == "hit", "an answer to be kept")
+        fill(inside(server, filler))
+        assert [kept(server, value) for value in range(1, 300)] == ["miss"] * 299
+        [said] = wait_for(lambda: events(server, "answers cannot be kept"), "it to be said")
+        assert NO_ROOM in str(said["reason"])
+        assert kept(server, 0) == "hit"
+        inside(server, filler).unlink()
+        wait_for(lambda: kept(server, 1000) == "hit", "another to be kept")
+        assert server.children("gateway") == gateways
+    finally:
+        assert server.end() == 0
+
+
+def test_a_gateway_that_finds_no_room_for_kept_answers_serves_without(disk: Disk, tmp_path: Path) -> None:
+    write(tmp_path / "models", "dense", dense(), config="response_cache = true\n")
+    full = 'head -c 2M /dev/zero >"$0/filler" 2>/dev/null; exec "$@"'
+    server = Server(tmp_path / "disk" / "run", str(tmp_path / "models"), by=disk("size=1m", full))
+    try:
+        gateways = server.children("gateway")
+        assert {kept(server, value) for value in (1, 1, 2, 2)} == {""}
+        assert server.children("gateway") == gateways
+        assert any(NO_ROOM in line for line in server.errors)
+    finally:
+        assert server.end() == 0
 
 
 # --- no memory for an arena ---
