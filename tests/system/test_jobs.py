@@ -619,7 +619,7 @@ def test_two_servers_share_a_store(
         # Its host is gone for good, and with it what ran there.
         job = submit(one, "/v2/models/patient/infer")
         wait_until(other, job, "running")
-        holders = [server for server in (one, other) if runs(server)]
+        holders = wait_for(lambda: [server for server in (one, other) if runs(server)], "it at a worker")
         [holder] = holders
         [left] = [server for server in (one, other) if server is not holder]
         pids = [holder.pid, *holder.children()]
