@@ -1,11 +1,11 @@
 """What an answer that was kept costs, beside one that is computed: ``python bench/cache.py``.
 
-Servers with and without ``response_cache`` run side by side, one gateway each, and are driven by wrk in turns, so that
-what else the machine does hits all alike. Processor time is that of all processes of a server, from /proc's schedstat,
-for each request. ``live`` is GET /v2/health/live, the least that a request can cost; ``hit``: the same request again
-and again; ``hit, of many``: of more inputs than a gateway remembers byte for byte, so that each is read, hashed and
-looked up in the memory that gateways share; ``miss``: what is computed, and kept. Medians of the rounds go to standard
-output as a table.
+Servers with and without ``response_cache`` run side by side, one gateway each, and are driven by wrk in turns, so
+that what else the machine does hits all alike. Processor time is that of all processes of a server, from /proc's
+schedstat, for each request. ``live`` is GET /v2/health/live, the least that a request can cost; ``hit``: the same
+request again and again; ``hit, of many``: of more inputs than a gateway remembers byte for byte, one after another,
+so that each is read, hashed, looked up in the memory that gateways share, and seldom remembered; ``miss``: what is
+computed, and kept. Medians of the rounds go to standard output as a table.
 """
 
 from __future__ import annotations
@@ -126,6 +126,8 @@ def main() -> None:
                 for name, is_kept, arguments, path in cases(directory):
                     server = kept if is_kept else computed
                     found.setdefault(name, []).append(ask(server, options.seconds, *arguments, server.url + path))
+    machine = bench_http.about_machine()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"{_CONNECTIONS} connections, {options.rounds} rounds of {options.seconds} s, medians (least)")
     print("| case | CPU-us | least | requests/s |")
     print("|---|---|---|---|")
@@ -135,7 +137,7 @@ def main() -> None:
         rows[name] = {"us": statistics.median(costs), "least_us": min(costs), "per_s": max(rate for _, rate in runs)}
         row = rows[name]
         print(f"| {name} | **{row['us']:.1f}** | {row['least_us']:.1f} | {row['per_s']:.0f} |")
-    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    options.json.write_text(json.dumps({"machine": machine, "cases": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from penstock.wire.metrics import Value
 
 _ANSWERS_MAX: Final = 16_384
 _BYTES_MAX: Final = 16 << 20  # of requests and answers
+_ADMITTED: Final = 8  # where there is no room: each of so many. Else those of many in turn would throw each other out
 _EACH_BYTES: Final = 512  # that one takes beside its bytes
 _EACH_MAX: Final = 64 * 1024  # of a request, and of an answer
 _TOTAL: Final = b"total;dur="  # of Server-Timing, which is anew for each
@@ -38,6 +39,7 @@ class Repeats:
     def __init__(self) -> None:
         self._known: dict[tuple[object, bytes], Repeat] = {}
         self._bytes = 0
+        self._refused = 0
         self._told = 0  # of the caller, for which all of them hold
 
     def find(self, target: object, body: Any, told: int) -> Repeat | None:
@@ -67,7 +69,11 @@ class Repeats:
             self.clear(told)
         self._forget(target, bytes(body))
         while self._known and (len(self._known) >= _ANSWERS_MAX or self._bytes >= _BYTES_MAX):
+            self._refused += 1
+            if self._refused < _ADMITTED:
+                return False
             self._forget(*next(iter(self._known)))
+        self._refused = 0
         self._known[target, bytes(body)] = repeat = Repeat(response[:at], response[end:], until, hits, hit_s)
         self._bytes += _size(body, repeat)
         return True

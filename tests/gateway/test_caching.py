@@ -536,6 +536,26 @@ def test_what_is_remembered_is_bounded(desk: Cached, monkeypatch: pytest.MonkeyP
     assert 2 <= len(desk.cache._repeats._known) <= 7
 
 
+def test_more_in_turn_than_there_is_room_for_do_not_all_throw_each_other_out(
+    desk: Cached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from penstock.gateway import repeats
+
+    monkeypatch.setattr(repeats, "_ANSWERS_MAX", 16)
+    desk.compute(desk.infer())
+    known = desk.cache._repeats._known
+    found = 0
+    for turn in range(20):
+        for number in range(20):
+            body = BODY + b" " * number
+            found += turn > 0 and body in [each for _, each in known]
+            assert how(desk.ask("POST", INFER_URL, body)) == HIT
+    assert len(known) == 16
+    assert found > 0.5 * 19 * 20
+    new = BODY + b" " * 100  # comes often
+    assert any((desk.ask("POST", INFER_URL, new), new in [each for _, each in known])[1] for _ in range(8))
+
+
 def test_a_repeat_that_is_too_old_is_computed(make: Callable[..., Cached], monkeypatch: pytest.MonkeyPatch) -> None:
     from penstock.gateway import cachestore, repeats
 
