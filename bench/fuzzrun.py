@@ -14,6 +14,7 @@ from random import Random
 from typing import Any, Final
 
 from bench.fuzztarget import Target
+from penstock.worker.memory import give_back
 
 SLOW_S: Final = 0.1  # of processor time, that no input may take
 SLOW_BYTES: Final = 64 << 10  # a larger one may take as often SLOW_S as it has so many
@@ -102,6 +103,7 @@ def run(make: Callable[[], Target], seed: int, count: int, stop_after: int = 5, 
                 _settle(target, seed, number - 1, phase, tally)
                 gc.collect()
                 if number >= count / 5:
+                    give_back()  # what the C library only keeps is no growth
                     tally.rss.append(rss_bytes())
                 if number >= count:
                     break
