@@ -9,7 +9,7 @@ from typing import Final, NoReturn
 
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # numpy's BLAS has a thread for each core from the moment it is imported, and buffers for each; nothing here multiplies
-# matrices with numpy. A process starts with a quarter less processor time so.
+# matrices with numpy. A worker or gateway starts with a sixth less processor time so.
 _NO_BLAS_THREADS: Final = ("OPENBLAS_NUM_THREADS", "1")
 
 

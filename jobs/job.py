@@ -43,7 +43,8 @@ ERROR_CHARACTERS_MAX: Final = 4096  # of any sentence that is kept
 
 # Between the attempts of a callback; the last one stands for all after it.
 CALLBACK_WAITS_S: Final = (1.0, 5.0, 30.0, 120.0, 600.0)
-# Nobody has a job or a callback wait for longer: what is to wait until later was told so before the clock was set back.
+# Nobody has a job wait for longer, or a callback beside the lease of who sends it: what is to wait until later was told
+# so before the clock was set back.
 LATER_MAX_S: Final = 60.0
 CALLBACK_LATER_MAX_S: Final = 1200.0
 PENDING: Final = "pending"  # a callback that is to be sent
@@ -251,8 +252,8 @@ def callback_wait_s(attempts: int) -> float:
     return CALLBACK_WAITS_S[min(attempts, len(CALLBACK_WAITS_S)) - 1]
 
 
-def callback_is_due(callback: Callback, now: float) -> bool:
-    return callback.state == PENDING and not now < callback.due_at <= now + CALLBACK_LATER_MAX_S
+def callback_is_due(callback: Callback, now: float, lease_s: float) -> bool:
+    return callback.state == PENDING and not now < callback.due_at <= now + CALLBACK_LATER_MAX_S + lease_s
 
 
 def callback_begun(callback: Callback, owner: str, now: float, lease_s: float, attempts_max: int) -> Callback:

@@ -197,7 +197,7 @@ class RedisStore(Store):
     def due_callbacks(self, owner: str, count: int, now: float, lease_s: float) -> Sequence[Job]:
         def decide(job: Job) -> Job | None:
             called = job.callback
-            if called is None or not jobs.callback_is_due(called, now):
+            if called is None or not jobs.callback_is_due(called, now, lease_s):
                 return None
             return replace(
                 job,
@@ -205,7 +205,7 @@ class RedisStore(Store):
             )
 
         with self._table.talking():
-            later = now + jobs.CALLBACK_LATER_MAX_S
+            later = now + jobs.CALLBACK_LATER_MAX_S + lease_s
             pipeline = self._redis.pipeline(transaction=True)
             pipeline.zrangebyscore(f"{PREFIX}callbacks", "-inf", now, start=0, num=count)
             pipeline.zrangebyscore(f"{PREFIX}callbacks", later, "+inf", start=0, num=count)

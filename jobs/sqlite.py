@@ -214,7 +214,7 @@ class SqliteStore(Store):
             f"{_SELECT} WHERE callback_state = 'pending' AND (callback_due_at <= ? OR callback_due_at > ?) "
             "ORDER BY callback_due_at LIMIT ?"
         )
-        later = now + jobs.CALLBACK_LATER_MAX_S
+        later = now + jobs.CALLBACK_LATER_MAX_S + lease_s
         with self._file.reading() as connection:
             if not connection.execute(query, (now, later, 1)).fetchall():
                 return []

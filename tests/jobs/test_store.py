@@ -124,8 +124,11 @@ def test_a_clock_that_is_set_back_has_nobody_wait(opened: Opener) -> None:
     store.finish(id, "a", SUCCEEDED, RESPONSE, "", 10_000.0)
     assert len(store.due_callbacks("c", 10, 10_000.0, 20.0)) == 1
     assert store.callback_done(id, "c", False, "it said 500", 10_600.0)
-    assert store.due_callbacks("c", 10, 10_600.0 - jobs.CALLBACK_LATER_MAX_S, 20.0) == []
-    assert len(store.due_callbacks("c", 10, 10_600.0 - jobs.CALLBACK_LATER_MAX_S - 0.1, 20.0)) == 1
+    before = 10_600.0 - jobs.CALLBACK_LATER_MAX_S
+    assert store.due_callbacks("c", 10, before - 20.0, 20.0) == []
+    assert len(store.due_callbacks("c", 10, before - 20.1, 20.0)) == 1
+    assert len(store.due_callbacks("d", 10, before, 5000.0)) == 1
+    assert store.due_callbacks("e", 10, before + 1.0, 5000.0) == [], "who sends it may take as long as it was given"
 
 
 def test_who_has_lost_the_lease_ends_nothing(opened: Opener) -> None:
