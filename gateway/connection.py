@@ -54,6 +54,9 @@ REASONS: Final = {
 _STATUS_LINES: Final = {status: f"HTTP/1.1 {status} {reason}\r\n".encode() for status, reason in REASONS.items()}
 
 
+# What is written at once of an answer; between two pieces of a larger one all others have their turn. The kernel takes
+# as much as its client reads meanwhile: 45 MB in one go were 40 ms.
+PIECE_BYTES: Final = 512 * 1024
 _WATCH_S: Final = 2.0  # between two looks for connections that are late
 
 
@@ -288,7 +291,9 @@ class Connection(asyncio.BufferedProtocol):
         self._last = False  # no further request is taken
         self._lingering = False  # all is said; what still comes is thrown away
         self._reading_paused = False
-        self._writing_paused = False
+        self._full = False  # the transport takes no more at present
+        self._writing_paused = False  # the client has to read before it is answered further
+        self._rest: memoryview | None = None  # what is still to be written of a large answer, the first exchange's
         self._held: list[Request] = []  # that have come, and are not begun while the client reads no answers
         self._phase = IDLE  # the one that the deadline is for
         self._began = 0.0  # when the head came whose body is still to come, on the monotonic clock
@@ -379,12 +384,26 @@ class Connection(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """The client does not read fast enough: read no more from it until it has."""
         assert self._transport is not None
+        self._full = True
+        if not self._writing_paused:
+            self._hold(self._transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._full = False
+        if self._rest is None:
+            self._go_on()
+        else:
+            self._write_more()
+
+    def _hold(self, left: int) -> None:
+        """Take nothing more from the client until it has read that many bytes."""
+        options = self._http.options
         self._writing_paused = True
-        options, left = self._http.options, self._transport.get_write_buffer_size()
         self.deadline = self._http.loop.time() + options.write_timeout_s + left / options.body_bytes_per_s_min
         self._pause_reading()
 
-    def resume_writing(self) -> None:
+    def _go_on(self) -> None:
+        """The client has read what was written."""
         self._writing_paused = False
         if self._unsent:
             self._all_sent()
@@ -521,22 +540,30 @@ class Connection(asyncio.BufferedProtocol):
 
     def answered(self, exchange: Exchange) -> None:
         """An exchange has its answer: write it, and those behind it that waited for it."""
-        exchanges, transport = self._exchanges, self._transport
-        if exchanges[0] is not exchange or transport is None:
-            return
-        budget = self._http.budget
+        if self._exchanges[0] is exchange and self._transport is not None:
+            self._answer(self._transport)
+
+    def _answer(self, transport: asyncio.Transport) -> None:
+        """Write what answers there are, in their order, up to one that is large."""
+        exchanges, budget = self._exchanges, self._http.budget
         while exchanges and (response := exchanges[0]._response) is not None:
-            first = exchanges.popleft()
+            first = exchanges[0]
             budget.release(first.request)
-            first._connection = first.gone = None  # the second leads back to it: nothing is left to the collector
             head, tail = first.request.head, first._tail
             if head.method == b"HEAD":
                 response, tail = response[: response.index(b"\r\n\r\n") + 4], b""
-            last = self._last and not exchanges
+            last = self._last and len(exchanges) == 1
             if head.lines:
                 response = _with_lines(response, head.lines)
             if last or head.http10:
                 response = _with_connection(response, b"close" if last else b"keep-alive")
+            if len(tail) > PIECE_BYTES:
+                self._rest = memoryview(tail)
+                self._hold(len(tail))
+                self._write_piece(transport, self._rest, response)
+                return
+            exchanges.popleft()
+            first._connection = first.gone = None  # the second leads back to it: nothing is left to the collector
             if tail:
                 # What is encrypted is copied anyway; nobody says when.
                 transport.writelines((response, bytes(tail) if self._encrypts else tail))
@@ -555,6 +582,33 @@ class Connection(asyncio.BufferedProtocol):
             self._set_deadline()
             if self._reader.wants_continue:
                 self._enter(self._reader.phase)
+
+    def _write_piece(self, transport: asyncio.Transport, rest: memoryview, head: bytes = b"") -> None:
+        piece, self._rest = rest[:PIECE_BYTES], rest[PIECE_BYTES:]
+        transport.writelines((head, bytes(piece) if self._encrypts else piece))
+        if not self._full:
+            self._http.loop.call_soon(self._write_more)
+
+    def _write_more(self) -> None:
+        """What was written of a large answer has left."""
+        transport, rest = self._transport, self._rest
+        if transport is None or rest is None or transport.is_closing():
+            return
+        if rest:
+            self._write_piece(transport, rest)
+            return
+        self._rest, self._writing_paused = None, False
+        first = self._exchanges.popleft()
+        first._connection = first.gone = None
+        if first._sent is not None:
+            first._sent()
+            self._http.application.sent()
+        if self._last and not self._exchanges:
+            self._finish()
+            return
+        self._answer(transport)
+        if not self._writing_paused:  # by what was behind it
+            self._go_on()
 
     # --- answers that go on ---
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from penstock.gateway import reader
+from penstock.gateway.connection import PIECE_BYTES as PIECE
 from penstock.gateway.connection import Exchange, Stream
 from penstock.wire.arena import Arena
 from penstock.wire.errors import PenstockError
@@ -660,6 +663,142 @@ def test_what_is_encrypted_is_returned_at_once(lender: Lender, serve: Serve, cer
     peer.send(ask("/0/5000000"))
     assert peer.response().body == pattern(5_000_000)
     assert lender.returned == [b"/0/5000000"]
+
+
+# --- large answers, a piece at a time ---
+
+
+class Recorded:
+    """A transport that notes how many bytes it is given at once, and in which turn of the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport) -> None:
+        self._loop, self._transport = loop, transport
+        self._turn = 0
+        self.written: list[int] = []
+        self.turns: list[int] = []
+        self._next_turn()
+
+    def _next_turn(self) -> None:
+        self._turn += 1
+        if not self._transport.is_closing():
+            self._loop.call_soon(self._next_turn)
+
+    def writelines(self, lines: Sequence[bytes]) -> None:
+        self.written.append(sum(map(len, lines)))
+        self.turns.append(self._turn)
+        self._transport.writelines(lines)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._transport, name)
+
+
+@pytest.mark.parametrize("count", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 20_000_000])
+def test_a_large_answer_is_written_a_piece_at_a_time(lender: Lender, serve: Serve, count: int) -> None:
+    """Between two pieces the others have their turn, even when the kernel takes as much as comes."""
+    serving = serve(lender)
+    peer = serving.connect()
+    [connection] = serving.http.connections
+    assert connection._transport is not None
+    recorded = Recorded(serving.loop.loop, connection._transport)
+    connection._transport = cast(asyncio.Transport, recorded)
+    peer.send(ask(f"/0/{count}") + ask("/1/10"))
+    assert peer.response().body == pattern(count)
+    assert peer.response().body == pattern(10)
+    pieces = -(-count // PIECE)
+    assert len(recorded.written) == pieces + 1
+    assert max(recorded.written) <= PIECE + 200
+    assert len(set(recorded.turns[:pieces])) == pieces
+    assert lender.returned == [f"/0/{count}".encode(), b"/1/10"]
+
+
+def test_large_and_small_answers_keep_their_order(lender: Lender, serve: Serve) -> None:
+    lender.hold = True
+    serving = serve(lender)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    counts = [2 * PIECE + 1, 10, 3 * PIECE, PIECE + 1, 5000, 7]
+    peer.send(b"".join(ask(f"/{at}/{count}") for at, count in enumerate(counts)))
+    serving.loop.until(lambda: len(lender.exchanges) == len(counts))
+    for exchange in (lender.exchanges[2], *lender.exchanges[:2], *lender.exchanges[3:]):
+        lender.tell(exchange)
+    assert [peer.response().body for _ in counts] == [pattern(count) for count in counts]
+    serving.loop.until(lambda: len(lender.returned) == len(counts))
+    assert lender.returned == [f"/{at}/{count}".encode() for at, count in enumerate(counts)]
+    assert serving.http.budget.used == 0
+
+
+def test_requests_behind_a_large_answer_wait_until_it_is_read(lender: Lender, serve: Serve) -> None:
+    serving = serve(lender)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask(f"/0/{2 * PIECE}"))
+    serving.loop.until(lambda: lender.exchanges)
+    peer.send(ask(f"/1/{2 * PIECE}") * 3)
+    serving.loop.settle()
+    assert len(lender.exchanges) == 1
+    assert [peer.response().body for _ in range(4)] == [pattern(2 * PIECE)] * 4
+    assert lender.settled == len(lender.returned) == 4
+
+
+def test_the_method_head_gets_nothing_of_a_large_answer(lender: Lender, serve: Serve) -> None:
+    peer = serve(lender).connect()
+    peer.send(ask(f"/0/{2 * PIECE}", method="HEAD") + ask("/1/10"))
+    assert peer.response(body=False).headers["content-length"] == str(2 * PIECE)
+    assert peer.response().body == pattern(10)
+
+
+@pytest.mark.parametrize("more", [b"", b"GET"])
+def test_a_connection_closes_behind_its_last_answer_though_large(lender: Lender, serve: Serve, more: bytes) -> None:
+    serving = serve(lender, linger_s=0.0)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask(f"/0/{3 * PIECE}", "Connection: close") + more)
+    response = peer.response()
+    assert (response.headers["connection"], response.body) == ("close", pattern(3 * PIECE))
+    assert peer.rest() == b""
+    serving.watch()
+    serving.ended()
+
+
+def test_a_gateway_that_drains_says_the_rest_of_a_large_answer(lender: Lender, serve: Serve) -> None:
+    serving = serve(lender)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask(f"/0/{3 * PIECE}"))
+    serving.loop.until(lambda: lender.exchanges)
+    serving.http.drain()
+    serving.http.close_idle()
+    assert serving.http.unanswered == 1
+    assert peer.response().body == pattern(3 * PIECE)
+    assert peer.rest() == b""
+    assert lender.returned == [f"/0/{3 * PIECE}".encode()]
+
+
+def test_all_pieces_of_an_answer_have_one_deadline(lender: Lender, serve: Serve) -> None:
+    serving = serve(lender, write_timeout_s=10, body_bytes_per_s_min=PIECE)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask(f"/0/{20 * PIECE}"))
+    serving.loop.settle()
+    [connection] = serving.http.connections
+    deadline = connection.deadline
+    assert deadline == pytest.approx(serving.loop.loop.time() + 30, abs=5)
+    peer.raw(10 * PIECE)
+    assert connection.deadline == deadline
+    peer.raw(10 * PIECE)
+    serving.loop.until(lambda: lender.returned)
+    assert connection.deadline > deadline, "it may bring another request"
+
+
+def test_client_that_stops_to_read_a_large_answer_is_cut_off(lender: Lender, serve: Serve) -> None:
+    serving = serve(lender, write_timeout_s=0.05, body_bytes_per_s_min=1 << 40)
+    peer = serving.connect(receive_bytes=4096)
+    fill_send_buffer(serving)
+    peer.send(ask(f"/0/{20 * PIECE}"))
+    peer.raw(2 * PIECE)
+    serving.watch()
+    serving.ended()
+    assert (serving.http.cut_off, lender.returned) == (1, [f"/0/{20 * PIECE}".encode()])
 
 
 # --- answers that go on ---
