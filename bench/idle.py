@@ -76,8 +76,9 @@ def measure(seconds: float, connections: int) -> dict[str, float]:
             ask_http(connection)
         ask(client)
         pids = {"penstock up": server.pid}
-        for role, found in server.pids.items():
-            pids |= {f"{role} {number}": pid for number, pid in enumerate(sorted(found))}
+        for role in (*bench_http.ROLES, "jobs"):
+            found = sorted(bench_http.children(server.pid, role))
+            pids |= {f"{role} {number}": pid for number, pid in enumerate(found)}
         # This process as well: its client's thread beats.
         time.sleep(2.0)
         before = {name: cpu_ns(pid) for name, pid in pids.items()} | {"client": cpu_ns(os.getpid())}
