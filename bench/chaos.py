@@ -6,10 +6,12 @@ small or large (in shared memory), where every request has other values, and the
 whose inputs the answers are known. Clients over HTTP and of the client library ask at half of what they were answered
 before. Each request has ten seconds. It is sent again where its connection was closed, or where the error says that it
 may be. What is *wrong* was not the answer to what was asked, what is *lost* was not answered in its time or ended with
-an error that says not to ask again, and what is *duplicated* was answered twice.
+an error that says not to ask again, and what is *duplicated* was answered twice. Others submit jobs, of which each has
+a minute, and which are not submitted again once they are on disk.
 
 A seed is a schedule of faults. For each of them it is told how long it took until a request that was sent after it was
-answered, to anybody and to everybody. Faults that the schedule has for a process that is not there are passed over.
+answered, to anybody and to everybody; jobs are not counted in that. Faults that the schedule has for a process that is
+not there are passed over.
 Exit code 1: something was wrong, lost or duplicated.
 """
 
@@ -50,15 +52,19 @@ from bench import models as bench_models
 from penstock.client import Client, PenstockError
 
 DEADLINE_S: Final = 10.0
+JOB_DEADLINE_S: Final = 60.0  # its runner may end, and the one that takes over, too
 HTTP_CLIENTS: Final = 4
 LIBRARY_CLIENTS: Final = 4
+JOB_CLIENTS: Final = 4
+JOBS_A_S: Final = 10.0
 QUIET_S: Final = 3.0  # between two faults at least, and at most twice as long after the last one has ended
 STOPPED_S: Final = (0.5, 3.0)
 FLOOD: Final = 2000  # requests
 LARGE: Final = 40_000  # float32 values: 160 KB, which lie in shared memory
 KNOWN: Final = 64  # inputs of the compute-bound model
-ROLES: Final = ("gateway", "worker", "broker")
+ROLES: Final = ("gateway", "worker", "broker", "jobs")
 DEEDS: Final = ("kill", "kill", "kill", "stop", "stop", "end")
+REASONS_MAX: Final = 20
 _RETRY_S: Final = 0.02
 
 
@@ -92,6 +98,7 @@ class Score:
     accepted: int = 0
     answered: int = 0
     again: int = 0  # sent once more
+    reasons: dict[str, int] = field(default_factory=dict)  # for that; REASONS_MAX different ones
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     duplicated: list[str] = field(default_factory=list)
@@ -262,15 +269,50 @@ class LibraryAsker:
         self._client.close()
 
 
-class Load:
-    """Clients that ask until they are told to end, at a rate; 0: as soon as they have been answered."""
+class JobAsker:
+    """Of what is kept on disk first, and asked for then."""
 
-    def __init__(self, askers: Sequence[Asker], answers: Answers, rate: float, first: int = 0) -> None:
+    def __init__(self, address: Path | str) -> None:
+        self._client = Client(address)
+
+    def ask(self, model: str, x: Any, timeout_s: float) -> Any:
+        until = time.monotonic() + timeout_s
+        try:
+            job = self._client.submit_job(model, {"x": x})
+        except PenstockError as error:
+            raise (Again if error.retryable else Given)(repr(error)) from None
+        try:
+            return job.result(until - time.monotonic())["y"]
+        except PenstockError as error:
+            raise Given(f"job {job.id}: {error!r}") from None
+        except TimeoutError:
+            raise Given(f"job {job.id} never ended") from None
+
+    def extra(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class Load:
+    """Clients that ask until they are told to end, at a rate; 0: as soon as they have been answered. Each question has
+    ``limit_s``."""
+
+    def __init__(
+        self,
+        askers: Sequence[Asker],
+        answers: Answers,
+        rate: float,
+        first: int = 0,
+        limit_s: float = DEADLINE_S,
+    ) -> None:
         self.score = Score()
         self.next_number = first
         self._askers = askers
         self._answers = answers
         self._rate = rate
+        self._limit_s = limit_s
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._recoveries: list[Recovery] = []
@@ -286,7 +328,7 @@ class Load:
     def __exit__(self, *error: object) -> None:
         self._end.set()
         for thread in self._threads:
-            thread.join(3 * DEADLINE_S)
+            thread.join(3 * self._limit_s)
 
     @property
     def elapsed_s(self) -> float:
@@ -317,7 +359,7 @@ class Load:
             self._ask(at, asker, Question(number))
 
     def _ask(self, at: int, asker: Asker, question: Question) -> None:
-        x, until, last = self._answers.ask(question), time.monotonic() + DEADLINE_S, ""
+        x, until, last = self._answers.ask(question), time.monotonic() + self._limit_s, ""
         while (left_s := until - time.monotonic()) > 0:
             sent = self.elapsed_s
             if extra := asker.extra():
@@ -326,8 +368,7 @@ class Load:
                 y = asker.ask(question.model, x, left_s)
             except Again as why:
                 last = str(why)
-                with self._lock:
-                    self.score.again += 1
+                self._note_again(last)
                 self._end.wait(_RETRY_S) if not self._end.is_set() else time.sleep(_RETRY_S)
                 continue
             except Given as why:
@@ -338,7 +379,14 @@ class Load:
                 return
             self._answered(at, sent)
             return
-        self._note(self.score.lost, question, f"no answer in {DEADLINE_S:g} s; the last: {last}")
+        self._note(self.score.lost, question, f"no answer in {self._limit_s:g} s; the last: {last}")
+
+    def _note_again(self, why: str) -> None:
+        with self._lock:
+            self.score.again += 1
+            reasons, why = self.score.reasons, why[:120]
+            if why in reasons or len(reasons) < REASONS_MAX:
+                reasons[why] = reasons.get(why, 0) + 1
 
     def _answered(self, at: int, sent: float) -> None:
         now = self.elapsed_s
@@ -400,18 +448,19 @@ def do(fault: Fault, root: int, runtime: Path) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``undisturbed``, ``goodput``: answers a second, before the faults and while they were."""
+    """``undisturbed``, ``goodput``: answers a second, before the faults and while they were. ``jobs``: of those."""
 
     seed: int
     rate: float
     undisturbed: float
     goodput: float
     score: Score
+    jobs: Score
     recoveries: Sequence[Recovery]
 
     @property
     def kept(self) -> bool:
-        return not (self.score.wrong or self.score.lost or self.score.duplicated)
+        return not any(score.wrong or score.lost or score.duplicated for score in (self.score, self.jobs))
 
 
 def answered_a_second(
@@ -442,12 +491,14 @@ def run(
         )
         askers: list[Asker] = [HttpAsker(server.url) for _ in range(HTTP_CLIENTS)]
         askers += [LibraryAsker(runtime) for _ in range(LIBRARY_CLIENTS)]
-        for asker in askers:
+        submitters: list[Asker] = [JobAsker(runtime) for _ in range(JOB_CLIENTS)]
+        for asker in askers + submitters:
             stack.callback(asker.close)
         capacity, first = answered_a_second(askers, answers, 0.0, capacity_s, 0)
         undisturbed, first = answered_a_second(askers, answers, capacity / 2, undisturbed_s, first)
         recoveries: list[Recovery] = []
-        with Load(askers, answers, capacity / 2, first) as load:
+        jobs = Load(submitters, answers, JOBS_A_S, limit_s=JOB_DEADLINE_S)
+        with jobs, Load(askers, answers, capacity / 2, first) as load:
             for fault in schedule(seed, seconds, quiet_s):
                 time.sleep(fault.after_s)
                 recovery = load.happened(fault.name)
@@ -457,15 +508,17 @@ def run(
                 recoveries.append(recovery)
             time.sleep(max(0.0, seconds - load.elapsed_s))
             answered, elapsed_s = load.score.answered, load.elapsed_s
-        return Outcome(seed, capacity / 2, undisturbed, answered / elapsed_s, load.score, recoveries)
+        return Outcome(seed, capacity / 2, undisturbed, answered / elapsed_s, load.score, jobs.score, recoveries)
 
 
 def tell(outcome: Outcome) -> list[str]:
-    score = outcome.score
+    score, jobs = outcome.score, outcome.jobs
     lines = [
         f"seed {outcome.seed}: {len(outcome.recoveries)} faults at {outcome.rate:.0f} requests/s",
         f"accepted {score.accepted}, answered {score.answered}, sent again {score.again}",
         f"wrong {len(score.wrong)}, lost {len(score.lost)}, duplicated {len(score.duplicated)}",
+        f"jobs: accepted {jobs.accepted}, answered {jobs.answered}, submitted again {jobs.again}; "
+        f"wrong {len(jobs.wrong)}, lost {len(jobs.lost)}",
         f"goodput {outcome.goodput:.0f}/s, undisturbed {outcome.undisturbed:.0f}/s: "
         f"{outcome.goodput / outcome.undisturbed:.0%}",
         "| fault | times | first answer s, median | most | to every client s, median | most |",
@@ -474,14 +527,16 @@ def tell(outcome: Outcome) -> list[str]:
     kinds: dict[str, list[Recovery]] = {}
     for each in outcome.recoveries:
         kinds.setdefault(each.fault, []).append(each)
-    for name, found in sorted(kinds.items()):
-        firsts, lasts = [each.first_s for each in found], [each.last_s for each in found]
+    for name, of_kind in sorted(kinds.items()):
+        firsts, lasts = [each.first_s for each in of_kind], [each.last_s for each in of_kind]
         lines.append(
-            f"| {name} | {len(found)} | {statistics.median(firsts):.2f} | {max(firsts):.2f} "
+            f"| {name} | {len(of_kind)} | {statistics.median(firsts):.2f} | {max(firsts):.2f} "
             f"| {statistics.median(lasts):.2f} | {max(lasts):.2f} |"
         )
-    for name, what in (("wrong", score.wrong), ("lost", score.lost), ("duplicated", score.duplicated)):
-        lines += [f"{name}: {each}" for each in what[:20]]
+    for what in (score, jobs):
+        lines += [f"sent again {count} times: {why}" for why, count in what.reasons.items()]
+        for name, found in (("wrong", what.wrong), ("lost", what.lost), ("duplicated", what.duplicated)):
+            lines += [f"{name}: {each}" for each in found[:20]]
     return lines
 
 

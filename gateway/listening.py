@@ -7,10 +7,12 @@ import os
 import socket
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from penstock.wire.endpoints import EndpointError, parse_host_port
 
 _SYSTEMD_FD: Final = 3  # the first that systemd passes, see sd_listen_fds(3)
+_HEARD_S: Final = 0.2
 
 
 def listen(http: str) -> socket.socket:
@@ -54,25 +56,48 @@ def reachable_url(listener: socket.socket) -> str:
 
 
 class Sign:
-    """The file that says where this host's HTTP is. All gateways of a server write the same there, and the last that
-    has written takes it away with it."""
+    """The file that says where this host's HTTP is. All gateways of a server write the same there. The last that has
+    written takes it away with it, unless somebody else is there still: another gateway, or a launcher, which starts the
+    next.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, url: str) -> None:
         self._path = path
+        self._url = url
         self._inode = 0
 
-    def put_up(self, url: str) -> None:
+    def put_up(self) -> None:
         """Whole, or not at all. Raises OSError."""
         new = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
-            new.write_text(url + "\n")
+            new.write_text(self._url + "\n")
             self._inode = new.stat().st_ino
             new.replace(self._path)
         except OSError:
             new.unlink(missing_ok=True)
             raise
 
+    def look(self) -> None:
+        """Put it up again if it has gone, with a gateway that listens elsewhere or by who tidies up; to be called again
+        and again."""
+        with contextlib.suppress(OSError):  # it is tried again at the next look
+            if not self._path.exists():
+                self.put_up()
+
     def take_down(self) -> None:
+        """This process listens no more."""
         with contextlib.suppress(OSError):
-            if self._path.stat().st_ino == self._inode:
+            if self._path.stat().st_ino == self._inode and not _is_heard(self._url):
                 self._path.unlink()
+
+
+def _is_heard(url: str) -> bool:
+    """Whether anybody listens there: on this host, so it is known at once, but where too many wait already."""
+    parts = urlsplit(url)
+    try:
+        socket.create_connection((parts.hostname, parts.port), _HEARD_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -123,22 +123,29 @@ class GatewayProcess:
         await first_of(_PATIENCE_S, coupling.introduced, stopped)
         acceptor = Acceptor(self._listener, coupling.http.connection, _BACKLOG)
         await acceptor.start()
-        coupling.http.look = acceptor.look
+
+        def look() -> None:
+            acceptor.look()
+            if sign is not None:
+                sign.look()
+
+        coupling.http.look = look
         coupling.http.watch()
         await stopped.wait()
         notify("STOPPING=1")
+        coupling.http.look = lambda: None
+        acceptor.close()
         if sign is not None:
+            await asyncio.sleep(0)  # a turn of the loop, in which what it listened on is closed
             sign.take_down()
-        await self._drain(acceptor, coupling.http)
+        await self._drain(coupling.http)
         coupling.close()
 
-    async def _drain(self, acceptor: Acceptor, http: Http) -> None:
-        """Accept nothing more, and answer what is under way. Connections without a request may bring one more, until
+    async def _drain(self, http: Http) -> None:
+        """Nobody is let in any more: answer what is under way. Connections without a request may bring one more, until
         they are closed."""
         options = self._settings.options
         until = time.monotonic() + options.drain_max_s
-        http.look = lambda: None
-        acceptor.close()
         http.drain()
         log.info("gateway draining", extra=fields(connections=len(http.connections), limit_s=options.drain_max_s))
         if not await _within(min(options.drain_idle_s, options.drain_max_s), http.drained):
@@ -153,9 +160,9 @@ def _put_up(broker: BrokerAddress, listener: socket.socket) -> Sign | None:
     """Clients of this host find HTTP by it; those that are told where it is do without."""
     if broker.runtime is None:
         return None
-    sign = Sign(broker.runtime.http)
+    sign = Sign(broker.runtime.http, reachable_url(listener))
     try:
-        sign.put_up(reachable_url(listener))
+        sign.put_up()
     except OSError as error:
         log.warning("the URL is not written down", extra=fields(file=str(broker.runtime.http), reason=error.strerror))
     return sign

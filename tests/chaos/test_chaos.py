@@ -95,7 +95,7 @@ def test_what_may_be_asked_again_is_and_what_may_not_is_lost(answers: chaos.Answ
         raise chaos.Given("400 no")
 
     score = scored(answers, script)
-    assert score.again == 2
+    assert (score.again, score.reasons) == (2, {"closed": 2})
     assert score.lost[0].endswith("request 9 of affine: 400 no")
 
 
@@ -129,5 +129,6 @@ def test_nothing_is_wrong_lost_or_answered_twice() -> None:
     assert outcome.kept, said
     assert len(outcome.recoveries) >= 4, said
     assert outcome.score.answered == outcome.score.accepted > 100, said
+    assert outcome.jobs.answered == outcome.jobs.accepted > 20, said
     for each in outcome.recoveries[:-1]:
         assert each.first_s < 10, said

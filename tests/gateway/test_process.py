@@ -128,6 +128,7 @@ class Gateway:
         self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._channel.bind(str(runtime / "notify"))
         self._channel.settimeout(60)
+        (runtime / "run").mkdir(mode=0o700)  # the broker makes it, at other times
         fd = listener.fileno()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "penstock.bin", "gateway", f"--http=fd://{fd}", f"--runtime-dir={runtime / 'run'}"],
@@ -171,6 +172,21 @@ def test_gateway_without_a_broker_says_so_and_ends_when_told(gateway: Gateway) -
     gateway.process.send_signal(signal.SIGTERM)
     assert gateway.told() == b"STOPPING=1"
     assert gateway.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_where_http_is_stays_written_down_while_somebody_is_there(
+    gateway: Gateway, taken: socket.socket, tmp_path: Path, alone: bool
+) -> None:
+    """``alone``: nobody else has the socket, as a launcher has, and other gateways have."""
+    assert gateway.told() == b"READY=1"
+    sign = tmp_path / "run" / "http"
+    assert sign.read_text() == url_of(taken) + "\n"
+    if alone:
+        taken.close()
+    gateway.process.send_signal(signal.SIGTERM)
+    assert gateway.process.wait(30) == 0
+    assert sign.exists() is not alone
 
 
 BROKEN = """
