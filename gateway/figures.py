@@ -17,7 +17,7 @@ from penstock.wire.messages import Snapshot
 from penstock.wire.metrics import FAMILIES, ROWS, SECONDS
 from penstock.wire.models import READY, ModelState
 
-WINDOW_S: Final = 5.0  # what rates and quantiles are over; a process tells of itself twice a second
+WINDOW_S: Final = 5.0  # what rates and quantiles are over; a process tells of itself each second or two
 _REMEMBERED_S: Final = 300.0  # a process that has left is missed so long
 _MODELS_MAX: Final = 200  # in a view: those that are not ready, then the busiest
 _REASON_MAX: Final = 500  # characters of why a model is not served

@@ -832,7 +832,8 @@ class Ordered(Message):
 
 @dataclass(slots=True)
 class Unload(Message):
-    """Versions that this worker's repository does not ask for, and that nobody will ask it for any more."""
+    """Versions that this worker's repository does not ask for, and that nobody will ask it for any more; or such as it
+    has told IDLE: it is asked for them no more until it has told them READY."""
 
     TAG = 26
     CHECKS = (_versions,)

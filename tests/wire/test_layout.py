@@ -1,4 +1,4 @@
-"""The folders are the packages, and each imports only what DESIGN.md allows it."""
+"""The folders are the packages, and each imports only what ARCHITECTURE.md allows it."""
 
 from __future__ import annotations
 
