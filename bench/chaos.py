@@ -104,15 +104,15 @@ class Score:
     duplicated: list[str] = field(default_factory=list)
 
 
-def schedule(seed: int, seconds: float, quiet_s: float = QUIET_S) -> list[Fault]:
-    """The faults that fit into a time: the same for the same seed."""
+def schedule(seed: int, seconds: float, quiet_s: float = QUIET_S, roles: Sequence[str] = ROLES) -> list[Fault]:
+    """The faults that fit into a time: the same for the same seed. ``roles``: of whom there are processes."""
     chance = random.Random(seed)
     faults: list[Fault] = []
     at = 0.0
     while True:
         after_s = chance.uniform(1.0, 2.0) * quiet_s
         deed = chance.choice([*DEEDS, "flood"])
-        role = "" if deed == "flood" else chance.choice(ROLES)
+        role = "" if deed == "flood" else chance.choice(roles)
         for_s = chance.uniform(*STOPPED_S) if deed == "stop" else 0.0
         at += after_s + for_s
         if at + quiet_s > seconds:

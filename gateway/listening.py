@@ -95,7 +95,7 @@ def _is_heard(url: str) -> bool:
     """Whether anybody listens there: on this host, so it is known at once, but where too many wait already."""
     parts = urlsplit(url)
     try:
-        socket.create_connection((parts.hostname, parts.port), _HEARD_S).close()
+        socket.create_connection((parts.hostname, parts.port), timeout=_HEARD_S).close()
     except ConnectionRefusedError:
         return False
     except OSError:

@@ -47,7 +47,7 @@ class Play:
         self.hurried: set[float] = set()
         self.later: list[tuple[float, str, Process | None]] = []  # when, what, to whom
         at = self.world.now + 1.0
-        for fault in chaos.schedule(seed, SECONDS, 1.0):
+        for fault in chaos.schedule(seed, SECONDS, 1.0, ("gateway", "worker", "broker")):
             at += fault.after_s
             self.later.append((at, f"{fault.deed} {fault.role} {fault.for_s} {fault.which}", None))
             at += fault.for_s
