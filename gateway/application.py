@@ -362,10 +362,10 @@ class Application:
                 self.large.read(exchange, target, parse, body)
                 return
             query, payload = parse(target, body)
-            if query.spec.build and self.cache is not None and self.cache.take(exchange, target, query, payload, body):
-                return
-            if query.form.nbytes >= PLACED_MIN_BYTES and type(payload) is Unread:
+            if query.form.nbytes >= PLACED_MIN_BYTES and type(payload) is Unread:  # it is not here for the cache
                 self.large.start(exchange, target, query, payload)
+                return
+            if query.spec.build and self.cache is not None and self.cache.take(exchange, target, query, payload, body):
                 return
             inference = self.inference(self, exchange, query)
             if query.form.nbytes >= PLACED_MIN_BYTES:

@@ -37,6 +37,7 @@ def server(start_server: StartServer, tmp_path: Path) -> Server:
     write(tmp_path / "models", "sums", two_inputs())
     write(tmp_path / "models", "dense", dense())
     write(tmp_path / "models", "wide", identity(TensorProto.FLOAT, ("N", "M")))
+    write(tmp_path / "models", "kept", identity(TensorProto.FLOAT, ("N", "M")), config="response_cache = true\n")
     return start_server(str(tmp_path / "models"), "--gateways=2", "--allow-client-shm")
 
 
@@ -89,6 +90,17 @@ def test_large_tensors_in_shared_memory(client: Any) -> None:
         given.set_shared_memory("all", 1 << 40)
         with pytest.raises(InferenceServerException, match="body_bytes_max"):
             client.infer("wide", [given])
+
+
+def test_large_tensors_in_shared_memory_go_past_the_response_cache(client: Any) -> None:
+    array = np.zeros((1, 50_000), np.float32)
+    with region(array.nbytes) as handle:
+        client.register_system_shared_memory("mine", KEY, array.nbytes)
+        given = triton.InferInput("x", list(array.shape), "FP32")
+        given.set_shared_memory("mine", array.nbytes)
+        for turn in range(20):  # of which each gateway's first ones find its cache closed
+            shm.set_shared_memory_region(handle, [array + turn])
+            np.testing.assert_array_equal(client.infer("kept", [given]).as_numpy("y"), array + turn)
 
 
 def test_tensors_in_shared_memory(client: Any) -> None:
