@@ -459,6 +459,9 @@ class CoreMachine(RuleBasedStateMachine):
         while len(self.workers) >= WORKERS:
             self.end_worker(self.worker(0).talk, "worker gone")
         self.join("tcp worker", 2)
+        for worker in self.workers.values():  # which others of their sequence are bound to
+            for caller in self.callers.values():
+                self.attach(worker, caller.talk, True)
         for _ in range(120):  # suspects run one after another
             self.tick(0.02)
             for at, worker in enumerate(list(self.workers.values())):
