@@ -33,8 +33,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from bench import http as bench_http
-from penstock.client.connection import Connection
 from penstock.wire.codec import pack, pack_layout, ranges, unpack
+from penstock.wire.connection import Connection
 from penstock.wire.endpoints import RuntimeDir
 from penstock.wire.messages import (
     PEER_ID_BYTES,

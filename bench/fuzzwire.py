@@ -65,16 +65,17 @@ class Codec(Target):
 
 
 class Zmtp(Target):
-    """``wire.zmtp``: what a caller receives, in pieces."""
+    """``wire.zmtp``: what any end of a connection receives, in pieces."""
 
     name = "zmtp"
     share = 0.10
 
     def make(self, random: Random) -> list[bytes]:
-        kind, peer = random.choice((("DEALER", "ROUTER"), ("SUB", "XPUB")))
+        kind, peer = random.choice((("DEALER", "ROUTER"), ("SUB", "XPUB"), ("ROUTER", "DEALER"), ("XPUB", "SUB")))
         opening = zmtp.Zmtp(peer, b"x").opening
         bodies = [random.randbytes(random.choice((0, 1, 254, 255, 256, 70_000))) for _ in range(random.randrange(4))]
         stream = opening + b"".join(map(bytes, zmtp.pack(bodies or [b"x"]))) + b"\x04\x07\x04PING\0\x01"
+        stream += b"\x04\x0c\x09SUBSCRIBEtt" * random.randrange(2)
         # Most of it behind the greeting, which is soon found to be none.
         keep = random.choice((0, 64, 64, len(opening), len(opening)))
         if random.random() < 0.3:
@@ -89,7 +90,9 @@ class Zmtp(Target):
         return pieces
 
     def feed(self, each: list[bytes]) -> bool:
-        reader = zmtp.Zmtp(each[0].decode(), b"caller00")
+        reader = zmtp.Zmtp(
+            each[0].decode(), b"caller00", *((1 << 20, 16_384) if each[0] in (b"ROUTER", b"XPUB") else ())
+        )
         try:
             for piece in each[1:]:
                 while piece:

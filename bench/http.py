@@ -384,7 +384,7 @@ def about_machine() -> dict[str, str]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
-        **{name: version(name) for name in ("penstock", "pyzmq", "uvloop", "httptools", "msgpack")},
+        **{name: version(name) for name in ("penstock", "uvloop", "httptools", "msgpack")},
     }
 
 

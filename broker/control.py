@@ -13,6 +13,7 @@ from typing import Final
 from penstock.broker.events import Came, Gone
 from penstock.wire import control
 from penstock.wire.arena import ArenaError, Mapping
+from penstock.wire.doors import Doors
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import Garbage
 from penstock.wire.messages import MAX_PEERS
@@ -24,50 +25,57 @@ _OUTBOX_MAX: Final = 2 * MAX_PEERS  # arenas that wait for one reader
 
 class ControlServer:
     """Accepts connections and reads their first packet; afterwards a connection only ends, or takes what ``share`` puts
-    into it. Registers its descriptors with ``poll``."""
+    into it. Registers its descriptors with ``epoll``."""
 
-    def __init__(self, path: Path, poll: select.poll) -> None:
+    def __init__(self, path: Path, epoll: select.epoll, doors: Doors) -> None:
         self._listener = control.listen(path)
-        self._poll = poll
-        poll.register(self._listener, select.POLLIN)
+        self._epoll = epoll
+        epoll.register(self._listener, select.EPOLLIN)
         self._outboxes: dict[int, deque[tuple[bytes, int]]] = {}  # whose arenas wait for room, and as which serial
-        # Of those that have said who they are there are as many as there are descriptors, see ``resume``.
+        # Of those that have said who they are there are as many as there are descriptors.
         self._connections: dict[int, socket.socket] = {}
         self._peers: dict[int, bytes] = {}
         self._filenos: dict[bytes, int] = {}  # by peer
         self._arenas: dict[bytes, tuple[int, Mapping]] = {}  # by peer: the descriptor, and what is behind it
         self._paused = False  # who waits is not accepted, for want of descriptors
+        self._doors = doors
+        doors.add(self)
 
     @property
     def listener(self) -> int:
         return self._listener.fileno()
 
     def accept(self) -> list[int]:
-        """Accept all who wait; returns their descriptors. Processes of other users are turned away. When descriptors
-        have run out, nobody is accepted until ``resume``: a listener that is left readable would keep the loop busy."""
+        """Accept all who wait; returns their descriptors. Processes of other users are turned away."""
         accepted: list[int] = []
-        while True:
+        while self._doors.look():
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                if error.errno in SHORT_OF_DESCRIPTORS and not self._paused:
-                    self._paused = True
-                    self._poll.unregister(self._listener)
-                return accepted
+                if error.errno in SHORT_OF_DESCRIPTORS:
+                    self.pause()
+                break
             connection.setblocking(False)
             crowded = len(self._connections) - len(self._peers) >= _UNNAMED_MAX
             if crowded or not control.same_user(connection):
                 connection.close()
                 continue
             self._connections[connection.fileno()] = connection
-            self._poll.register(connection, select.POLLIN)
+            self._epoll.register(connection, select.EPOLLIN)
             accepted.append(connection.fileno())
+        return accepted
+
+    def pause(self) -> None:
+        """Let nobody in: a listener that is left readable would keep the loop busy."""
+        if not self._paused:
+            self._paused = True
+            self._epoll.unregister(self._listener)
 
     def resume(self) -> None:
-        """There are descriptors again."""
+        """See ``pause``."""
         if self._paused:
             self._paused = False
-            self._poll.register(self._listener, select.POLLIN)
+            self._epoll.register(self._listener, select.EPOLLIN)
 
     def read(self, fileno: int) -> Came | Gone | Garbage | None:
         """What a connection that became readable says. After Gone or Garbage it is closed."""
@@ -135,18 +143,18 @@ class ControlServer:
                     control.introduce(connection, owner, arena[0], serial)
                 outbox.popleft()
         except BlockingIOError:
-            self._poll.modify(fileno, select.POLLIN | select.POLLOUT)
+            self._epoll.modify(fileno, select.EPOLLIN | select.EPOLLOUT)
             return
         except OSError:
             self._cut(fileno)
             return
         del self._outboxes[fileno]
-        self._poll.modify(fileno, select.POLLIN)
+        self._epoll.modify(fileno, select.EPOLLIN)
 
     def _cut(self, fileno: int) -> None:
         """End a connection; it becomes readable, and is read as gone."""
         self._outboxes.pop(fileno, None)
-        self._poll.modify(fileno, select.POLLIN)
+        self._epoll.modify(fileno, select.EPOLLIN)
         with contextlib.suppress(OSError):
             self._connections[fileno].shutdown(socket.SHUT_RDWR)
 
@@ -166,7 +174,7 @@ class ControlServer:
         return fileno in self._connections
 
     def _close(self, fileno: int) -> None:
-        self._poll.unregister(fileno)
+        self._epoll.unregister(fileno)
         self._outboxes.pop(fileno, None)
         self._connections.pop(fileno).close()
         peer = self._peers.pop(fileno, None)
@@ -179,7 +187,7 @@ class ControlServer:
     def close(self) -> None:
         """Whoever is connected is told that the broker leaves."""
         if not self._paused:
-            self._poll.unregister(self._listener)
+            self._epoll.unregister(self._listener)
         self._listener.close()
         for fileno, connection in list(self._connections.items()):
             with contextlib.suppress(OSError):

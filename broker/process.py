@@ -9,12 +9,10 @@ import select
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import zmq
-
-from penstock.broker.backlog import Backlog
 from penstock.broker.control import ControlServer
 from penstock.broker.core import Core
 from penstock.broker.events import (
@@ -36,6 +34,7 @@ from penstock.wire.doors import Doors
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir, binding, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import Drain, Garbage, Log, Tick
+from penstock.wire.listener import Listener, Peer
 from penstock.wire.messages import (
     FROM_CALLER,
     FROM_WORKER,
@@ -47,23 +46,23 @@ from penstock.wire.messages import (
     Carrier,
     HelloWanted,
     Message,
+    Payload,
     Submit,
     WorkerHello,
 )
 from penstock.wire.process import StopSignal, Watchdog, check_descriptor_limit, fields, measure, notify
-from penstock.wire.sockets import MAX_FRAME_BYTES, Socket
+from penstock.wire.zmtp import FRAME_MAX_BYTES
 
 log = logging.getLogger("penstock.broker")
 
 _ROUND_MESSAGES: Final = 64  # read from one socket before the others have their turn
 _ROUND_S: Final = 0.02  # and at most for so long, whatever it takes to read one: others wait for what follows from it
-_WORKER_HIGH_WATER: Final = 100_000  # messages that may wait for a worker; windows and bounds keep it far below
-# Messages, of some KB at most, that may wait in ZeroMQ for a caller; what is more waits here, until it is too much.
-_CALLER_HIGH_WATER: Final = 256
-_CALLER_WAITING_MAX_BYTES: Final = 16 << 20
-_CALLER_AGAIN_S: Final = 0.01  # between two looks whether it reads again
+_LAST_WORDS_S: Final = 0.1  # for what a process has said before it ended
+_WORKER_OUT_MAX_BYTES: Final = 4 << 30  # that may wait for a worker; windows and bounds keep it far below
+_CALLER_OUT_MAX_BYTES: Final = 16 << 20  # that may wait for a caller which does not read
+_SLEEP_MAX_S: Final = 1e6  # epoll(7) has no larger times
 _MEASURE_S: Final = 0.5
-_LINGER_MS: Final = 1000  # for what was said last
+_LINGER_S: Final = 1.0  # for what was said last
 _PEER_DESCRIPTORS: Final = 4  # of a peer on this host: two connections, its arena, and the mapping of it
 
 
@@ -84,35 +83,30 @@ class BrokerProcess:
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
-        self._poll = select.poll()
         self._opened = contextlib.ExitStack()
         self._recorder: Recorder | None = None
-        self._backlog = Backlog(_CALLER_WAITING_MAX_BYTES)
-        self._backlog_at = 0.0
 
     def start(self) -> None:
         runtime, opened, options = self._settings.runtime, self._opened, self._settings.options
         runtime.make()
-        guards = []
+        self._epoll = select.epoll()
+        opened.callback(self._epoll.close)
         for path in runtime.callers, runtime.workers, runtime.control:
-            guards.append(Guard(path))
-            opened.callback(guards[-1].release)
-        self._doors = Doors(guards)
+            opened.callback(Guard(path).release)
+        self._doors = Doors()
         opened.callback(runtime.sweep)
         runtime.sweep()
         # It is closed last: whoever sees its end has been told already that the broker leaves.
         with binding(runtime.control):
-            self._control = ControlServer(runtime.control, self._poll)
+            self._control = ControlServer(runtime.control, self._epoll, self._doors)
         opened.callback(self._control.close)
-        self._context: zmq.Context[Any] = zmq.Context()
-        opened.callback(self._context.term)
-        self._callers = self._bind(f"ipc://{runtime.callers}", _CALLER_HIGH_WATER, MAX_FRAME_BYTES)
-        self._workers = self._bind(f"ipc://{runtime.workers}", _WORKER_HIGH_WATER, MAX_HEAD_BYTES)
+        self._callers = self._listen("caller", runtime.callers, _CALLER_OUT_MAX_BYTES, FRAME_MAX_BYTES)
+        self._workers = self._listen("worker", runtime.workers, _WORKER_OUT_MAX_BYTES, MAX_HEAD_BYTES)
         if self._settings.bind:
             bind_tcp(self._settings.bind, self._callers, self._workers)
         self._stop_signal = StopSignal()
         opened.callback(self._stop_signal.restore)
-        self._poll.register(self._stop_signal.fileno(), select.POLLIN)
+        self._epoll.register(self._stop_signal.fileno(), select.EPOLLIN)
         self._core = Core(self._settings.options, secrets.randbits(63) | 1, time.monotonic())
         if self._settings.record is not None:
             self._recorder = Recorder(self._settings.record, self._settings.record_max_bytes)
@@ -123,13 +117,19 @@ class BrokerProcess:
         check_descriptor_limit(_PEER_DESCRIPTORS * (options.callers_max + options.workers_max), "callers and workers")
         log.info("broker started", extra=fields(runtime_dir=str(runtime.path), epoch=self._core.epoch))
 
-    def _bind(self, address: str, high_water: int, frame_bytes_max: int) -> Socket:
-        socket = Socket(self._context, zmq.ROUTER, high_water, frame_bytes_max=frame_bytes_max)
-        self._opened.callback(socket.close, _LINGER_MS)
-        with binding(address):
-            socket.raw.bind(address)
-        self._poll.register(socket.fileno(), select.POLLIN)
-        return socket
+    def _listen(self, role: str, path: Path, out_max_bytes: int, frame_bytes_max: int) -> Listener:
+        listener = Listener(
+            self._epoll, "ROUTER", out_max_bytes, self._doors, partial(self._ended, role), frame_bytes_max
+        )
+        self._opened.callback(listener.close, _LINGER_S)
+        with binding(path):
+            listener.bind_path(path)
+        return listener
+
+    def _ended(self, role: str, peer: Peer, wrong: str) -> None:
+        """Whoever has gone is missed by its control connection, or for its silence: it may be back before that."""
+        if wrong:
+            self._obey(self._core.handle(Garbage(role, wrong, peer.id[:PEER_ID_BYTES]), time.monotonic()))
 
     def serve(self) -> None:
         notify("READY=1")
@@ -155,55 +155,55 @@ class BrokerProcess:
 
     def _turn(self, until: float) -> None:
         """Sleep until there is something to read, or until the core or ``until`` says, and read what there is."""
-        if not (self._callers.pending or self._workers.pending):
-            self._sleep(until)
+        self._look(until)
         if self._callers.pending or self._workers.pending:
             self._read()
         now = time.monotonic()
-        if self._backlog and now >= self._backlog_at:
-            self._send_backlog(now)
         self._obey(self._core.handle(Tick(), now))
         self._watchdog.feed(now)
 
     def _read(self) -> None:
         until = time.monotonic() + _ROUND_S
-        for heads, frames in self._callers.receive(2, _ROUND_MESSAGES):
-            if self._hear("caller", FROM_CALLER, heads, frames) > until:
+        for peer, frames in self._callers.receive(_ROUND_MESSAGES):
+            if self._hear("caller", FROM_CALLER, peer.id, frames) > until:
                 break
-        for heads, frames in self._workers.receive(2, _ROUND_MESSAGES):
-            self._hear("worker", FROM_WORKER, heads, frames)
+        for peer, frames in self._workers.receive(_ROUND_MESSAGES):
+            self._hear("worker", FROM_WORKER, peer.id, frames)
 
-    def _sleep(self, until: float) -> None:
-        now = time.monotonic()
-        if now >= self._measure_at:
-            self._measure_at = now + _MEASURE_S
-            measure(self._core.meters)
-            self._look_at_doors()
-            if self._recorder is not None:
-                self._recorder.flush()
-        wait_s = min(self._core.due(), until, self._watchdog.due) - now
-        if self._backlog:
-            wait_s = min(wait_s, self._backlog_at - now)
-        for readable, happened in self._poll.poll(max(0.0, wait_s) * 1000):
-            if readable == self._callers.fileno():
-                self._callers.pending = True
-            elif readable == self._workers.fileno():
-                self._workers.pending = True
-            elif happened == select.POLLOUT:
+    def _look(self, until: float) -> None:
+        """See what has happened; sleep until something does if nothing is left to be done."""
+        wait_s = 0.0
+        if not (self._callers.pending or self._workers.pending):
+            now = time.monotonic()
+            if now >= self._measure_at:
+                self._measure(now)
+            wait_s = max(0.0, min(self._core.due(), until, self._watchdog.due) - now)
+        for readable, happened in self._epoll.poll(wait_s if wait_s < _SLEEP_MAX_S else -1):
+            if readable in self._callers:
+                self._callers.happened(readable, happened)
+            elif readable in self._workers:
+                self._workers.happened(readable, happened)
+            elif happened == select.EPOLLOUT:
                 self._control.write(readable)
             else:
                 self._read_control(readable)
 
-    def _hear(self, process: str, kinds: Mapping[int, type[Message]], heads: list[bytes], frames: list[Any]) -> float:
+    def _measure(self, now: float) -> None:
+        self._measure_at = now + _MEASURE_S
+        measure(self._core.meters)
+        self._doors.look()
+        self._callers.look(now)
+        self._workers.look(now)
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    def _hear(self, process: str, kinds: Mapping[int, type[Message]], peer: bytes, frames: list[Payload]) -> float:
         """Returns when it was taken in."""
-        peer = heads[0]
         event: Event
         try:
-            if len(peer) != PEER_ID_BYTES or len(heads) != 2:
-                raise BadMessage(
-                    f"a peer has an identity of {PEER_ID_BYTES} bytes and sends messages of one frame or more"
-                )
-            message = unpack(heads[1], frames, kinds)
+            if len(peer) != PEER_ID_BYTES:
+                raise BadMessage(f"a peer has an identity of {PEER_ID_BYTES} bytes")
+            message = unpack(frames[0], frames[1:], kinds)
             if isinstance(message, CallerHello | WorkerHello):
                 self._read_controls()  # what it has sent there was sent before
             event = FromCaller(peer, message) if process == "caller" else FromWorker(peer, message)
@@ -219,14 +219,9 @@ class BrokerProcess:
         if readable == self._stop_signal.fileno():
             self._stop_signal.clear()
         elif readable == self._control.listener:
-            if self._control.accept():
-                self._look_at_doors()
+            self._control.accept()
         elif readable in self._control:
             self._read_connection(readable)
-
-    def _look_at_doors(self) -> None:
-        if self._doors.look():
-            self._control.resume()
 
     def _read_controls(self) -> None:
         """Whoever is about to introduce itself does it now."""
@@ -236,8 +231,10 @@ class BrokerProcess:
 
     def _read_connection(self, fileno: int) -> None:
         event = self._control.read(fileno)
-        if isinstance(event, Gone):
-            self._read()  # it may have said before that it leaves
+        if isinstance(event, Gone):  # it may have said before that it leaves
+            until = time.monotonic() + _LAST_WORDS_S
+            while (self._callers.read(event.peer) or self._workers.read(event.peer)) and time.monotonic() < until:
+                self._read()
         if event is not None:
             self._obey(self._core.handle(event, time.monotonic()))
 
@@ -247,7 +244,7 @@ class BrokerProcess:
                 case ToCaller(peer, message):
                     self._tell(peer, message)
                 case ToWorker(peer, message):
-                    self._send(self._workers, peer, message)
+                    self._send(peer, message)
                 case Log(level, event, about):
                     log.log(logging.getLevelNamesMapping()[level.upper()], event, extra=fields(**about))
                 case Share(owner, reader, serial):
@@ -257,38 +254,28 @@ class BrokerProcess:
                 case _:
                     raise AssertionError(f"unexpected command {command!r}")
 
-    def _send(self, socket: Socket, peer: bytes, message: Message) -> None:
+    def _send(self, peer: bytes, message: Message) -> None:
+        """To a worker."""
         if isinstance(message, Assign) and not self._control.shares(peer):
             self._bring(message)
         frames = message.frames if isinstance(message, Carrier) else ()
-        outcome = socket.send((peer, pack(message)), frames)
+        outcome = self._workers.send(peer, (pack(message), *frames))
         if outcome != "sent":
             reason = "it takes no messages" if outcome == "full" else "it is not connected"
             self._obey(self._core.handle(Gone(peer, reason), time.monotonic()))
 
     def _tell(self, caller: bytes, message: Message) -> None:
-        """As ``_send``, for a caller that may not read for a while."""
-        packed = pack(message)
-        if caller not in self._backlog:
-            outcome = self._callers.send((caller, packed))
-            if outcome == "gone":
-                self._obey(self._core.handle(Gone(caller, "it is not connected"), time.monotonic()))
-            if outcome != "full":
-                return
+        """As ``_send``, for a caller."""
+        outcome = self._callers.send(caller, (pack(message),))
+        if outcome == "gone":
+            self._obey(self._core.handle(Gone(caller, "it is not connected"), time.monotonic()))
         # Who is asked to say hello is asked again with all that it says.
-        if not isinstance(message, HelloWanted) and not self._backlog.add(caller, packed):
+        elif outcome == "full" and not isinstance(message, HelloWanted):
             log.warning(
                 "caller reads nothing; what it asked for is given up",
-                extra=fields(caller=caller.hex(), limit_bytes=_CALLER_WAITING_MAX_BYTES),
+                extra=fields(caller=caller.hex(), limit_bytes=_CALLER_OUT_MAX_BYTES),
             )
             self._obey(self._core.handle(Gone(caller, "it reads nothing"), time.monotonic()))
-
-    def _send_backlog(self, now: float) -> None:
-        self._backlog_at = now + _CALLER_AGAIN_S
-        # Who was silent for too long may stay connected: of such there may be more than callers_max.
-        self._backlog.keep(self._core.callers)
-        for caller in self._backlog.send(lambda peer, packed: self._callers.send((peer, packed))):
-            self._obey(self._core.handle(Gone(caller, "it is not connected"), now))
 
     def _bring(self, message: Assign) -> None:
         """For a worker that shares no memory with the callers: what lies in their arenas travels."""
@@ -312,7 +299,7 @@ class BrokerProcess:
         message.blob, message.frames = b"".join(inline), frames
 
 
-def bind_tcp(address: str, callers: Socket, workers: Socket) -> None:
+def bind_tcp(address: str, callers: Listener, workers: Listener) -> None:
     """Listen on a TCP port for callers and on the next one for workers; port 0 finds two that are free.
 
     Raises EndpointError: not loopback, or in use.
@@ -324,15 +311,16 @@ def bind_tcp(address: str, callers: Socket, workers: Socket) -> None:
     shown = f"[{host}]" if ":" in host else host
     for _ in range(100 if port == 0 else 1):
         try:
-            callers.raw.bind(f"tcp://{shown}:{port or '*'}")
-            bound = int(callers.raw.get(zmq.LAST_ENDPOINT).rstrip(b"\0").rpartition(b":")[2])
+            bound = callers.bind_tcp(host, port)
             try:
-                workers.raw.bind(f"tcp://{shown}:{bound + 1}")
-            except zmq.ZMQError:
-                callers.raw.unbind(f"tcp://{shown}:{bound}")
+                workers.bind_tcp(host, bound + 1)
+            except (OSError, OverflowError):
+                callers.unbind_tcp(bound)
                 raise
             log.info("listening on TCP", extra=fields(callers=f"tcp://{shown}:{bound}", workers=bound + 1))
             return
-        except zmq.ZMQError as error:
-            reason = str(error)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except OverflowError:  # the port after the last
+            reason = "there is no port after it"
     raise EndpointError(f"cannot listen on {address} and the port after it: {reason}")

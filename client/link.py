@@ -18,12 +18,12 @@ from functools import partial
 from typing import Final
 
 from penstock.client.caller import Caller, Identity
-from penstock.client.connection import Broken, Connection
 from penstock.client.events import Command, Complete, Event, Fail, FromWorker, Hear, OrderDone, Report
 from penstock.client.short import Short
 from penstock.wire import control, zmtp
 from penstock.wire.arena import Arena, ArenaSearch
 from penstock.wire.codec import pack, unpack
+from penstock.wire.connection import Broken, Connection
 from penstock.wire.endpoints import BrokerAddress, EndpointError
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick

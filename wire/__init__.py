@@ -1,5 +1,4 @@
 """What crosses a process boundary: messages, tensors, errors, endpoints, metrics.
 
-Imports nothing else of ours, and nothing beyond msgpack and numpy, so that the client library needs no more; but
-for ``sockets.py``, pyzmq, which is the broker's and the workers'.
+Imports nothing else of ours, and nothing beyond msgpack and numpy, so that the client library needs no more.
 """

@@ -1,35 +1,45 @@
 """What a process does while descriptors run out: it keeps those that it has, and lets nobody else in.
 
-libzmq ends the process when it cannot accept a local connection (ipc_listener.cpp, an assertion), and looks again and
-again for a remote one. So the paths that it listens on are taken away before, while there are still some descriptors
-left: who is connected does not notice, and who would connect finds nobody, and tries again.
+Who is connected does not notice; who would connect waits in the kernel's queue until there are descriptors again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from typing import Protocol
 
-from penstock.wire.endpoints import Guard
 from penstock.wire.process import descriptors
 
 log = logging.getLogger("penstock")
 
 
-class Doors:
-    """The sockets that a process listens on. ``look`` often enough, and whenever somebody has come."""
+class Door(Protocol):
+    """Where others come in. Both methods do nothing the second time."""
 
-    def __init__(self, guards: Sequence[Guard]) -> None:
-        self._guards = guards
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class Doors:
+    """All of a process's. To be looked at before somebody is let in, and now and then."""
+
+    def __init__(self) -> None:
+        self._doors: list[Door] = []
         self._shut = False
+
+    def add(self, door: Door) -> None:
+        self._doors.append(door)
 
     def look(self) -> bool:
         """Whether others may come in."""
         short = descriptors() != "enough"
+        for door in self._doors:
+            if short:
+                door.pause()
+            else:
+                door.resume()
         if short != self._shut:
             self._shut = short
-            for guard in self._guards:
-                guard.shut(short)
             if short:
                 log.error("descriptors run out; nobody else may connect until there are more (ulimit -n)")
             else:

@@ -3,7 +3,7 @@
 A runtime directory (0700) holds ``callers.sock`` and ``workers.sock`` (the broker's ROUTERs), ``control.sock`` (its
 Unix control socket), one ``worker-<id>.sock`` for each worker's results, ``jobs.sock``, by which who runs jobs is
 woken, and ``http``, a gateway's URL. Each bound path is guarded by a lock that
-its owner holds for life, because ZeroMQ binds a second time without a word (zmq_ipc(7) unlinks what is there).
+its owner holds for life: what a process that was killed has left there is told from what a living one has.
 """
 
 from __future__ import annotations
@@ -32,15 +32,11 @@ class InUseError(EndpointError):
 
 @contextlib.contextmanager
 def binding(what: object) -> Iterator[None]:
-    """Raises EndpointError for what cannot be bound there, such as a socket on a full disk (also ZeroMQ's error, which
-    has the same ``errno`` and is no OSError)."""
+    """Raises EndpointError for what cannot be bound there, such as a socket on a full disk."""
     try:
         yield
-    except Exception as error:
-        number = getattr(error, "errno", None)
-        if not isinstance(number, int):
-            raise
-        raise EndpointError(f"cannot listen on {what}: {os.strerror(number)}{_way_out(number)}") from None
+    except OSError as error:
+        raise EndpointError(f"cannot listen on {what}: {error.strerror}{_way_out(error.errno)}") from None
 
 
 def _way_out(number: int | None) -> str:
@@ -130,20 +126,11 @@ class Guard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock_path = path.with_suffix(".lock")
-        self._shut_path = path.with_suffix(".shut")
         try:
             self._fd = self._lock()
         except OSError as error:
             raise EndpointError(f"cannot lock {self._lock_path}: {error.strerror}{_way_out(error.errno)}") from None
         path.unlink(missing_ok=True)
-        self._shut_path.unlink(missing_ok=True)
-
-    def shut(self, shut: bool) -> None:
-        """Take the socket away from those who would connect, who find nobody then, or put it back. Who is connected
-        does not notice."""
-        here, there = (self.path, self._shut_path) if shut else (self._shut_path, self.path)
-        with contextlib.suppress(FileNotFoundError):
-            here.rename(there)
 
     def _lock(self) -> int:
         while True:
@@ -165,7 +152,7 @@ class Guard:
     def release(self) -> None:
         """Remove the socket and the lock. Does nothing the second time."""
         if self._fd >= 0:
-            for path in (self.path, self._shut_path, self._lock_path):
+            for path in (self.path, self._lock_path):
                 path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1

@@ -101,7 +101,7 @@ ACTIONS: Final = frozenset({LOAD, UNLOAD})
 BATCH_REASONS: Final = frozenset({"full", "delay", "idle", "deadline", "shape", "alone"})
 
 
-Payload: TypeAlias = Any  # bytes, memoryview or zmq.Frame, what has a length and can be sent; or an arena's Slot
+Payload: TypeAlias = Any  # bytes or memoryview, what has a length and can be sent; or an arena's Slot
 
 
 class Form(NamedTuple):

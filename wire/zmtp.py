@@ -1,17 +1,17 @@
 """ZMTP 3, what ZeroMQ sockets say to each other, without a socket: bytes in, messages and replies out. Pure.
 
-It is for the end that connects and asks for no security, towards libzmq or whoever else speaks it. Sources:
-https://rfc.zeromq.org/spec/23 (3.0) and https://rfc.zeromq.org/spec/37 (3.1, whose only news for us are PING and PONG).
+For both ends of a connection without security, towards libzmq or whoever else speaks it. Sources:
+https://rfc.zeromq.org/spec/23 (3.0) and https://rfc.zeromq.org/spec/37 (3.1, whose news for us are PING and PONG, and
+that a subscription may be a command).
 Fuzzed, and held against libzmq, by tests/wire/test_zmtp.py.
 """
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Sequence
 from typing import Final
-
-import numpy as np
 
 from penstock.wire.errors import BadMessage
 from penstock.wire.fields import brief
@@ -23,7 +23,7 @@ FRAMES_MAX: Final = MAX_REQUESTS + 2  # a topic, a head, and a payload for each 
 COMMAND_MAX_BYTES: Final = 4096
 
 # What is received at once at most. A larger frame gets memory of its own, into which the kernel copies the rest of it.
-_BUFFER_BYTES: Final = 64 * 1024
+BUFFER_BYTES: Final = 64 * 1024
 # A frame of at least this many bytes is not copied behind its head, but sent from where it lies.
 _REFERENCE_MIN_BYTES: Final = 16 * 1024
 
@@ -32,7 +32,9 @@ _SIGNATURE: Final = b"\xff" + bytes(8) + b"\x7f"
 _MECHANISM: Final = b"NULL".ljust(20, b"\0")
 _GREETING: Final = _SIGNATURE + b"\x03\x01" + _MECHANISM + bytes(32)
 _LONG_HEAD: Final = struct.Struct(">BQ")
-_PEERS: Final = {"DEALER": ("ROUTER",), "SUB": ("XPUB", "PUB")}  # what each kind of socket may talk to
+# What each kind of socket may talk to.
+_PEERS: Final = {"DEALER": ("ROUTER",), "SUB": ("XPUB", "PUB"), "ROUTER": ("DEALER",), "XPUB": ("SUB", "XSUB")}
+_SUBSCRIPTIONS: Final = {b"SUBSCRIBE": b"\x01", b"CANCEL": b"\x00"}  # commands, and how 3.0 has them as messages
 
 
 def pack(frames: Sequence[Payload]) -> list[Payload]:
@@ -70,15 +72,25 @@ class Zmtp:
     Nothing may be sent behind the opening before ``ready``: libzmq drops what comes before it has sent its own READY.
     """
 
-    def __init__(self, kind: str, identity: bytes = b"") -> None:
-        """``kind``: DEALER or SUB. ``identity``: what a ROUTER at the other end calls us."""
+    def __init__(
+        self,
+        kind: str,
+        identity: bytes = b"",
+        frame_bytes_max: int = FRAME_MAX_BYTES,
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> None:
+        """``kind``: DEALER or SUB for the end that connects, ROUTER or XPUB for the other. ``identity``: what a ROUTER
+        at the other end calls us. ``frame_bytes_max``: of what the peer sends. ``buffer_bytes``: more than a command
+        has."""
         self.opening = _GREETING + _ready(kind, identity)
         self.ready = False  # the peer's READY has come
+        self.peer = b""  # the identity that the peer has given itself
         self.replies = b""
         self.idle = False  # ready, and between two messages: what is received next begins one, in ``buffer``
-        self.buffer = self._buffer = bytearray(_BUFFER_BYTES)
+        self.buffer = self._buffer = bytearray(buffer_bytes)
         self.view = self._view = memoryview(self._buffer)
         self._kind = kind
+        self._frame_bytes_max = frame_bytes_max
         self._greeted = False
         self._have = 0  # bytes at the buffer's beginning
         self._large: memoryview | None = None  # a frame that is received where it will stay
@@ -143,15 +155,15 @@ class Zmtp:
             self._check(flags, size)
             end = start + size
             if end > have:
-                if size <= _BUFFER_BYTES - 9:  # with its head it has room in the buffer
+                if size <= len(buffer) - 9:  # with its head it has room in the buffer
                     break
                 # Not a bytearray, which would be filled with zeros first: a peer may claim what it never sends.
-                self._large = np.empty(size, np.uint8).data
+                self._large = memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
                 self._large_have, self._large_flags = have - start, flags
                 self._large[: have - start] = view[start:have]
                 return have, have
             if flags & _COMMAND:
-                self._command(bytes(view[start:end]))
+                self._command(bytes(view[start:end]), messages)
             else:
                 self._frame(bytes(view[start:end]), flags, messages)
             at = end
@@ -166,9 +178,9 @@ class Zmtp:
             return
         if not self.ready:
             raise BadMessage("a message before READY")
-        if size > FRAME_MAX_BYTES or self._nbytes + size > MESSAGE_MAX_BYTES:
+        if size > self._frame_bytes_max or self._nbytes + size > MESSAGE_MAX_BYTES:
             raise BadMessage(
-                f"a frame of {size} bytes behind {self._nbytes}; a frame has at most {FRAME_MAX_BYTES} bytes, "
+                f"a frame of {size} bytes behind {self._nbytes}; a frame has at most {self._frame_bytes_max} bytes, "
                 f"a message {MESSAGE_MAX_BYTES}"
             )
         if len(self._frames) == FRAMES_MAX:
@@ -182,7 +194,7 @@ class Zmtp:
             messages.append(self._frames)
             self._frames, self._nbytes = [], 0
 
-    def _command(self, body: bytes) -> None:
+    def _command(self, body: bytes, messages: list[list[Payload]]) -> None:
         """They may stand between the frames of a message."""
         name, rest = _name(body)
         if name == b"ERROR":
@@ -196,9 +208,14 @@ class Zmtp:
             raise BadMessage(f"the command {brief(name)} before READY")
         elif name == b"PING":  # two bytes of its time to live, and a context that goes back
             self.replies += _command_frame(b"\x04PONG" + rest[2:18])
+        elif self._kind == "XPUB" and name in _SUBSCRIPTIONS:
+            if len(rest) >= self._frame_bytes_max:
+                raise BadMessage(f"a subscription of {len(rest)} bytes; {self._frame_bytes_max - 1} are allowed")
+            messages.append([_SUBSCRIPTIONS[name] + rest])
 
     def _check_peer(self, properties: bytes) -> None:
-        kind = _properties(properties).get(b"socket-type", b"").decode("ascii", "replace")
+        said = _properties(properties)
+        kind, self.peer = said.get(b"socket-type", b"").decode("ascii", "replace"), said.get(b"identity", b"")
         if kind not in _PEERS[self._kind]:
             raise BadMessage(f"the peer's socket is of the kind {brief(kind)}, and {self._kind} talks to another")
 

@@ -17,20 +17,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-import zmq
-
 from penstock.wire import control
 from penstock.wire.arena import ArenaSearch, make_arena
 from penstock.wire.codec import pack, unpack
+from penstock.wire.connection import Broken, Connection
 from penstock.wire.doors import Doors
 from penstock.wire.endpoints import BrokerAddress, EndpointError, Guard, binding, check_loopback, parse_host_port
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import BrokerFound, BrokerLost, Drain, FromBroker, Garbage, Log, Say, Tick
-from penstock.wire.messages import EXPLICIT, MAX_SENTENCE, PEER_ID_BYTES, TO_WORKER, Beat, Bye, Carrier, Message
+from penstock.wire.listener import SUBSCRIPTION_MAX_BYTES, Listener, Peer
+from penstock.wire.messages import (
+    EXPLICIT,
+    MAX_SENTENCE,
+    PEER_ID_BYTES,
+    TO_WORKER,
+    Beat,
+    Bye,
+    Carrier,
+    Message,
+    Payload,
+)
 from penstock.wire.models import READY, UNAVAILABLE
 from penstock.wire.process import StopSignal, Watchdog, fields, measure, notify
 from penstock.wire.slots import Slots
-from penstock.wire.sockets import MAX_SUBSCRIPTION_BYTES, Socket
 from penstock.worker.config import CPU
 from penstock.worker.core import Core
 from penstock.worker.cuda import CudaError, find_gpu
@@ -60,8 +69,9 @@ from penstock.worker.tester import Tester
 log = logging.getLogger("penstock.worker")
 
 _ROUND_MESSAGES: Final = 64
-_HIGH_WATER: Final = 100_000  # messages that may wait for one caller; what a worker keeps for it is far below
-_LINGER_MS: Final = 200  # for what was said last
+_OUT_MAX_BYTES: Final = 4 << 30  # that may wait for one caller; what a worker keeps for it is far below
+_LINGER_S: Final = 0.2  # for what was said last
+_SLEEP_MAX_S: Final = 1e6  # epoll(7) has no larger times
 _CONTROL_AGAIN_S: Final = 0.02  # between two looks for a broker's control socket
 LOST_S: Final = 20.0  # that a worker whose GPU is lost when it begins tells so; it is not ready meanwhile
 _SWITCH_INTERVAL_S: Final = 0.0005  # the talking thread gets the GIL back within this from a compute thread's Python
@@ -114,7 +124,6 @@ class WorkerProcess:
         self._settings = settings
         # It forks: before there are threads, sockets, and anything of CUDA.
         self._tester = Tester(settings.options.trial_max_s, settings.options.run_bytes_max).start()
-        self._poll = select.poll()
         self._opened = contextlib.ExitStack()
         self._opened.callback(self._tester.stop)
         self._control: Any = None
@@ -130,6 +139,8 @@ class WorkerProcess:
 
     def start(self) -> None:
         settings, opened = self._settings, self._opened
+        self._epoll = select.epoll()
+        opened.callback(self._epoll.close)
         limits = settings.options
         how = limits.model_control, limits.links_out, limits.model_bytes_max
         self._keeper = Keeper(settings.models, self._tester, settings.device, *how)
@@ -138,7 +149,7 @@ class WorkerProcess:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         number = bytes([secrets.randbelow(255) + 1]) + secrets.token_bytes(PEER_ID_BYTES - 1)
         self._slots: Slots | None = None
-        self._doors = Doors([])
+        self._doors = Doors()
         if settings.broker.runtime is not None:
             name = f"penstock-{settings.name or settings.device}"
             asked = settings.options.arena_bytes
@@ -150,20 +161,15 @@ class WorkerProcess:
             settings.broker.runtime.make()
             self._guard = Guard(settings.broker.runtime.results(number))
             opened.callback(self._guard.release)
-            self._doors = Doors([self._guard])
         # It is closed last: by its end the broker knows that this process has ended, and what was said last has left.
         opened.callback(self._lose_control)
-        self._context: zmq.Context[Any] = zmq.Context()
-        opened.callback(self._context.term)
-        self._results = Socket(self._context, zmq.XPUB, _HIGH_WATER, frame_bytes_max=MAX_SUBSCRIPTION_BYTES)
-        opened.callback(self._results.close, _LINGER_MS)
-        # Manual: a subscription takes effect only when it is accepted here; so nobody can ask for everything.
-        self._results.raw.set(zmq.XPUB_MANUAL, 1)
-        self._results.raw.set(zmq.XPUB_VERBOSE, 1)
+        self._results = Listener(
+            self._epoll, "XPUB", _OUT_MAX_BYTES, self._doors, self._hearer_ended, SUBSCRIPTION_MAX_BYTES
+        )
+        opened.callback(self._results.close, _LINGER_S)
         endpoints = tuple(self._bind(number))
-        self._broker = Socket(self._context, zmq.DEALER, _HIGH_WATER, number)
-        opened.callback(self._broker.close, _LINGER_MS)
-        self._broker.raw.connect(settings.broker.workers)
+        self._broker = Connection(self._epoll, settings.broker.workers, "DEALER", number)
+        opened.callback(self._broker.close, _LINGER_S)
         share_arena(settings.options.run_bytes_max)
         instances = max([file.config.instances for file in files], default=1)
         graphs = settings.device != CPU and any(file.config.cuda_graphs for file in files)
@@ -177,9 +183,8 @@ class WorkerProcess:
         identity = Identity(number, *about, limits.model_control, repository)
         self._core = Core(identity, [], limits.max_compute_s)
         self._take_news()
-        sockets = self._results.fileno(), self._broker.fileno()
-        for readable in (*sockets, self._instances.fileno(), self._keeper.fileno(), self._stop_signal.fileno()):
-            self._poll.register(readable, select.POLLIN)
+        for readable in (self._instances.fileno(), self._keeper.fileno(), self._stop_signal.fileno()):
+            self._epoll.register(readable, select.EPOLLIN)
         self._watch_gpu()
         if not self.lost:
             self._keeper.start(_find_store(settings), self._core.serving.used)
@@ -190,7 +195,7 @@ class WorkerProcess:
             self.lost = settings.gpu_unusable
         elif settings.gpu:
             self._gpu = Watching(GpuWatch(settings.gpu))
-            self._poll.register(self._gpu.fileno(), select.POLLIN)
+            self._epoll.register(self._gpu.fileno(), select.EPOLLIN)
             self._opened.callback(self._gpu.stop)
             self.lost = self._gpu.latest.lost
 
@@ -198,7 +203,7 @@ class WorkerProcess:
         runtime, bind = self._settings.broker.runtime, self._settings.bind
         if runtime is not None:
             with binding(f"ipc://{runtime.results(number)}"):
-                self._results.raw.bind(f"ipc://{runtime.results(number)}")
+                self._results.bind_path(runtime.results(number))
             yield f"ipc://{runtime.results(number)}"
         if bind or runtime is None:
             yield bind_results(bind or "tcp://127.0.0.1:0", self._results)
@@ -266,9 +271,8 @@ class WorkerProcess:
         self._end_at_once(EXIT_GPU_LOST)
 
     def _end_at_once(self, code: int) -> NoReturn:
-        self._results.close(_LINGER_MS)
-        self._broker.close(_LINGER_MS)
-        self._context.term()  # when all has been sent, or that time is over
+        self._results.close(_LINGER_S)
+        self._broker.close(_LINGER_S)
         if self._guard is not None:
             self._guard.release()
         os._exit(code)
@@ -281,11 +285,9 @@ class WorkerProcess:
 
     def _turn(self, until: float) -> None:
         """Sleep until there is something to do, or until the core or ``until`` says, and do it."""
-        if not (self._broker.pending or self._results.pending):
-            self._keep_control()
-            self._sleep(min(self._core.due(), until, self._control_at, self._arena_at, self._watchdog.due))
-        if self._broker.pending or self._results.pending:
-            self._read()
+        self._look(until)
+        for peer, frames in self._results.receive(_ROUND_MESSAGES):
+            self._hear_subscription(peer, frames)
         for executed in self._instances.take():
             self._hear(executed)
         if self._keeper.has_news:
@@ -299,30 +301,51 @@ class WorkerProcess:
         if now >= self._core.due():
             self._hear(Tick())
 
-    def _sleep(self, until: float) -> None:
-        for readable, _ in self._poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            if readable == self._broker.fileno():
-                self._broker.pending = True
-            elif readable == self._results.fileno():
-                self._results.pending = True
+    def _look(self, until: float) -> None:
+        """See what has happened; sleep until something does if nothing is left to be done."""
+        wait_s = 0.0
+        if not self._results.pending:
+            self._keep_control()
+            now = time.monotonic()
+            if now >= self._broker.retry_at:
+                self._broker.connect(now)
+            due = min(self._core.due(), until, self._control_at, self._arena_at, self._watchdog.due)
+            wait_s = max(0.0, min(due, self._broker.retry_at) - now)
+        for readable, happened in self._epoll.poll(wait_s if wait_s < _SLEEP_MAX_S else -1):
+            if readable == self._broker.fileno:
+                self._read_broker(happened)
+            elif readable in self._results:
+                self._results.happened(readable, happened)
             elif readable in (self._instances.fileno(), self._keeper.fileno()):
                 os.eventfd_read(readable)
             elif readable == self._stop_signal.fileno():
                 self._stop_signal.clear()
             elif self._gpu is not None and readable == self._gpu.fileno():
                 pass  # woken is all that it takes
-            else:
+            elif self._control is not None and readable == self._control.fileno():
                 self._read_control()
 
-    def _read(self) -> None:
-        for heads, frames in self._broker.receive(1, _ROUND_MESSAGES):
+    def _read_broker(self, happened: int) -> None:
+        was_ready = self._broker.ready
+        try:
+            messages = self._broker.handle(happened)
+        except (Broken, BadMessage) as error:  # it is made again
+            if isinstance(error, BadMessage):
+                self._hear(Garbage("broker", str(error)))
+            return
+        if self._broker.ready and not was_ready:
+            self._reached()
+        for frames in messages:
             try:
-                event: Event = FromBroker(unpack(heads[0], [frame.buffer for frame in frames], TO_WORKER))
+                event: Event = FromBroker(unpack(frames[0], frames[1:], TO_WORKER))
             except BadMessage as error:
                 event = Garbage("broker", str(error))
             self._hear(event)
-        for heads, frames in self._results.receive(1, _ROUND_MESSAGES):
-            self._hear_subscription(heads[0], bool(frames))
+
+    def _reached(self) -> None:
+        """There may be a broker to greet: who listens for workers, and has a control connection if it is here."""
+        if self._broker.ready and (self._control is not None or self._settings.broker.runtime is None):
+            self._hear(BrokerFound())
 
     def _take_news(self) -> None:
         """What has become of models."""
@@ -336,18 +359,24 @@ class WorkerProcess:
     def _hear(self, event: Event) -> None:
         self._obey(self._core.handle(event, time.monotonic()))
 
-    def _hear_subscription(self, said: bytes, more: bool) -> None:
-        """XPUB gives 1 or 0 and a topic for a connection that begins or ends to hear it."""
+    def _hear_subscription(self, peer: Peer, frames: list[Payload]) -> None:
+        """1 or 0 and a topic: a connection wants to hear it, or no more. That takes effect only when it is accepted
+        here; so nobody can ask for everything."""
+        said = frames[0]
         caller = said[1:]
-        if more or len(caller) != PEER_ID_BYTES or said[0] > 1:
+        if len(frames) > 1 or len(caller) != PEER_ID_BYTES or said[0] > 1:
             self._hear(Garbage("caller", f"a subscription is 1 or 0 and {PEER_ID_BYTES} bytes"))
         elif said[0] == 0:
-            self._results.raw.set(zmq.UNSUBSCRIBE, caller)
-            self._hear(Unsubscribed(caller))
-        elif self._core.may_subscribe(caller):
-            self._results.raw.set(zmq.SUBSCRIBE, caller)
-            self._doors.look()
+            if self._results.unsubscribe(peer, caller):
+                self._hear(Unsubscribed(caller))
+        elif self._core.may_subscribe(caller) and self._results.subscribe(peer, caller):
             self._hear(Subscribed(caller))
+
+    def _hearer_ended(self, peer: Peer, wrong: str) -> None:
+        if wrong:
+            self._hear(Garbage("caller", wrong))
+        for caller in peer.topics:
+            self._hear(Unsubscribed(caller))
 
     def _obey(self, commands: list[Command]) -> None:
         """Perform commands, and what follows from batches that ran at once."""
@@ -356,7 +385,7 @@ class WorkerProcess:
             command = todo.popleft()
             match command:
                 case Publish(caller, head, frames):
-                    self._results.send((caller, head), frames)
+                    self._results.publish(caller, (head, *frames))
                 case Say(message):
                     self._say(message)
                 case Run(batch, model):
@@ -389,9 +418,11 @@ class WorkerProcess:
                 measure_gpu(meters, self._gpu.uuid, self._gpu.latest)
             measure(meters)
             self._doors.look()
+            self._results.look(time.monotonic())
             message.samples, message.whole = meters.changes()
         assert not isinstance(message, Carrier)
-        self._broker.send((pack(message),))
+        if not self._broker.full:
+            self._broker.send((pack(message),))
 
     # --- the control connection ---
 
@@ -411,8 +442,10 @@ class WorkerProcess:
         self._control_at = float("inf")
         if self._slots is not None:
             self._arena_at = float("inf")  # the broker has been told
-        self._poll.register(self._control.fileno(), select.POLLIN)
-        self._hear(BrokerFound())
+        self._epoll.register(self._control.fileno(), select.EPOLLIN)
+        if self._broker.fileno < 0:
+            self._broker.retry_at = 0.0  # who listens here listens there too
+        self._reached()
 
     def _look_for_arena(self, now: float) -> None:
         """For the memory that was not there at the beginning; and tell the broker when it is."""
@@ -443,13 +476,13 @@ class WorkerProcess:
 
     def _lose_control(self) -> None:
         if self._control is not None:
-            self._poll.unregister(self._control.fileno())
+            self._epoll.unregister(self._control.fileno())
             self._control.close()
             self._control = None
             self._control_at = 0.0
 
 
-def bind_results(address: str, results: Socket) -> str:
+def bind_results(address: str, results: Listener) -> str:
     """Bind a worker's results to a TCP address, port 0 for any. Returns where. Raises EndpointError."""
     if not address.startswith("tcp://"):
         raise EndpointError(f"--bind {address!r} is not of the form tcp://HOST:PORT")
@@ -457,11 +490,6 @@ def bind_results(address: str, results: Socket) -> str:
     check_loopback(host, "--bind")
     if host == "localhost":
         host = "127.0.0.1"  # whoever reads the name elsewhere might find ::1 by it
-    shown = f"[{host}]" if ":" in host else host
-    try:
-        results.raw.bind(f"tcp://{shown}:{port or '*'}")
-    except zmq.ZMQError as error:
-        raise EndpointError(f"cannot listen on {address}: {error}") from None
-    # Of this only the port: the host would be [::ffff:127.0.0.1], which a peer without IPv6 cannot reach.
-    bound: bytes = results.raw.get(zmq.LAST_ENDPOINT)
-    return f"tcp://{shown}:{bound.rstrip(bytes(1)).decode().rpartition(':')[2]}"
+    with binding(address):
+        bound = results.bind_tcp(host, port)
+    return f"tcp://[{host}]:{bound}" if ":" in host else f"tcp://{host}:{bound}"

@@ -18,6 +18,7 @@ from penstock.broker.control import ControlServer
 from penstock.broker.events import Came, Gone
 from penstock.wire import control
 from penstock.wire.arena import Arena, Mapping
+from penstock.wire.doors import Doors
 from penstock.wire.errors import BadMessage
 from penstock.wire.events import Garbage
 
@@ -37,13 +38,14 @@ def arena() -> Iterator[Arena]:
 
 
 @pytest.fixture
-def poll() -> select.poll:
-    return select.poll()
+def epoll() -> Iterator[select.epoll]:
+    with select.epoll() as epoll:
+        yield epoll
 
 
 @pytest.fixture
-def server(path: Path, poll: select.poll) -> Iterator[ControlServer]:
-    server = ControlServer(path, poll)
+def server(path: Path, epoll: select.epoll) -> Iterator[ControlServer]:
+    server = ControlServer(path, epoll, Doors())
     yield server
     server.close()
 
@@ -186,7 +188,7 @@ def test_processes_of_other_users_are_turned_away(
 
 
 def test_closing_ends_every_connection(path: Path) -> None:
-    server = ControlServer(path, select.poll())
+    server = ControlServer(path, select.epoll(), Doors())
     end = control.connect(path, PEER)
     assert end is not None
     [fileno] = server.accept()
@@ -233,7 +235,7 @@ def test_arenas_are_passed_on(server: ControlServer, path: Path, arena: Arena) -
 
 
 def test_more_arenas_than_the_kernel_takes_wait(
-    server: ControlServer, path: Path, arena: Arena, poll: select.poll
+    server: ControlServer, path: Path, arena: Arena, epoll: select.epoll
 ) -> None:
     """As when a worker joins a server with many clients: net.unix.max_dgram_qlen is 10 by default."""
     owner, reader = control.connect(path, PEER, arena.fd), control.connect(path, b"a reader")
@@ -245,15 +247,15 @@ def test_more_arenas_than_the_kernel_takes_wait(
         server.share(PEER, b"a reader", serial)
     taken = 0
     while taken < 2000:
-        for fileno, happened in poll.poll(0):
-            assert happened == select.POLLOUT
+        for fileno, happened in epoll.poll(0):
+            assert happened == select.EPOLLOUT
             server.write(fileno)
         introduced = control.receive(reader)
         assert introduced is not None
         assert (introduced.peer, introduced.serial) == (PEER, taken)
         os.close(introduced.arena)
         taken += 1
-    assert poll.poll(0) == [], "there is nothing to write any more"
+    assert epoll.poll(0) == [], "there is nothing to write any more"
     owner.close()
     reader.close()
 
@@ -313,7 +315,7 @@ def test_ended_connections_leave_no_descriptor(server: ControlServer, path: Path
 
 
 def test_while_there_are_no_descriptors_nobody_is_accepted_and_nobody_polled_for(
-    server: ControlServer, path: Path, poll: select.poll
+    server: ControlServer, path: Path, epoll: select.epoll
 ) -> None:
     peer = control.connect(path, PEER)
     assert peer is not None
@@ -323,17 +325,17 @@ def test_while_there_are_no_descriptors_nobody_is_accepted_and_nobody_polled_for
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
     try:
         assert [server.accept(), server.accept()] == [[], []]
-        assert poll.poll(0) == []
+        assert epoll.poll(0) == []
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     server.resume()
-    assert poll.poll(0) == [(server.listener, select.POLLIN)]
+    assert epoll.poll(0) == [(server.listener, select.EPOLLIN)]
     assert len(server.accept()) == 1
     peer.close()
 
 
-def test_it_can_be_closed_while_nobody_is_accepted(path: Path, poll: select.poll) -> None:
-    server = ControlServer(path, poll)
+def test_it_can_be_closed_while_nobody_is_accepted(path: Path, epoll: select.epoll) -> None:
+    server = ControlServer(path, epoll, Doors())
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with control.connect(path, PEER) or pytest.fail("nobody listens"):
         free = os.dup(0)

@@ -19,7 +19,9 @@ from penstock.broker.process import BrokerProcess, BrokerSettings, bind_tcp
 from penstock.wire import control
 from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, unpack
+from penstock.wire.doors import Doors
 from penstock.wire.endpoints import EndpointError, Guard, RuntimeDir
+from penstock.wire.listener import Listener
 from penstock.wire.messages import (
     TO_CALLER,
     TO_WORKER,
@@ -43,7 +45,6 @@ from penstock.wire.messages import (
     Welcome,
     WorkerHello,
 )
-from penstock.wire.sockets import Socket
 from tests.broker.conversation import model
 
 WAIT_S = 20.0
@@ -51,37 +52,33 @@ SECOND = 1_000_000
 
 
 class Peer:
-    """A caller or worker on a broker's sockets."""
+    """A caller or worker on a broker's sockets, by libzmq."""
 
     def __init__(self, context: zmq.Context[Any], address: str, number: bytes) -> None:
         self.id = number
         self.epoch = 0
         self.kinds: dict[int, type[Message]] = {**TO_CALLER, **TO_WORKER}
-        self.socket = Socket(context, zmq.DEALER, 1000, number)
-        self.socket.raw.connect(address)
-        self.read: list[Message] = []
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.set(zmq.IDENTITY, number)
+        self.socket.set(zmq.IMMEDIATE, 1)  # who sends waits until the connection stands
+        for limit in zmq.RCVTIMEO, zmq.SNDTIMEO:
+            self.socket.set(limit, int(WAIT_S * 1000))
+        self.socket.connect(address)
 
     def say(self, message: Message) -> None:
         message.epoch = self.epoch
         self.say_bytes(pack(message), message.frames if isinstance(message, Carrier) else ())
 
     def say_bytes(self, head: bytes, frames: Any = ()) -> None:
-        while self.socket.send([head], frames) == "full":  # until the connection stands
-            self.wait()
-
-    def wait(self) -> None:
-        assert select.select([self.socket.fileno()], [], [], WAIT_S)[0], "nothing came"
-        self.socket.pending = True
+        self.socket.send_multipart([head, *frames])
 
     def hear(self, kind: type[Message]) -> Any:
         """The next message of a kind; others before it are passed over."""
         while True:
-            if not self.socket.pending:
-                self.wait()
-            for heads, frames in self.socket.receive(1, 1):
-                message = unpack(heads[0], list(map(bytes, frames)), self.kinds)
-                if isinstance(message, kind):
-                    return message
+            head, *frames = self.socket.recv_multipart()
+            message = unpack(head, frames, self.kinds)
+            if isinstance(message, kind):
+                return message
 
     def join(self, hello: Message) -> None:
         self.say(hello)
@@ -127,11 +124,12 @@ def context() -> Iterator[zmq.Context[Any]]:
 
 
 @pytest.fixture
-def routers(context: zmq.Context[Any]) -> Iterator[list[Socket]]:
-    routers = [Socket(context, zmq.ROUTER, 10) for _ in range(4)]
-    yield routers
-    for router in routers:
-        router.close()
+def routers() -> Iterator[list[Listener]]:
+    with select.epoll() as epoll:
+        routers = [Listener(epoll, "ROUTER", 1, Doors(), lambda peer, wrong: None) for _ in range(4)]
+        yield routers
+        for router in routers:
+            router.close()
 
 
 @pytest.fixture
@@ -164,7 +162,7 @@ def serve(runtime: RuntimeDir, context: zmq.Context[Any]) -> Iterator[Callable[.
 
     yield run
     for peer in peers:
-        peer.socket.close()
+        peer.socket.close(0)
 
 
 @pytest.mark.parametrize("size", [0, 100, 200_000])
@@ -268,11 +266,11 @@ def test_what_lies_in_an_arena_is_brought_to_who_cannot_read_it(
 
 def test_a_broker_survives_whatever_comes_and_counts_it(serve: Callable[..., None], runtime: RuntimeDir) -> None:
     def talk(make: Callable[[str, bytes], Peer]) -> None:
-        short, caller = make("caller", b"short"), make("caller", b"caller00")
+        short, many, caller = make("caller", b"short"), make("caller", b"many...."), make("caller", b"caller00")
         short.say_bytes(b"\x93\x01\x05\x00")
         for garbage in (b"", b"\xc1", b"x" * 1000, b"\x91" * 2000, pack(Assign(0, ()))):
             caller.say_bytes(garbage, [b"", b"x" * 100])
-        caller.say_bytes(pack(Bye(0)), [b""] * 5000)
+        many.say_bytes(pack(Bye(0)), [b""] * 5000)  # which ends its connection
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
             stranger.connect(str(runtime.control))
             stranger.send(b"GET / HTTP/1.1")
@@ -349,11 +347,12 @@ def test_a_second_broker_in_the_same_directory_does_not_start(serve: Callable[..
     serve(talk)
 
 
-def port_of(bound: Socket) -> int:
-    return int(bound.raw.get(zmq.LAST_ENDPOINT).rstrip(b"\0").rpartition(b":")[2])
+def port_of(bound: Listener) -> int:
+    [port] = bound.ports
+    return port
 
 
-def test_a_broker_listens_on_a_port_and_the_next(routers: list[Socket]) -> None:
+def test_a_broker_listens_on_a_port_and_the_next(routers: list[Listener]) -> None:
     bind_tcp("tcp://127.0.0.1:0", *routers[:2])
     port = port_of(routers[0])
     assert port_of(routers[1]) == port + 1
@@ -369,6 +368,6 @@ def test_a_broker_listens_on_a_port_and_the_next(routers: list[Socket]) -> None:
         ("127.0.0.1:1", "is not of the form tcp://HOST:PORT"),
     ],
 )
-def test_an_address_that_a_broker_may_not_use_is_refused(routers: list[Socket], address: str, sentence: str) -> None:
+def test_an_address_that_a_broker_may_not_use_is_refused(routers: list[Listener], address: str, sentence: str) -> None:
     with pytest.raises(EndpointError, match=sentence):
         bind_tcp(address, *routers[:2])

@@ -14,9 +14,9 @@ import zmq
 
 from penstock.client.arrays import Forms, decode_outcome
 from penstock.client.calls import AGAIN, WAITING
-from penstock.client.connection import Connection
 from penstock.client.link import Link
 from penstock.wire.codec import pack, unpack
+from penstock.wire.connection import Connection
 from penstock.wire.endpoints import BrokerAddress, parse_broker
 from penstock.wire.events import FromBroker
 from penstock.wire.messages import (

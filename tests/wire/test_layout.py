@@ -28,7 +28,6 @@ OURS = {
     "deploy": set[str](),
 }
 LIBRARIES = {"msgpack", "numpy"}
-SERVER_ONLY = "wire/sockets.py"  # ZeroMQ as broker and workers use it
 
 
 def imports(package: str) -> Iterator[tuple[str, str]]:
@@ -78,13 +77,7 @@ def test_a_package_imports_only_those_below_it(package: str) -> None:
 @pytest.mark.parametrize("package", ["wire", "client"])
 def test_the_client_library_needs_two_libraries(package: str) -> None:
     allowed = LIBRARIES | {"penstock"} | sys.stdlib_module_names
-    found = [each for each in imports(package) if not each[0].startswith(f"{SERVER_ONLY}:")]
-    assert [each for each in found if each[1].split(".")[0] not in allowed] == []
-
-
-@pytest.mark.parametrize("package", ["wire", "client", "gateway"])
-def test_only_broker_and_worker_need_zeromq(package: str) -> None:
-    assert [each for each in imports(package) if each[1] == "penstock.wire.sockets"] == []
+    assert [each for each in imports(package) if each[1].split(".")[0] not in allowed] == []
 
 
 def test_a_broker_starts_without_numpy() -> None:

@@ -56,7 +56,6 @@ WITHOUT_LIMIT: Final = {
     "load/library.py: future.exception()": "it has ended",
     "worker/instances.py: todo.get()": "a compute thread waits for work, or for the word to end",
     "worker/ondevice.py: self._copies.wait()": "the batch that it is part of has max_compute",
-    "worker/process.py: self._context.term()": "its sockets linger for so long at most",
     "worker/trial.py: tried.wait()": "a timer kills it",
 }
 WITHOUT_BOUND: Final = {

@@ -61,9 +61,9 @@ frames = st.builds(lambda size, fill: bytes([fill]) * size, sizes, st.integers(0
 messages = st.lists(st.lists(frames, min_size=1, max_size=4), max_size=6)
 
 
-@given(messages, st.lists(st.integers(1, 70_000), max_size=40))
-def test_any_chunks_give_the_same_messages(sent: list[list[bytes]], chunks: list[int]) -> None:
-    peer = Zmtp("DEALER")
+@given(messages, st.lists(st.integers(1, 70_000), max_size=40), st.sampled_from([8192, 16_384, 65_536]))
+def test_any_chunks_give_the_same_messages(sent: list[list[bytes]], chunks: list[int], buffer_bytes: int) -> None:
+    peer = Zmtp("DEALER", buffer_bytes=buffer_bytes)
     data = HELLO + b"".join(map(joined, sent))
     assert feed(peer, data, chunks) == sent
     assert peer.ready
@@ -135,7 +135,47 @@ def test_commands_that_mean_nothing_here_are_passed_over() -> None:
     assert not peer.replies
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("ROUTER", b"DEALER"), ("XPUB", b"SUB"), ("XPUB", b"XSUB"), ("SUB", b"PUB"), ("SUB", b"XPUB")]
+)
+def test_each_kind_talks_to_its_own(ours: str, theirs: bytes) -> None:
+    peer = Zmtp(ours)
+    assert feed(peer, GREETING + ready(theirs) + b"\0\1a") == [[b"a"]]
+    assert peer.ready
+
+
+@pytest.mark.parametrize("ours", ["ROUTER", "XPUB"])
+@pytest.mark.parametrize("theirs", [b"REQ", b"ROUTER", b"PUB", b"PAIR", b""])
+def test_no_kind_talks_to_another(ours: str, theirs: bytes) -> None:
+    with pytest.raises(BadMessage, match=f"and {ours} talks to another"):
+        feed(Zmtp(ours), GREETING + ready(theirs))
+
+
+def test_a_peer_says_who_it_is() -> None:
+    peer = Zmtp("ROUTER")
+    feed(peer, Zmtp("DEALER", b"somebody").opening)
+    assert peer.peer == b"somebody"
+
+
+def test_a_subscription_may_be_a_command_between_the_frames_of_a_message() -> None:
+    peer = Zmtp("XPUB")
+    hello = GREETING + ready(b"SUB")
+    said = b"\1\1a" + command(b"SUBSCRIBE", b"topic") + command(b"CANCEL") + command(b"OTHER", b"x") + b"\0\1b"
+    assert feed(peer, hello + said, [1] * 500) == [[b"\1topic"], [b"\0"], [b"a", b"b"]]
+
+
 # --- what is refused ---
+
+
+def test_a_frame_has_its_limit_and_so_has_a_subscription() -> None:
+    for limit in (10, 300):
+        assert feed(Zmtp("ROUTER", frame_bytes_max=limit), GREETING + ready(b"DEALER") + joined([bytes(limit)]))
+        with pytest.raises(BadMessage, match=f"a frame has at most {limit} bytes"):
+            feed(Zmtp("ROUTER", frame_bytes_max=limit), GREETING + ready(b"DEALER") + joined([bytes(limit + 1)]))
+    hello = GREETING + ready(b"SUB")
+    assert feed(Zmtp("XPUB", frame_bytes_max=10), hello + command(b"SUBSCRIBE", bytes(9))) == [[b"\1" + bytes(9)]]
+    with pytest.raises(BadMessage, match="a subscription of 10 bytes; 9 are allowed"):
+        feed(Zmtp("XPUB", frame_bytes_max=10), hello + command(b"SUBSCRIBE", bytes(10)))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""One ZeroMQ connection without ZeroMQ's I/O thread: a non-blocking socket that whoever owns it reads and writes.
+"""ZeroMQ connections without ZeroMQ's I/O thread: non-blocking sockets that whoever owns them reads and writes.
 
-``wire/zmtp.py`` says what the bytes mean. A connection that breaks is made again, by ``connect`` once ``retry_at`` has
-come; what waited in it is not said to whoever listens there next.
+``wire/zmtp.py`` says what the bytes mean. ``Channel`` is what both ends have in common, ``Connection`` the end that
+connects (``wire/listener.py`` has the other): one that breaks is made again, by ``connect`` once ``retry_at`` has come;
+what waited in it is not said to whoever listens there next.
 """
 
 from __future__ import annotations
@@ -34,32 +35,126 @@ class Broken(Exception):
     """The connection has ended; the message says why."""
 
 
-class Connection:
-    """To the libzmq socket bound at ``endpoint``, as a socket of the kind ``kind``. Registers itself with ``epoll``.
+class Channel:
+    """A socket that speaks ZMTP, registered with an ``epoll``.
 
     ``fileno``: -1 while there is no socket. ``ready``: both ends have agreed, and can speak.
-    ``out_bytes``: so many wait for room. ``retry_at``: when to ``connect``, inf while there is a socket.
+    ``out_bytes``: so many wait for room.
     """
+
+    def __init__(self, epoll: select.epoll) -> None:
+        self.fileno = -1
+        self.ready = False
+        self.out_bytes = 0
+        self._epoll = epoll
+        self._socket: socket.socket | None = None
+        self._zmtp: Zmtp
+        self._watched = 0  # what epoll has been told to look for
+        self._out: deque[Payload] = deque()  # bounded by whoever sends
+
+    def send(self, frames: Sequence[Payload]) -> bool:
+        """Send one message, or have it wait for room. False: it is not ``ready``, and nobody will hear it."""
+        if not self.ready:
+            return False
+        pieces = zmtp.pack(frames)
+        if not self._out:
+            return self._write(pieces)
+        self._queue(pieces)
+        return True
+
+    def _write(self, pieces: Sequence[Payload]) -> bool:
+        """To the kernel what it takes, the rest into the queue. False: the connection is broken, which reading it will
+        tell."""
+        assert self._socket is not None
+        try:
+            if len(pieces) == 1:
+                sent = self._socket.send(pieces[0], socket.MSG_NOSIGNAL)
+            else:
+                sent = self._socket.sendmsg(pieces[:_PIECES_MAX], (), socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return False
+        if len(pieces) > 1 or sent < len(pieces[0]):
+            self._queue(_rest(pieces, sent))
+        return True
+
+    def _queue(self, pieces: Sequence[Payload]) -> None:
+        self._out.extend(pieces)
+        self.out_bytes += sum(map(len, pieces))
+        self._watch()
+
+    def _flush(self) -> None:
+        """Raises OSError."""
+        assert self._socket is not None
+        out = self._out
+        while out:
+            pieces = [out.popleft() for _ in range(min(len(out), _PIECES_MAX))]
+            try:
+                sent = self._socket.sendmsg(pieces, (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                sent = 0
+            self.out_bytes -= sent
+            rest = _rest(pieces, sent)
+            if rest:
+                out.extendleft(reversed(rest))
+                break
+        self._watch()
+
+    def _watch(self) -> None:
+        """Have epoll tell when there is room, if anything waits for that."""
+        wanted = select.EPOLLIN | select.EPOLLOUT if self._out else select.EPOLLIN
+        if wanted != self._watched:
+            self._watched = wanted
+            self._epoll.modify(self.fileno, wanted)
+
+    def _linger(self, until: float) -> None:
+        """Write what waits if the peer takes it in time."""
+        if self._socket is None or not self.ready:
+            return
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        left_s = max(0.0, until - time.monotonic())
+        try:
+            # The time is that of all: who takes a little now and then would hold this up as long as it likes.
+            while self._out and left_s >= 0 and poll.poll(left_s * 1000):
+                self._flush()
+                left_s = until - time.monotonic()
+        except OSError:
+            pass  # the peer has gone
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()  # the kernel takes it out of epoll
+        self._socket, self.fileno = None, -1
+        self.ready = False
+        self._out.clear()
+        self.out_bytes = 0
+
+    def _forget(self) -> None:
+        """What waits will not be heard."""
+        self._out.clear()
+        self.out_bytes = 0
+        self._watch()
+
+
+class Connection(Channel):
+    """To the socket bound at ``endpoint``, as one of the kind ``kind``. ``retry_at``: when to ``connect``, inf while
+    there is a socket."""
 
     def __init__(
         self, epoll: select.epoll, endpoint: str, kind: str, identity: bytes = b"", first: Sequence[Payload] = ()
     ) -> None:
         """``first``: what is said whenever the connection has been made. Raises EndpointError for an endpoint that can
         be none."""
+        super().__init__(epoll)
         self.endpoint = endpoint
-        self.fileno = -1
-        self.ready = False
         self.retry_at = 0.0
-        self._epoll = epoll
         self._path, self._host, self._port = _parse(endpoint)
         self._kind, self._identity, self._first = kind, identity, first
         self._retry_s = _RETRY_S
         self._attempts = 0
-        self._socket: socket.socket | None = None
         self._connecting = False
-        self._watched = 0  # what epoll has been told to look for
-        self._out: deque[Payload] = deque()  # bounded by whoever sends, who asks whether it is ``full``
-        self.out_bytes = 0
         self._received = 0  # bytes that ``glance`` has received, and that have not been taken in
 
     @property
@@ -112,16 +207,6 @@ class Connection:
         opening = self._zmtp.opening
         if self._socket.send(opening, socket.MSG_NOSIGNAL) < len(opening):
             raise OSError(errno.EIO, "a new connection takes fewer bytes than a greeting")
-
-    def send(self, frames: Sequence[Payload]) -> bool:
-        """Send one message, or have it wait for room. False: it is not ``ready``, and nobody will hear it."""
-        if not self.ready:
-            return False
-        pieces = zmtp.pack(frames)
-        if not self._out:
-            return self._write(pieces)
-        self._queue(pieces)
-        return True
 
     def send_small(self, frame: bytes) -> bool:
         """As ``send`` for a message of one small frame, at half the cost."""
@@ -206,77 +291,18 @@ class Connection:
 
     def close(self, linger_s: float = 0.0) -> None:
         """Close for good; what was sent is still written if the peer takes it within the time."""
-        if self._socket is not None and self.ready:
-            poll = select.poll()
-            poll.register(self._socket, select.POLLOUT)
-            until, left_s = time.monotonic() + linger_s, linger_s
-            try:
-                # The time is that of all: who takes a little now and then would hold this up as long as it likes.
-                while self._out and left_s >= 0 and poll.poll(left_s * 1000):
-                    self._flush()
-                    left_s = until - time.monotonic()
-            except OSError:
-                pass  # the peer has gone
+        self._linger(time.monotonic() + linger_s)
         self._drop()
         self.retry_at = _NEVER
-
-    def _write(self, pieces: Sequence[Payload]) -> bool:
-        """To the kernel what it takes, the rest into the queue. False: the connection is broken, which ``handle`` will
-        find."""
-        assert self._socket is not None
-        try:
-            if len(pieces) == 1:
-                sent = self._socket.send(pieces[0], socket.MSG_NOSIGNAL)
-            else:
-                sent = self._socket.sendmsg(pieces[:_PIECES_MAX], (), socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            return False
-        if len(pieces) > 1 or sent < len(pieces[0]):
-            self._queue(_rest(pieces, sent))
-        return True
-
-    def _queue(self, pieces: Sequence[Payload]) -> None:
-        self._out.extend(pieces)
-        self.out_bytes += sum(map(len, pieces))
-        self._watch()
-
-    def _flush(self) -> None:
-        """Raises OSError."""
-        assert self._socket is not None
-        out = self._out
-        while out:
-            pieces = [out.popleft() for _ in range(min(len(out), _PIECES_MAX))]
-            try:
-                sent = self._socket.sendmsg(pieces, (), socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                sent = 0
-            self.out_bytes -= sent
-            rest = _rest(pieces, sent)
-            if rest:
-                out.extendleft(reversed(rest))
-                break
-        self._watch()
-
-    def _watch(self) -> None:
-        """Have epoll tell when there is room, if anything waits for that."""
-        wanted = select.EPOLLIN | select.EPOLLOUT if self._out else select.EPOLLIN
-        if wanted != self._watched:
-            self._watched = wanted
-            self._epoll.modify(self.fileno, wanted)
 
     def _retry(self, now: float) -> None:
         self.retry_at = now + self._retry_s
         self._retry_s = min(2 * self._retry_s, _RETRY_MAX_S)
 
     def _drop(self) -> None:
-        if self._socket is not None:
-            self._socket.close()  # the kernel takes it out of epoll
-        self._socket, self.fileno = None, -1
-        self.ready = self._connecting = False
-        self._out.clear()
-        self.out_bytes = self._received = 0
+        super()._drop()
+        self._connecting = False
+        self._received = 0
 
 
 def _parse(endpoint: str) -> tuple[str, str, int]:

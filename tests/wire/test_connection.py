@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import zmq
 
-from penstock.client import connection as module
-from penstock.client.connection import Broken, Connection
+from penstock.wire import connection as module
+from penstock.wire.connection import Broken, Connection
 from penstock.wire.endpoints import EndpointError
 from penstock.wire.errors import BadMessage
 from penstock.wire.zmtp import subscription
