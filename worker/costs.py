@@ -5,12 +5,19 @@ sizes, and straight lines between. The *pace* is the moment's: how many times as
 now, since another process has half of the core, or the clocks are down. It is the same for all sizes. So what is known
 of a size that does not run just now keeps up with those that do; else a size that was given up because it was slow once
 would stay slow for ever, as nothing would measure it again.
+
+Of one size alone nobody can tell which of the two has changed, so then it is the pace. The curve is bent only where
+two batches of different sizes follow each other, at one pace: both sizes by as much, one up and the other down, as
+chess players' ratings are after a game (Elo, The Rating of Chessplayers, 1978). So however many batches there are, the
+curve as a whole goes nowhere, and sizes that have not run for a million batches are where they were beside the others.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from math import exp, log
+from operator import le
 from typing import Final
 
 from penstock.wire.messages import MAX_TIMEOUT_US
@@ -18,9 +25,9 @@ from penstock.wire.messages import MAX_TIMEOUT_US
 # Of a ratio's difference, in each batch. With a median of three before it, a change is followed to nine tenths within
 # eight batches, and one batch that others held up for a moment changes nothing.
 _PACE_GAIN: Final = 0.3
-_KNOWN: Final = 15  # batches; what a size takes beside others is their mean, then later ones count for more
-_CURVE_GAIN: Final = 1 / (1 + _KNOWN)
-_RATIO_MAX: Final = 1.5  # what one batch may say at most of a size that is known
+_KNOWN: Final = 31.0  # batches; what a size takes beside others is their mean, then later ones count for more
+_UNKNOWN: Final = 1e-9  # the weight of what is only thought of a size
+_MORE_MAX: Final = log(1.5)  # what one batch may say at most of a size that is known
 _WARM_UP_WEIGHT: Final = 8.0  # batches that one run at warm-up counts for: nothing else ran then
 _TOLD: Final = 0.1  # a time that has changed by a larger share is told anew
 _STALE_S: Final = 1.0  # what was learned longer ago, or longer than
@@ -41,7 +48,7 @@ class Curve:
     run as the next of these sizes; otherwise the time of those between lies between.
     """
 
-    __slots__ = ("_before", "_learned", "_padded", "_places", "_seconds", "_told", "_weights", "pace", "sizes")
+    __slots__ = ("_last", "_learned", "_padded", "_places", "_ratios", "_seconds", "_told", "_weights", "pace", "sizes")
 
     def __init__(self, sizes: Sequence[int], padded: bool = False) -> None:
         self.sizes = tuple(sizes)
@@ -50,7 +57,8 @@ class Curve:
         self._places = [self._place(rows) for rows in range(self.sizes[-1] + 1)]
         self._seconds: list[float] = []  # of each size at pace 1; none: nothing is known
         self._weights = [0.0] * len(self.sizes)  # batches that said so
-        self._before = (1.0, 1.0)  # the last two ratios of what a batch took to what the curve says
+        self._ratios = (1.0, 1.0)  # of what the last two batches took to what the curve says
+        self._last = (0, 0.0)  # the rows and seconds of the last batch
         self._learned = float("-inf")  # when the last batch ended
         self._told: list[float] = []
 
@@ -63,47 +71,44 @@ class Curve:
     def learn(self, rows: int, seconds: float, now: float) -> None:
         """A batch of so many rows has run for so long, and ended ``now``."""
         self._learned = now
-        times, weights = self._seconds, self._weights
-        above, part = self._places[rows]
-        if not times:
-            self._adopt(above, max(seconds, _SECONDS_MIN), 1.0)
+        seconds = max(seconds, _SECONDS_MIN)
+        before, self._last = self._last, (rows, seconds)
+        if not self._seconds:
+            self._adopt(self._places[rows][0], seconds, 1.0)
             return
-        below, rest = above - 1, 1.0 - part
-        expected, known = times[above], weights[above]
-        if rest:
-            expected = times[below] * rest + expected * part
-            known = weights[below] * rest + known * part
-        ratio = (seconds if seconds > _SECONDS_MIN else _SECONDS_MIN) / expected
-        if known >= 1.0:
-            one, other = self._before
-            self._before = other, ratio
-            if one > other:
-                one, other = other, one
-            middle = one if ratio < one else other if ratio > other else ratio
-            self.pace += (middle - self.pace) * _PACE_GAIN
-            ratio /= middle  # and not by the pace, which is behind while it changes
-            if ratio > _RATIO_MAX:
-                ratio = _RATIO_MAX
-            elif ratio < 1 / _RATIO_MAX:
-                ratio = 1 / _RATIO_MAX
-        else:
-            ratio /= self.pace
-        self._bend(above, part, ratio)
-        if rest:
-            self._bend(below, rest, ratio)
-            self._straighten(below, above)
-        else:
-            self._straighten(above, above)
+        ratio = seconds / self._expected(rows)
+        if not self._is_known(rows):
+            self._bend(rows, log(ratio / self.pace))
+            self._straighten()
+            return
+        one, other = self._ratios
+        self._ratios = other, ratio
+        if one > other:
+            one, other = other, one
+        middle = one if ratio < one else other if ratio > other else ratio
+        self.pace += (middle - self.pace) * _PACE_GAIN
+        if before[0] not in (rows, 0):
+            more = log(ratio / (before[1] / self._expected(before[0])))
+            more = min(max(more, -_MORE_MAX), _MORE_MAX)
+            self._bend(rows, more)
+            self._bend(before[0], -more)
+            self._straighten()
 
     def seconds(self, rows: int) -> float:
         """What a batch of so many rows is expected to take; 0.0 while nothing is known."""
+        return self._expected(rows) * self.pace if self._seconds else 0.0
+
+    def _expected(self, rows: int) -> float:
+        """What the curve says."""
         times = self._seconds
-        if not times:
-            return 0.0
         above, part = self._places[rows]
-        if part == 1.0:
-            return times[above] * self.pace
-        return (times[above - 1] * (1.0 - part) + times[above] * part) * self.pace
+        return times[above] if part == 1.0 else times[above - 1] * (1.0 - part) + times[above] * part
+
+    def _is_known(self, rows: int) -> bool:
+        """Whether a batch of about so many rows has run."""
+        weights = self._weights
+        above, part = self._places[rows]
+        return (weights[above] if part == 1.0 else weights[above - 1] * (1.0 - part) + weights[above] * part) >= 1.0
 
     def reliable(self, rows: int, now: float) -> float:
         """As ``seconds``, but 0.0 when that has not been measured lately. A request is given up on the strength of it,
@@ -166,12 +171,14 @@ class Curve:
         below = sizes[above - 1]
         return above, (rows - below) / (sizes[above] - below)
 
-    def _bend(self, at: int, part: float, ratio: float) -> None:
-        """A batch of which this size was a part took ``ratio`` times what was expected."""
-        weight = self._weights[at]
-        gain = _CURVE_GAIN if weight > _KNOWN else 1.0 / (1.0 + weight)
-        self._seconds[at] *= 1.0 + gain * part * (ratio - 1.0)
-        self._weights[at] = weight + part
+    def _bend(self, rows: int, more: float) -> None:
+        """A batch of so many rows took exp(``more``) times what was expected beside another."""
+        above, part = self._places[rows]
+        for at, share in ((above, part), (above - 1, 1.0 - part)):
+            if share:
+                weight = self._weights[at]
+                self._seconds[at] *= exp(share * more / (1.0 + weight))
+                self._weights[at] = min(weight + share, _KNOWN)
 
     def _adopt(self, at: int, seconds: float, weight: float) -> None:
         """A size about which nothing is known. Of others of which nothing is known either this says as much as can be
@@ -184,17 +191,21 @@ class Curve:
         for larger in range(at + 1, len(sizes)):
             if not self._weights[larger]:
                 times[larger] = seconds * sizes[larger] / sizes[at]
-        self._straighten(at, at)
+        self._straighten()
 
-    def _straighten(self, low: int, high: int) -> None:
-        """These sizes have changed; those that would contradict them follow."""
+    def _straighten(self) -> None:
+        """Sizes that contradict each other take their mean, by what is known of each: the pool-adjacent-violators
+        algorithm (Barlow et al., Statistical Inference under Order Restrictions, 1972). Whichever way they went, were
+        the others to follow one of them, the curve would."""
         times = self._seconds
-        if times[low] > times[high]:
-            times[low] = times[high]
-        while low and times[low - 1] > times[low]:
-            times[low - 1] = times[low]
-            low -= 1
-        high += 1
-        while high < len(times) and times[high] < times[high - 1]:
-            times[high] = times[high - 1]
-            high += 1
+        if all(map(le, times, times[1:])):
+            return
+        pools: list[tuple[float, float, int]] = []  # seconds, weight, and so many sizes
+        for seconds, weight in zip(times, self._weights, strict=True):
+            weight, count = weight + _UNKNOWN, 1
+            while pools and pools[-1][0] > seconds:
+                other, known, more = pools.pop()
+                seconds = exp((log(seconds) * weight + log(other) * known) / (weight + known))
+                weight, count = weight + known, count + more
+            pools.append((seconds, weight, count))
+        times[:] = [seconds for seconds, _, count in pools for _ in range(count)]

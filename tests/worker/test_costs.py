@@ -127,6 +127,53 @@ def test_curve_that_was_wrong_is_bent(rows: int) -> None:
     assert curve.seconds(rows) == pytest.approx(linear(rows), rel=0.1)
 
 
+def test_of_one_size_alone_nothing_is_said_of_others() -> None:
+    """Else noise bends the curve, and the pace follows: after ten thousand batches of 32 rows one row was thought to
+    take a thousandth, and the first that ran had 32 rows thought to take a thousand times as long."""
+    curve, chance = warm(), random.Random(1)
+    curve.learn(1, linear(1), 1.0)
+    for _ in range(10_000):
+        curve.learn(32, linear(32) * chance.lognormvariate(0.0, 0.2), 1.0)
+    assert curve.seconds(1) / curve.seconds(32) == pytest.approx(linear(1) / linear(32), rel=0.05)
+
+
+NOISE: dict[str, Callable[[random.Random], float]] = {
+    "as much up as down": lambda chance: chance.lognormvariate(0.0, 0.3),
+    "some are held up": lambda chance: 20.0 if chance.random() < 0.05 else 1.0,
+    "many are held up": lambda chance: 5.0 if chance.random() < 0.3 else 1.0,
+}
+MIXES: dict[str, Callable[[int, random.Random], int]] = {
+    "small ones": lambda at, chance: chance.randint(1, 8),
+    "small and full ones in turn": lambda at, chance: 1 if at // 50 % 2 else 32,
+    "sizes between": lambda at, chance: 3 if at // 5 % 2 else 7,
+    "a few full ones": lambda at, chance: 32 if at % 3 == 0 else 1,
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("noise", NOISE)
+def test_curve_goes_nowhere_however_many_batches_run(mix: str, noise: str) -> None:
+    curve, chance = warm(), random.Random(1)
+    for at in range(20_000):
+        rows = MIXES[mix](at, chance)
+        curve.learn(rows, linear(rows) * NOISE[noise](chance), 1.0)
+        if at % 500 == 0:
+            beside = [curve.seconds(size) / linear(size) for size in SIZES]
+            assert max(beside) < 1.6 * min(beside)
+            assert 0.3 < curve.pace < 6.0
+    curve.validate()
+
+
+def test_sizes_that_contradict_each_other_take_their_mean() -> None:
+    """Were one to follow the other, all would go where noise goes."""
+    curve = warm(lambda rows: MS, [1, 2])
+    run(curve, 2, MS)
+    run(curve, 1, 1.4 * MS)
+    assert curve.seconds(1) == curve.seconds(2) == pytest.approx(MS)
+    run(curve, 2, 2 * MS)
+    assert curve.seconds(1) < curve.seconds(2)
+
+
 def test_noise_is_smoothed() -> None:
     curve, chance = warm(), random.Random(1)
     seen = []
