@@ -137,11 +137,10 @@ class Caller:
         """Take a request, which ``flush`` sends. Returns its id. Raises PenstockError when too many are under way."""
         if len(self.calls) >= self.identity.calls_max:
             raise PenstockError(OVERLOADED, f"{len(self.calls)} requests of this process are under way", 1.0)
-        self._last_id += 1
-        call = Call(self._last_id, form, payload, timeout_s, now + timeout_s, sink)
-        self.calls[call.id] = call
+        self._last_id = number = self._last_id + 1
+        self.calls[number] = call = Call(number, form, payload, timeout_s, now + timeout_s, sink)
         self._waiting.append(call)
-        return call.id
+        return number
 
     def begin(
         self, form: Form, payload: Payload, timeout_s: float, sink: Sink, now: float
@@ -193,7 +192,8 @@ class Caller:
         self._held.pop(held, None)
         if self.membership.joined:  # else the worker publishes it again, which is then acknowledged
             self._acks.append(held)
-            self._acknowledge_at = min(self._acknowledge_at, now + _ACKNOWLEDGE_S)
+            if now + _ACKNOWLEDGE_S < self._acknowledge_at:
+                self._acknowledge_at = now + _ACKNOWLEDGE_S
 
     def close(self) -> None:
         """Nothing more is heard. Results that are still read stay where they are until they are not."""
@@ -401,25 +401,25 @@ class Caller:
         arena = self._arenas.get(message.worker)
         if arena is None:
             return  # its worker has gone, or comes anew: then it is heard, and publishes again, once its arena is here
-        for number, place in zip(group.ids, group.places, strict=True):
-            call = self.calls.get(number)
+        calls, held, commands = self.calls, self._held, self._commands
+        _, nbytes, body, queue_us, ids, places, held_us = group
+        batch, worker = message.batch, message.worker
+        for number, place in zip(ids, places, strict=True):
+            call = calls.get(number)
             if call is None or call.state == WAITING:
-                if number not in self._held:
+                if number not in held:
                     acks.append(number)
                 continue
             try:
-                payload = arena.view(place, group.nbytes)
+                payload = arena.view(place, nbytes)
             except BadMessage as error:
                 acks.append(number)
                 self._fail(number, PenstockError(INTERNAL, f"a worker's answer does not lie where it says: {error}"))
                 continue
-            del self.calls[number]
+            del calls[number]
             call.move("end")
-            self._held[number] = message.worker
-            times = group.queue_us, group.held_us
-            self._commands.append(
-                Complete(call.sink, group.body, payload, message.batch, *times, message.worker, number)
-            )
+            held[number] = worker
+            commands.append(Complete(call.sink, body, payload, batch, queue_us, held_us, worker, number))
 
     def _failures(self, ids: Sequence[int], body: bytes) -> None:
         try:

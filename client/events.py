@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from penstock.wire.errors import PenstockError
 from penstock.wire.events import ArenaCame, BrokerFound, BrokerLost, FromBroker, Garbage, Log, Say, Tick
@@ -22,7 +22,8 @@ class FromWorker:
     message: Results
 
 
-class Complete(NamedTuple):
+@dataclass(slots=True)
+class Complete:
     """A request has its result: a packed Outcome, and the tensors' bytes that it describes.
 
     ``held``: where it is not 0, these lie in the worker's memory, and stay there until ``Caller.release(held)``.

@@ -186,7 +186,6 @@ class Short:
         call = self._caller.finish(number, time.monotonic())
         if call is None:
             return False
-        # tuple.__new__: a NamedTuple's own is a call of a Python function.
-        answer = (call.sink, body, blob, tuple.__new__(Batch, batch), queue_us, held_us, worker, 0)
-        call.sink.complete(tuple.__new__(Complete, answer))
+        ran = tuple.__new__(Batch, batch)  # a NamedTuple's own is a call of a Python function
+        call.sink.complete(Complete(call.sink, body, blob, ran, queue_us, held_us, worker))
         return True

@@ -63,6 +63,8 @@ _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot d
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = f"Accept-Encoding: {', '.join(ENCODINGS)}\r\n".encode()
 _JOIN_MAX_BYTES: Final = 64 * 1024  # a larger payload is written behind the head instead of being copied
+# One that lies in its worker's memory, where it has to be given back once it has left: that costs as much as a copy.
+_COPIED_MAX_BYTES: Final = 16 * 1024
 _ASIDE_MIN_BYTES: Final = 128 * 1024  # what is larger is compressed and expanded on a thread
 _EXPANDING_MAX: Final = 2  # bodies at a time: each takes a processor's time, and up to body_bytes_max of memory
 
@@ -362,19 +364,18 @@ class Application:
                 self.large.read(exchange, target, parse, body)
                 return
             query, payload = parse(target, body)
-            if query.form.nbytes >= PLACED_MIN_BYTES and type(payload) is Unread:  # it is not here for the cache
+            placed = query.form.nbytes >= PLACED_MIN_BYTES
+            if placed and type(payload) is Unread:  # it is not here for the cache
                 self.large.start(exchange, target, query, payload)
                 return
             if query.spec.build and self.cache is not None and self.cache.take(exchange, target, query, payload, body):
                 return
             inference = self.inference(self, exchange, query)
-            if query.form.nbytes >= PLACED_MIN_BYTES:
-                placed = exchange.place(payload)
-                if placed is None:
-                    self._wait_for_room(exchange, target, inference, payload)
-                    return
-                payload = placed
-            inference.start(payload)
+            there = exchange.place(payload) if placed else payload
+            if there is None:
+                self._wait_for_room(exchange, target, inference, payload)
+                return
+            inference.start(there)
         except PenstockError as error:
             self.count_failure(target, error.code)
             raise
@@ -428,7 +429,7 @@ class Application:
                 self._send(exchange, wrap(write(answer.body, answer.payload), 0, begin, False), b"")
             else:
                 head, tail = render(answer.body, answer.payload, query.style, query.id, begin, parameters)
-                if answer.held and tail is answer.payload:
+                if answer.held and tail is answer.payload and len(tail) > _COPIED_MAX_BYTES:
                     self.count(200)
                     exchange.send(200, head, tail, partial(self.release, answer.held))
                     return

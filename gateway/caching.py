@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -199,7 +200,7 @@ class ResponseCache:
             self.application.release(answer.held)
         for asker in waiting:
             asker.end()
-            asker.inference.complete(answer._replace(payload=copy, held=0), _WAIT)
+            asker.inference.complete(replace(answer, payload=copy, held=0), _WAIT)
         if not trip.over:
             self.next(trip)  # others may have asked for just this version, and the broker has given another one's
 

@@ -279,6 +279,29 @@ class Connection(asyncio.BufferedProtocol):
     """``deadline``: when it is to be ended if nothing happens, in the loop's time; infinite while a request is
     answered."""
 
+    __slots__ = (
+        "_began",
+        "_encrypts",
+        "_exchanges",
+        "_fileno",
+        "_full",
+        "_held",
+        "_http",
+        "_last",
+        "_lingering",
+        "_phase",
+        "_reader",
+        "_reading_paused",
+        "_rest",
+        "_stream",
+        "_transport",
+        "_unsent",
+        "_wait",
+        "_writing_paused",
+        "deadline",
+        "slots",
+    )
+
     def __init__(self, http: Http) -> None:
         self.deadline = float("inf")
         self._http = http
@@ -418,16 +441,18 @@ class Connection(asyncio.BufferedProtocol):
     # --- requests ---
 
     def _take_requests(self) -> None:
-        requests, self._reader.requests, self._held = self._held + self._reader.requests, [], []
-        http = self._http
+        http, reader = self._http, self._reader
+        requests, reader.requests = reader.requests, []
+        if self._held:
+            requests, self._held = self._held + requests, []
         for at, request in enumerate(requests):
-            if self._writing_paused and not self._last:
-                # One read may bring thousands, and each answer may be a thousand times as large.
-                self._held = requests[at:]
-                break
             if self._last:
                 http.budget.release(request)
                 continue
+            if self._writing_paused:
+                # One read may bring thousands, and each answer may be a thousand times as large.
+                self._held = requests[at:]
+                break
             exchange = Exchange(self, request, self._began)
             self._began = 0.0
             self._exchanges.append(exchange)
@@ -550,13 +575,14 @@ class Connection(asyncio.BufferedProtocol):
             first = exchanges[0]
             budget.release(first.request)
             head, tail = first.request.head, first._tail
-            if head.method == b"HEAD":
-                response, tail = response[: response.index(b"\r\n\r\n") + 4], b""
             last = self._last and len(exchanges) == 1
             if head.lines:
                 response = _with_lines(response, head.lines)
-            if last or head.http10:
-                response = _with_connection(response, b"close" if last else b"keep-alive")
+            if last or not head.usual:
+                if head.method == b"HEAD":
+                    response, tail = response[: response.index(b"\r\n\r\n") + 4], b""
+                if last or head.http10:
+                    response = _with_connection(response, b"close" if last else b"keep-alive")
             if len(tail) > PIECE_BYTES:
                 self._rest = memoryview(tail)
                 self._hold(len(tail))
@@ -579,7 +605,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._reading_paused and len(exchanges) < self._http.options.pipelined_max:
             self._resume_reading()
         if not exchanges and not self._writing_paused:
-            self._set_deadline()
+            if self._phase is IDLE:
+                self.deadline = self._http.idle_until
+            else:
+                self._set_deadline()
             if self._reader.wants_continue:
                 self._enter(self._reader.phase)
 

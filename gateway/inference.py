@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -45,7 +46,8 @@ ONLY_JOBS_CALL: Final = "a callback_url is for requests with the header 'Prefer:
 Write: TypeAlias = Callable[[bytes, Payload], bytes]
 
 
-class Query(NamedTuple):
+@dataclass(slots=True)  # whose attributes are read in a third of the time that a NamedTuple's take
+class Query:
     """What a request's JSON says: everything but its tensors. ``timeout_s``: 0 where it names none. ``explain``: the
     answer is to say where its time went.
 
@@ -496,7 +498,8 @@ class _Output(NamedTuple):
     nbytes: int
 
 
-class _Head(NamedTuple):
+@dataclass(slots=True)
+class _Head:
     """What answers of one shape and style have in common. ``start``: JSON up to the outputs, without an id or
     parameters."""
 

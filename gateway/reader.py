@@ -15,7 +15,7 @@ import httptools
 
 from penstock.gateway.options import GatewayOptions
 from penstock.gateway.waits import too_large
-from penstock.wire.slots import Slot, Slots, padded
+from penstock.wire.slots import PLACED_MIN_BYTES, Slot, Slots, padded
 from penstock.wire.tensors import Buffer
 
 IDLE: Final = "idle"  # between requests
@@ -91,10 +91,12 @@ class HttpError(Exception):
 
 class Head:
     """All of a request before its body. ``headers``: those that are known here, by lower-case name. ``length``: bytes
-    of the body, -1 when it came in chunks. ``target`` is for the application to remember what it made of it, ``lines``
-    for what every answer to it has among its headers."""
+    of the body, -1 when it came in chunks. ``usual``: its answer has a body, and says nothing of the connection.
+    ``lead``: of a head that is remembered, how many bytes lie before the first tensor, where the tensors are worth a
+    slot; else 0. ``target`` is for the application to remember what it made of it, ``lines`` for what every answer to
+    it has among its headers."""
 
-    __slots__ = ("headers", "http10", "keep_alive", "length", "lines", "method", "target", "url")
+    __slots__ = ("headers", "http10", "keep_alive", "lead", "length", "lines", "method", "target", "url", "usual")
 
     def __init__(
         self, method: bytes, url: bytes, headers: dict[str, bytes], length: int, keep_alive: bool, http10: bool
@@ -105,6 +107,8 @@ class Head:
         self.length = length
         self.keep_alive = keep_alive
         self.http10 = http10
+        self.usual = method != b"HEAD" and not http10
+        self.lead = 0
         self.target: Any = None
         self.lines = b""
 
@@ -161,6 +165,32 @@ class Reader:
     phase is FULL, and ``wanted`` the slot that ``place`` needs: its bytes, and how many of them lie before the tensors.
     """
 
+    __slots__ = (
+        "_body",
+        "_budget",
+        "_charged",
+        "_head",
+        "_head_bytes",
+        "_header_count",
+        "_heads",
+        "_hidden_bytes",
+        "_options",
+        "_parser",
+        "_slot",
+        "_slots",
+        "_url",
+        "_whole",
+        "body_left",
+        "direct",
+        "error",
+        "expects_large",
+        "headers",
+        "phase",
+        "requests",
+        "wanted",
+        "wants_continue",
+    )
+
     def __init__(
         self,
         options: GatewayOptions,
@@ -195,24 +225,32 @@ class Reader:
 
     def feed(self, data: memoryview) -> None:
         """Take in bytes. ``data`` is not kept."""
-        if self.phase is not IDLE or len(data) > _KNOWN_READ_BYTES_MAX:
+        size = len(data)
+        if self.phase is not IDLE or size > _KNOWN_READ_BYTES_MAX:
             if self.phase is not BROKEN:
                 self._parse(data)
             return
-        raw = bytes(data)
-        end = raw.find(b"\r\n\r\n") + 4
-        key = raw[:end]
+        start = bytes(data if size <= _HEAD_BYTES_MAX else data[:_HEAD_BYTES_MAX])
+        end = start.find(b"\r\n\r\n") + 4
+        key = start[:end]
         head = self._heads.get(key)
         if head is not None:
-            if len(raw) == end + head.length and self._budget.take(head.length):
-                self.requests.append(Request(head, raw[end:], head.length))
+            length = head.length
+            if size == end + length and self._budget.take(length):
+                slots = self._slots() if head.lead else None
+                slot = None if slots is None else slots.take(length, head.lead)
+                if slot is None:  # or there is no room at present, for which its request will wait
+                    self.requests.append(Request(head, bytes(data[end:]), length))
+                else:
+                    slot.view[:] = data[end:]
+                    self.requests.append(Request(head, slot.view, length, slot))
                 return
-            if end + head.length - len(raw) >= _DIRECT_MIN_BYTES:
-                self._begin(head, raw[end:])
+            if end + length - size >= _DIRECT_MIN_BYTES:
+                self._begin(head, bytes(data[end:]))
                 return
-        self._parse(raw)
-        if key[:1].isupper() and end <= _HEAD_BYTES_MAX:
-            self._remember(key, len(raw) - end)
+        self._parse(data)
+        if key[:1].isupper():
+            self._remember(key, size - end)
 
     def _remember(self, key: bytes, rest: int) -> None:
         """After a read that began with ``key``, with so many bytes behind it: only where that was one request, whole or
@@ -230,6 +268,8 @@ class Reader:
         if head.keep_alive and rest == head.length:
             if len(self._heads) >= _HEADS_MAX:
                 self._heads.clear()
+            lead = _lead(head.headers)
+            head.lead = lead if head.length - lead >= PLACED_MIN_BYTES else 0
             self._heads[key] = head
 
     def _begin(self, head: Head, start: bytes) -> None:

@@ -1336,7 +1336,10 @@ def acknowledged(desk: Desk) -> list[int]:
 
 
 @pytest.mark.parametrize("identifier", ["", "mine"])
-def test_a_binary_answer_is_sent_from_where_it_lies_and_acknowledged_afterwards(sharing: Desk, identifier: str) -> None:
+def test_a_binary_answer_is_sent_from_where_it_lies_and_acknowledged_afterwards(
+    sharing: Desk, identifier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(application, "_COPIED_MAX_BYTES", len(Y) - 1)
     exchange = sharing.infer({**BINARY, "id": identifier} if identifier else BINARY)
     assert acknowledged(sharing) == []
     place(sharing, 1)
@@ -1347,6 +1350,18 @@ def test_a_binary_answer_is_sent_from_where_it_lies_and_acknowledged_afterwards(
     assert acknowledged(sharing) == []
     assert exchange._sent is not None
     exchange._sent()
+    assert acknowledged(sharing) == [1, 1]
+
+
+def test_a_binary_answer_of_few_bytes_is_copied_and_acknowledged_at_once(
+    sharing: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(application, "_COPIED_MAX_BYTES", len(Y))
+    exchange = sharing.infer(BINARY)
+    assert acknowledged(sharing) == []
+    place(sharing, 1)
+    assert exchange.response.endswith(Y)
+    assert exchange._sent is None
     assert acknowledged(sharing) == [1, 1]
 
 

@@ -838,3 +838,52 @@ def test_each_request_of_a_connection_has_its_own_slot(slots: Slots) -> None:
     assert [bytes(request.body[:1]) for request in said.requests] == [b"a", b"b"]
     for request in said.requests:
         said.budget.release(request)
+
+
+# --- bodies that come with their heads
+
+
+def small(lead: int, length: int) -> bytes:
+    about = b"Content-Length: %d" % length, b"Inference-Header-Content-Length: %d" % lead
+    return head(b"POST /v2/models/m/infer HTTP/1.1", b"Host: here", *about)
+
+
+@pytest.mark.parametrize("lead", [1, 100, 150])
+def test_tensors_that_come_with_a_known_head_go_where_workers_read(slots: Slots, lead: int) -> None:
+    length = lead + 4096
+    said = Conversation(slots=slots).hear(small(lead, length) + b"a" * length)
+    for letter in b"bc":
+        said.hear(small(lead, length) + bytes([letter]) * length)
+    assert said.bodies == [bytes([letter]) * length for letter in b"abc"]
+    slotted = [request.slot for request in said.requests]
+    assert slotted[0] is None, "it is known once it has been read"
+    for request in said.requests[1:]:
+        assert request.slot is not None
+        assert (request.slot.place + lead) % 64 == 0, "the first tensor is aligned"
+        assert request.charged == length
+    for request in said.requests:
+        said.budget.release(request)
+
+
+@pytest.mark.parametrize(("lead", "length", "placed"), [(100, 2147, False), (100, 2148, True), (4096, 4096, False)])
+def test_what_is_not_worth_a_slot_has_none(slots: Slots, lead: int, length: int, placed: bool) -> None:
+    said = Conversation(slots=slots)
+    for _ in range(2):
+        said.hear(small(lead, length) + b"a" * length)
+    assert said.bodies == [b"a" * length] * 2
+    assert (said.requests[1].slot is not None) == placed
+    for request in said.requests:
+        said.budget.release(request)
+
+
+def test_while_there_is_no_room_a_body_that_has_come_is_kept(slots: Slots) -> None:
+    said = Conversation(slots=slots).hear(small(100, 4196) + b"a" * 4196)
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    said.hear(small(100, 4196) + b"b" * 4196)
+    whole.give_back()
+    said.hear(small(100, 4196) + b"c" * 4196)
+    assert [request.slot is not None for request in said.requests] == [False, False, True]
+    assert said.bodies == [b"a" * 4196, b"b" * 4196, b"c" * 4196]
+    for request in said.requests:
+        said.budget.release(request)

@@ -45,15 +45,20 @@ def runs_of(slots: dict[int, int], size: int) -> list[int]:
     return [gap for gap in gaps if gap]
 
 
-def check_bounds(allocator: Allocator, slots: dict[int, int]) -> None:
-    """What the module promises, given the slots and what was asked for each."""
+def check_sums(allocator: Allocator, slots: dict[int, int]) -> None:
+    """What holds at any time, given the slots and what was asked for each."""
     allocator.validate()
-    runs = runs_of(slots, allocator.size)
-    longest = max(runs, default=0)
     assert allocator.slots == len(slots)
     assert allocator.used == sum(map(padded, slots.values()))
     assert allocator.used - sum(slots.values()) <= 63 * len(slots)
-    assert allocator.free == allocator.size - allocator.used == sum(runs)
+    assert allocator.free == allocator.size - allocator.used == sum(runs_of(slots, allocator.size))
+
+
+def check_bounds(allocator: Allocator, slots: dict[int, int]) -> None:
+    """All that the module promises. To ask for ``largest`` ends what is kept."""
+    check_sums(allocator, slots)
+    runs = runs_of(slots, allocator.size)
+    longest = max(runs, default=0)
     assert class_begin(longest) <= allocator.largest <= longest if runs else allocator.largest == 0
     assert allocator.largest * 33 > longest * 32 or not runs
     if sum(class_begin(run) == class_begin(longest) for run in runs) == 1:
@@ -70,11 +75,10 @@ class AllocatorMachine(RuleBasedStateMachine):
     def begin(self, size: int) -> None:
         self.allocator = Allocator(size * 64)
 
-    def attempt(self, nbytes: int) -> None:
-        granted = nbytes <= self.allocator.largest
+    def attempt(self, nbytes: int, granted: bool | None = None) -> None:
         longest = max(runs_of(self.slots, self.allocator.size), default=0)
         offset = self.allocator.take(nbytes)
-        assert (offset is not None) == granted
+        assert granted in (None, offset is not None)
         if offset is None:
             assert longest < next_class_begin(padded(nbytes)), "a refusal while there was a run that is long enough"
             return
@@ -95,11 +99,22 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @rule(beside=st.integers(-65, 65))
     def take_about_the_largest(self, beside: int) -> None:
-        self.attempt(max(1, self.allocator.largest + beside))
+        nbytes = max(1, self.allocator.largest + beside)
+        self.attempt(nbytes, nbytes <= self.allocator.largest)
+
+    @rule(beside=st.integers(-65, 65))
+    def take_about_the_longest(self, beside: int) -> None:
+        """Without a look at what is kept."""
+        self.attempt(max(1, max(runs_of(self.slots, self.allocator.size), default=0) + beside))
 
     @rule(part=st.integers(2, 100))
     def take_a_part_of_the_largest(self, part: int) -> None:
-        self.attempt(max(1, self.allocator.largest // part))
+        nbytes = max(1, self.allocator.largest // part)
+        self.attempt(nbytes, nbytes <= self.allocator.largest)
+
+    @rule()
+    def look(self) -> None:
+        check_bounds(self.allocator, self.slots)
 
     @precondition(lambda self: self.slots)
     @rule(at=st.integers(0, 1000))
@@ -137,9 +152,18 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.slots.clear()
         assert self.allocator.largest == self.allocator.free == self.allocator.size
 
+    @precondition(lambda self: self.slots)
+    @rule(at=st.integers(0, 1000))
+    def give_and_take_again(self, at: int) -> None:
+        """What is kept is of use at once, wherever it lies."""
+        offset = list(self.slots)[at % len(self.slots)]
+        nbytes = self.slots[offset]
+        self.allocator.give(offset)
+        assert self.allocator.take(nbytes) == offset
+
     @invariant()
     def keeps_its_promises(self) -> None:
-        check_bounds(self.allocator, self.slots)
+        check_sums(self.allocator, self.slots)
 
 
 TestAllocator = AllocatorMachine.TestCase
@@ -210,8 +234,30 @@ def test_a_small_slot_does_not_break_a_large_run() -> None:
     allocator = filled(1 << 20, 4096)
     for at in (5, *range(100, 200)):
         allocator.give(at * 4096)
+    assert allocator.largest == 100 * 4096
     assert allocator.take(4000) == 5 * 4096
     assert allocator.largest == 100 * 4096
+
+
+def test_what_is_kept_is_not_refused() -> None:
+    """Slots of another size want the room of those that were given back."""
+    allocator = filled(1 << 20, 4096)
+    for at in range(16):
+        allocator.give(at * 4096)
+    assert allocator.take(65_536) == 0
+    allocator.validate()
+
+
+@pytest.mark.parametrize("sizes", [1, 300])
+def test_no_more_than_so_much_is_kept(sizes: int) -> None:
+    """So that to end it is a short pause."""
+    allocator = Allocator(1 << 26)
+    taken = [allocator.take(64 * (1 + at % sizes)) for at in range(1000)]
+    for offset in taken:
+        assert offset is not None
+        allocator.give(offset)
+        allocator.validate()  # counts it
+    assert allocator.largest == allocator.size
 
 
 def two_runs(first: int, second: int) -> tuple[Allocator, int, int]:
@@ -283,6 +329,8 @@ def test_a_long_life_leaves_nothing() -> None:
             if taken is not None:
                 slots[taken] = nbytes
         if step % 500 == 0:
+            check_sums(allocator, slots)
+        if step % 5000 == 0:
             check_bounds(allocator, slots)
     check_bounds(allocator, slots)
     for offset in slots:
@@ -294,7 +342,9 @@ def test_a_long_life_leaves_nothing() -> None:
 @pytest.mark.parametrize(
     ("index", "wrong", "sentence"),
     [
-        ("_used", 0, "0 bytes are said to be used, and 64 are"),
+        ("_kept", {64: [64] * 65}, "65 slots of one size are kept, and 64 should be at most"),
+        ("_kept", {64 * n: [] for n in range(1, 18)}, "slots of 17 sizes are kept, and 16 should be at most"),
+        ("_kept", {64: [64]}, "a free run begins at 64, and what is before it ends at 128"),
         ("_slots", {}, "a free run begins at 64, and what is before it ends at 0"),
         ("_slots", {0: 32, 32: 32}, "the slot at 0 has 32 bytes, no multiple of 64"),
         ("_runs", {}, "slots and free runs end at 64 of 256"),

@@ -32,6 +32,7 @@ WITHOUT_LIMIT: Final = {
     "bin/logs.py: self.acquire()": "whoever has it writes one line, which has a limit",
     "bin/top.py: select.select([hearing.woken.fileno(), *keys], [], [])": "until the user presses a key",
     "client/talk.py: waiter.wake.acquire()": "nobody else knows this lock yet",
+    "wire/slots.py: self._lock.acquire()": "whoever has it takes or gives one slot, and wakes nobody meanwhile",
     "gateway/application.py: done.result()": "it has ended",
     "gateway/aside.py: done.exception()": "it has ended",
     "gateway/clerks.py: written.exception()": "it has ended",
