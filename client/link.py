@@ -282,7 +282,9 @@ class Link:
         self._obey(self.caller.handle(event, time.monotonic()))
 
     def _obey(self, commands: list[Command]) -> None:
-        for command in commands:
+        commands.reverse()
+        while commands:  # none is kept: what belongs to one that has been answered serves the next, and is in the cache
+            command = commands.pop()
             match command:
                 case Complete():
                     command.sink.complete(command)

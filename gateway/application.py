@@ -126,7 +126,7 @@ class Application:
             routes += [
                 Route("GET", model, self._model_metadata, about=abouts.MODEL),
                 Route("GET", model + "/ready", self._model_ready, about=abouts.MODEL_READY),
-                Route("POST", model + "/infer", self._infer, about=abouts.INFER),
+                Route("POST", model + "/infer", self.infer, about=abouts.INFER),
             ]
         self._routes: Routes[Handler] = Routes(routes)
 
@@ -316,11 +316,9 @@ class Application:
 
     # --- inference ---
 
-    def _infer(self, exchange: Exchange, target: Target) -> None:
-        self.infer(exchange, target, self.parse)
-
-    def infer(self, exchange: Exchange, target: Target, parse: Parse) -> None:
-        """Answer an inference request in any protocol."""
+    def infer(self, exchange: Exchange, target: Target, parse: Parse | None = None) -> None:
+        """Answer an inference request in any protocol. ``parse``: its own; else it is that of v2."""
+        parse = parse or self.parse
         if target.defer is not None:
             target.defer(exchange, target, parse)
             return
