@@ -5,10 +5,11 @@ real-time systems", ECRTS 2004). Free runs stand in lists by the class of their 
 ``2**_SPLIT_BITS`` equal parts. A bitmap says which classes have runs; both levels stand in one int, since a Python int
 is as long as need be. No list is ever searched, so what a call costs does not depend on how many slots there are.
 
-A slot that is given back is kept as it is at first, for the next of its size: most requests to a model are equally
-long, and to join and cut runs costs five times as much (deferred coalescing: P. Wilson, M. Johnstone, M. Neely,
-D. Boles: "Dynamic storage allocation: a survey and critical review", IWMM 1995). What is kept joins the free runs
-before anything is refused, and when it has become much.
+A small slot that is given back is kept as it is at first, for the next of its size: most requests to a model are
+equally long, and to join and cut runs costs five times as much (deferred coalescing: P. Wilson, M. Johnstone,
+M. Neely, D. Boles: "Dynamic storage allocation: a survey and critical review", IWMM 1995). What is kept joins the free
+runs before anything is refused, when it has become much, and before a larger slot is cut: that one is not to divide
+what the next of its size needs.
 
 What holds, and tests/wire/test_allocator.py checks:
 
@@ -27,6 +28,7 @@ from typing import Final
 ALIGN_BYTES: Final = 64  # a cache line, and what vector instructions and ONNX Runtime like tensors aligned to
 _ALIGN_BITS: Final = 6
 _SPLIT_BITS: Final = 5  # 32 classes for each power of two; with 16, take and give cost 5 % less at best
+_KEPT_BYTES_MAX: Final = 1 << 14  # of one slot; to copy more takes longer than to join and cut
 _KEPT_MAX: Final = 64  # slots of one size
 _KEPT_SIZES_MAX: Final = 16  # to join all that is kept is a pause of a millisecond then
 
@@ -87,6 +89,8 @@ class Allocator:
         if kept:
             offset = kept.pop()
         else:
+            if need > _KEPT_BYTES_MAX and self._kept:
+                self._join()
             found = self._cut(need)
             if found is None and self._kept:
                 self._join()
@@ -102,6 +106,9 @@ class Allocator:
         size = self._slots.pop(offset, 0)
         if not size:
             raise ValueError(f"no slot begins at offset {offset!r}: it was given back before, or never taken")
+        if size > _KEPT_BYTES_MAX:
+            self._free(offset, size)
+            return
         kept = self._kept.get(size)
         if kept is None:
             if len(self._kept) == _KEPT_SIZES_MAX:
@@ -208,6 +215,8 @@ class Allocator:
         sizes, most = len(self._kept), max(map(len, self._kept.values()), default=0)
         assert sizes <= _KEPT_SIZES_MAX, f"slots of {sizes} sizes are kept, and {_KEPT_SIZES_MAX} should be at most"
         assert most <= _KEPT_MAX, f"{most} slots of one size are kept, and {_KEPT_MAX} should be at most"
+        longest = max(self._kept, default=0)
+        assert longest <= _KEPT_BYTES_MAX, f"a slot of {longest} bytes is kept, and {_KEPT_BYTES_MAX} is the most"
         pieces = [(offset, size, "slot") for offset, size in self._slots.items()]
         pieces += [(end - size, size, "free run") for end, size in self._runs.items()]
         pieces += [(offset, size, "kept slot") for size, offsets in self._kept.items() for offset in offsets]
