@@ -169,7 +169,8 @@ class Exchange:
         request = self.request
         if request.slot is not None:
             if isinstance(payload, memoryview):
-                return request.slot.tail(len(payload))
+                request.slot.cut(len(payload))
+                return request.slot
             request.slot.give_back()  # some of its tensors were JSON, and now they lie together elsewhere
             request.slot = None
         request.body = b""

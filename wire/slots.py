@@ -46,10 +46,11 @@ class Slot(Placed):
         self._offset = offset
         self._more = 0  # who else has to give it back
 
-    def tail(self, nbytes: int) -> Placed:
-        """The last ``nbytes`` of it."""
+    def cut(self, nbytes: int) -> None:
+        """From now on it is the last ``nbytes`` of what it was; all of it stays taken."""
         lead = len(self.view) - nbytes
-        return Placed(self.place + lead, self.view[lead:])
+        self.place += lead
+        self.view = self.view[lead:]
 
     def share(self) -> Slot:
         """One more has to give it back before it is free. Returns the slot itself."""
