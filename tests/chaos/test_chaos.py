@@ -67,6 +67,7 @@ def test_every_request_has_an_answer_of_its_own(answers: chaos.Answers) -> None:
     questions = [chaos.Question(number) for number in range(1, 200)]
     assert {each.model for each in questions} == {"affine", "heavy"}
     assert any(each.x.nbytes > 100_000 for each in questions if not each.heavy)
+    assert {width * 4 for width in chaos.MEDIUM} <= {each.x.nbytes for each in questions if not each.heavy}
     for one, other in itertools.pairwise(questions):
         assert answers.is_right(one, right(answers, one))
         assert not answers.is_right(one, right(answers, other))
