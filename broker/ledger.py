@@ -32,7 +32,7 @@ from penstock.wire.errors import (
     UNAVAILABLE,
     PenstockError,
 )
-from penstock.wire.lots import lots_of
+from penstock.wire.lots import lots_of, pick, pick_payload
 from penstock.wire.messages import (
     DEFAULT_PRIORITY,
     INLINE_MAX_BYTES,
@@ -161,23 +161,19 @@ class Ledger:
         if room < len(ids):
             self._refuse_new(caller, key, ids[room:], self._full(model, caller, form, held))
             ids, timeouts_us = ids[:room], timeouts_us[:room]
+        left: Sequence[int] = range(len(ids))
         if model.row_us and ids and not again:
-            room, late = self._in_time(model, form, caller, timeouts_us, now)
+            left, late = self._in_time(model, form, caller, timeouts_us, now)
             if late is not None:
-                self._refuse_new(caller, key, ids[room:], late)
-                ids, timeouts_us = ids[:room], timeouts_us[:room]
-        if not ids:
+                kept = set(left)
+                self._refuse_new(caller, key, [number for at, number in enumerate(ids) if at not in kept], late)
+        if not left:
             return
         count, size = len(ids), form.nbytes
-        payload: Payload
-        if places:
-            payload = places[:count]
-        elif size > INLINE_MAX_BYTES:
-            payload = tuple(message.frames[start : start + count])
-        elif len(message.blob) == count * size:
-            payload = message.blob
-        else:
-            payload = message.blob[start : start + count * size]
+        payload = places[:count] if places else _brought(message, start, count, size)
+        if len(left) < count:
+            count = len(left)
+            ids, timeouts_us, payload = pick(ids, left), pick(timeouts_us, left), pick_payload(payload, size, left)
         lot = Lot(
             caller, model, form, ids, timeouts_us, payload, bool(places), now, form.rows * (model.row_us or _ROW_US)
         )
@@ -259,23 +255,29 @@ class Ledger:
     @staticmethod
     def _in_time(
         model: ModelQueue, form: Form, caller: CallerPeer, timeouts_us: Sequence[int], now: float
-    ) -> tuple[int, PenstockError | None]:
-        """How many new requests are expected to be done in time, and why no more."""
-        if model.pools and at_most_us(model, len(timeouts_us) * form.rows) <= min(timeouts_us):
-            return len(timeouts_us), None
+    ) -> tuple[Sequence[int], PenstockError | None]:
+        """Which of new requests are expected to be done in time, by their places, and why the others are not."""
+        count, rows = len(timeouts_us), form.rows
+        if model.pools and at_most_us(model, count * rows) <= min(timeouts_us):
+            return range(count), None
         forecast = forecast_for(model, form.priority or DEFAULT_PRIORITY, form.tenant or caller.id)
-        if forecast.done_us(len(timeouts_us) * form.rows) <= min(timeouts_us):
-            return len(timeouts_us), None
-        waits = [forecast.done_us((at + 1) * form.rows) for at in range(len(timeouts_us))]
-        count = next((at for at, us in enumerate(timeouts_us) if waits[at] > us), len(timeouts_us))
-        if not count and not forecast.wait_us and model.is_stale(now):
-            count = 1
-        if count == len(timeouts_us):  # the last have more time than the first, or it is tried
-            return count, None
-        done_us = waits[count]
-        return count, PenstockError(
+        if forecast.done_us(count * rows) <= min(timeouts_us):
+            return range(count), None
+        left: list[int] = []
+        late, late_us, done_us = -1, 0.0, forecast.done_us(rows)
+        for at, us in enumerate(timeouts_us):
+            if done_us <= us:
+                left.append(at)
+                done_us = forecast.done_us((len(left) + 1) * rows)
+            elif late < 0:
+                late, late_us = at, done_us
+        if not left and not forecast.wait_us and model.is_stale(now):
+            left.append(0)  # it is tried
+        if len(left) == count:
+            return left, None
+        return left, PenstockError(
             OVERLOADED,
-            f"the request would be done in about {done_us / 1000:.0f} ms, and has {timeouts_us[count] / 1000:.0f} ms: "
+            f"the request would be done in about {late_us / 1000:.0f} ms, and has {timeouts_us[late] / 1000:.0f} ms: "
             f"{forecast.wait_us / 1000:.0f} ms of work on '{form.model}' are before it; try again when that is done",
             forecast.wait_us * 1e-6,
         )
@@ -739,6 +741,15 @@ class Ledger:
 
     def _count_failure(self, key: ModelKey, reason: str, count: int) -> None:
         self._meters.value("penstock_request_failures", *key, reason).value += count
+
+
+def _brought(message: Submit, start: int, count: int, size: int) -> Payload:
+    """The tensors of so many requests, of ``size`` bytes each, as they came in a message."""
+    if size > INLINE_MAX_BYTES:
+        return tuple(message.frames[start : start + count])
+    if len(message.blob) == count * size:
+        return message.blob
+    return message.blob[start : start + count * size]
 
 
 def _check_places(group: Requests, caller: CallerPeer) -> None:

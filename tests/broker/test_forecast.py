@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.broker.forecast import at_most_us, forecast_for
-from penstock.wire.messages import MAX_RETRY_AFTER_MS, Cost, Costs
+from penstock.wire.messages import INLINE_MAX_BYTES, MAX_RETRY_AFTER_MS, Assign, Cost, Costs
 from tests.broker.conversation import EPOCH, CallerTalk, Conversation, WorkerTalk, model
 
 # 4 ms for one row, 16 ms for a batch of 16.
@@ -193,11 +193,32 @@ def test_of_a_group_those_are_taken_that_can_be_done_in_time() -> None:
     assert talk.count("penstock_request_failures", "m", "1", "overloaded") == 21
 
 
-def test_requests_of_one_group_have_times_of_their_own() -> None:
-    talk, caller, _ = server()
-    caller.submit(3, timeout_s=[60.0, 60.0, 0.001])
+@pytest.mark.parametrize("hurried", [{1}, {2}, {4}, {1, 2}, {1, 3}, {2, 3, 4}])
+@pytest.mark.parametrize("size", [4, INLINE_MAX_BYTES + 1])
+def test_requests_of_one_group_have_times_of_their_own(hurried: set[int], size: int) -> None:
+    """Who has time is not turned away with who has none, and is given its own tensors."""
+    talk, caller, [worker] = server()
+    caller.submit(4, timeout_s=[0.001 if number in hurried else 60.0 for number in range(1, 5)], size=size)
     talk.tick()
-    assert caller.refused() == {3: "overloaded"}
+    assert caller.refused() == dict.fromkeys(sorted(hurried), "overloaded")
+    [message] = worker.take(Assign)
+    [group] = message.groups
+    assert set(group.ids) == {1, 2, 3, 4} - hurried
+    pieces = message.frames or [message.blob[at : at + size] for at in range(0, len(message.blob), size)]
+    assert list(map(bytes, pieces)) == [bytes([number]) * size for number in group.ids]
+
+
+@pytest.mark.parametrize("hurried", [1, 2, 3])
+def test_who_has_time_is_given_its_own_place(hurried: int) -> None:
+    talk, _, [worker] = server()
+    caller = talk.caller(arena_bytes=1 << 20)
+    worker.hear(caller)
+    times = [0.001 if number == hurried else 60.0 for number in range(1, 4)]
+    caller.submit(3, timeout_s=times, size=4096, places=(0, 4096, 8192))
+    talk.tick()
+    [group] = worker.work()
+    left = [number for number in range(1, 4) if number != hurried]
+    assert (list(group.ids), list(group.places)) == (left, [4096 * (number - 1) for number in left])
 
 
 def test_a_request_whose_batch_alone_takes_too_long_is_refused() -> None:
