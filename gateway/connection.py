@@ -607,7 +607,7 @@ class Connection(asyncio.BufferedProtocol):
             self._resume_reading()
         if not exchanges and not self._writing_paused:
             if self._phase is IDLE:
-                self.deadline = self._http.idle_until
+                self.deadline = self._http.idle_until  # what _set_deadline comes to, nearly always
             else:
                 self._set_deadline()
             if self._reader.wants_continue:
