@@ -65,6 +65,8 @@ from penstock.wire.models import SERVED, ModelSpec, ModelState, Route, Unnamed, 
 from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
 from penstock.wire.slots import PLACED_MIN_BYTES, Placed
 
+# A result of at most so many bytes is copied out of its worker's memory: to give that back costs as much.
+COPIED_MAX_BYTES: Final = 16 * 1024
 _SWEEP_S: Final = 0.1  # how often calls are looked through for those whose time is up
 # The broker and the workers say why time was up: their word is waited for so long past the deadline.
 _LATE_S: Final = 0.2
@@ -369,9 +371,13 @@ class Caller:
         acks = self._acks if self.membership.joined else []
         for group, start in zip(message.groups, message.starts, strict=True):
             status, size, body, queue_us, ids, places, held_us = group
+            copies: Sequence[bytes] | None = None
             if places and status == COMPLETE:
-                self._placed(message, group, acks)
-                continue
+                arena = self._arenas.get(message.worker) if size <= COPIED_MAX_BYTES else None
+                copies = None if arena is None else arena.copies(places, size)
+                if copies is None:
+                    self._placed(message, group, acks)
+                    continue
             if status != PARTIAL:  # to acknowledge that would end the request
                 acks += ids
             if status == FAILED:
@@ -387,7 +393,9 @@ class Caller:
                 del calls[number]
                 call.move("end")
                 payload: Payload
-                if size <= INLINE_MAX_BYTES:
+                if copies is not None:
+                    payload = copies[at]
+                elif size <= INLINE_MAX_BYTES:
                     begin = start + at * size
                     payload = message.blob[begin : begin + size]
                 else:

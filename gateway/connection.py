@@ -391,7 +391,7 @@ class Connection(asyncio.BufferedProtocol):
         if reader.direct is not None:
             reader.filled(count)
         else:
-            reader.feed(_SHARED[:count])
+            reader.feed(_SHARED, count)
         if reader.requests:
             self._take_requests()
         if reader.error is not None:

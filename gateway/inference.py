@@ -28,7 +28,7 @@ from penstock.wire.models import MAX_TENSORS, Layout, ModelSpec, Tensor, check_d
 from penstock.wire.tensors import Buffer
 
 _KNOWN_MAX: Final = 1024
-_KNOWN_BYTES_MAX: Final = 4096  # of a JSON part that is remembered
+KNOWN_BYTES_MAX: Final = 4096  # of a JSON part that is remembered
 _FRAME_BYTES_MAX: Final = 256 * 1024  # of a JSON request whose parts are looked up
 _DATA: Final = b'"data":'
 _DECODER: Final = json.JSONDecoder()
@@ -131,7 +131,7 @@ class Parser:
             raise PenstockError(
                 BAD_INPUT, f"Inference-Header-Content-Length is {header_length}, and the body has {len(body)} bytes"
             )
-        if header_length > _KNOWN_BYTES_MAX:
+        if header_length > KNOWN_BYTES_MAX:
             return self._parse(spec, body[:header_length], memoryview(body)[header_length:], priority, tenant)
         key = (spec.name, spec.version, bytes(body[:header_length]), priority, tenant)
         query = self._known.get(key)
@@ -147,7 +147,7 @@ class Parser:
     def _parse_json(self, spec: ModelSpec, body: Buffer, priority: int, tenant: str) -> tuple[Query, Payload]:
         if isinstance(body, memoryview) or len(body) > _FRAME_BYTES_MAX:
             return self._parse(spec, body, _NOTHING, priority, tenant)
-        at = body.find(_DATA, 0, _KNOWN_BYTES_MAX) + len(_DATA)
+        at = body.find(_DATA, 0, KNOWN_BYTES_MAX) + len(_DATA)
         if at < len(_DATA):
             return self._parse(spec, body, _NOTHING, priority, tenant)
         key = (spec.name, spec.version, bytes(body[:at]), priority, tenant)
@@ -317,7 +317,7 @@ def _frame(body: bytes | bytearray, at: int, query: Query) -> _Frame | None:
     except ValueError:
         return None
     begin, end = body[:at], body[at + length :]
-    if len(end) > _KNOWN_BYTES_MAX or b"\\" in begin or b"\\" in end:  # escaped, a key may be "data" as well
+    if len(end) > KNOWN_BYTES_MAX or b"\\" in begin or b"\\" in end:  # escaped, a key may be "data" as well
         return None
     return _Frame(bytes(end), query, *tensors[0][:3])
 

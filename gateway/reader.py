@@ -89,14 +89,31 @@ class HttpError(Exception):
         self.sentence = sentence
 
 
+class Known:
+    """What bodies begin with that come again and again, and what the application has made of it. ``start`` is no longer
+    than the body."""
+
+    __slots__ = ("meaning", "start")
+
+    def __init__(self, start: bytes, meaning: Any) -> None:
+        self.start = start
+        self.meaning = meaning
+
+
 class Head:
     """All of a request before its body. ``headers``: those that are known here, by lower-case name. ``length``: bytes
     of the body, -1 when it came in chunks. ``usual``: its answer has a body, and says nothing of the connection.
-    ``lead``: of a head that is remembered, how many bytes lie before the first tensor, where the tensors are worth a
-    slot; else 0. ``target`` is for the application to remember what it made of it, ``lines`` for what every answer to
-    it has among its headers."""
+    ``target`` is for the application to remember what it made of it, ``lines`` for what every answer to it has among
+    its headers.
 
-    __slots__ = ("headers", "http10", "keep_alive", "lead", "length", "lines", "method", "target", "url", "usual")
+    Of a head that is remembered: ``key``, its bytes; ``size``, its own and those of its body; ``lead``, how many bytes
+    of that lie before the first tensor, where the tensors are worth a slot, else 0; ``known``, for the application, so
+    that of the next body that begins like this only the rest is given to it."""
+
+    __slots__ = (
+        *("headers", "http10", "keep_alive", "key", "known", "lead", "length", "lines", "method", "size", "target"),
+        *("url", "usual"),
+    )
 
     def __init__(
         self, method: bytes, url: bytes, headers: dict[str, bytes], length: int, keep_alive: bool, http10: bool
@@ -108,22 +125,36 @@ class Head:
         self.keep_alive = keep_alive
         self.http10 = http10
         self.usual = method != b"HEAD" and not http10
-        self.lead = 0
+        self.key = b""
+        self.size = self.lead = 0
+        self.known: Known | None = None
         self.target: Any = None
         self.lines = b""
 
 
 class Request:
     """A complete request. ``charged``: bytes of the budget that it has taken. ``slot``: where in shared memory its body
-    lies, if it lies there."""
+    lies, if it lies there. ``known``: what its body begins with, of which ``body`` and ``slot`` have only the rest."""
 
-    __slots__ = ("body", "charged", "head", "slot")
+    __slots__ = ("body", "charged", "head", "known", "slot")
 
-    def __init__(self, head: Head, body: Buffer, charged: int, slot: Slot | None = None) -> None:
+    def __init__(
+        self, head: Head, body: Buffer, charged: int, slot: Slot | None = None, known: Known | None = None
+    ) -> None:
         self.head = head
         self.body = body
         self.charged = charged
         self.slot = slot
+        self.known = known
+
+    def restore(self) -> None:
+        """What its body begins with is known no more: have all of it."""
+        if self.known is not None:
+            self.body = self.known.start + bytes(self.body)
+            self.known = None
+            if self.slot is not None:
+                self.slot.give_back()
+                self.slot = None
 
 
 class Budget:
@@ -174,6 +205,7 @@ class Reader:
         "_header_count",
         "_heads",
         "_hidden_bytes",
+        "_last",
         "_options",
         "_parser",
         "_slot",
@@ -205,6 +237,7 @@ class Reader:
         self._heads = heads
         self._slots = slots
         self._slot: Slot | None = None
+        self._last: Head | None = None  # that was remembered, and came last
         self.requests: list[Request] = []
         self.error: HttpError | None = None
         self.phase = IDLE
@@ -223,34 +256,47 @@ class Reader:
         self._head_bytes = 0
         self._hidden_bytes = 0
 
-    def feed(self, data: memoryview) -> None:
-        """Take in bytes. ``data`` is not kept."""
-        size = len(data)
+    def feed(self, data: memoryview, size: int) -> None:
+        """Take in the first ``size`` bytes. ``data`` begins where its buffer begins, and is not kept."""
         if self.phase is not IDLE or size > _KNOWN_READ_BYTES_MAX:
             if self.phase is not BROKEN:
-                self._parse(data)
+                self._parse(data[:size])
             return
-        start = bytes(data if size <= _HEAD_BYTES_MAX else data[:_HEAD_BYTES_MAX])
-        end = start.find(b"\r\n\r\n") + 4
-        key = start[:end]
-        head = self._heads.get(key)
+        head = self._last
+        if head is not None and size == head.size and data.obj.startswith(head.key):  # type: ignore[attr-defined]
+            key = head.key
+        else:
+            start = bytes(data[: min(size, _HEAD_BYTES_MAX)])
+            key = start[: start.find(b"\r\n\r\n") + 4]
+            self._last = head = self._heads.get(key)
         if head is not None:
-            length = head.length
-            if size == end + length and self._budget.take(length):
-                slots = self._slots() if head.lead else None
-                slot = None if slots is None else slots.take(length, head.lead)
-                if slot is None:  # or there is no room at present, for which its request will wait
-                    self.requests.append(Request(head, bytes(data[end:]), length))
-                else:
-                    slot.view[:] = data[end:]
-                    self.requests.append(Request(head, slot.view, length, slot))
+            if size == head.size and self._budget.take(head.length):
+                self._take(head, data, size)
                 return
-            if end + length - size >= _DIRECT_MIN_BYTES:
-                self._begin(head, bytes(data[end:]))
+            if head.size - size >= _DIRECT_MIN_BYTES:
+                self._begin(head, bytes(data[len(key) : size]))
                 return
-        self._parse(data)
+        self._parse(data[:size])
         if key[:1].isupper():
-            self._remember(key, size - end)
+            self._remember(key, size - len(key))
+
+    def _take(self, head: Head, data: memoryview, size: int) -> None:
+        """All of a request has come, its head is known, and its body charged for."""
+        at, lead, known, slot = len(head.key), head.lead, head.known, None
+        slots = self._slots() if lead else None
+        if known is not None:
+            if data.obj.startswith(known.start, at):  # type: ignore[attr-defined]
+                at, lead = at + len(known.start), 0
+            else:
+                known = None
+        if slots is None:
+            body: Buffer = bytes(data[at:size])
+        elif (slot := slots.take(size - at, lead)) is not None:
+            slot.view[:] = data[at:size]
+            body = slot.view
+        else:  # no room at present, for which the request will wait
+            known, body = None, bytes(data[len(head.key) : size])
+        self.requests.append(Request(head, body, head.length, slot, known))
 
     def _remember(self, key: bytes, rest: int) -> None:
         """After a read that began with ``key``, with so many bytes behind it: only where that was one request, whole or
@@ -270,6 +316,7 @@ class Reader:
                 self._heads.clear()
             lead = _lead(head.headers)
             head.lead = lead if head.length - lead >= PLACED_MIN_BYTES else 0
+            head.key, head.size = key, len(key) + head.length
             self._heads[key] = head
 
     def _begin(self, head: Head, start: bytes) -> None:

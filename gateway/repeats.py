@@ -11,6 +11,7 @@ import time
 from typing import Any, Final, NamedTuple
 
 from penstock.gateway.connection import Exchange
+from penstock.gateway.timing import cut_total
 from penstock.wire.metrics import Value
 
 _ANSWERS_MAX: Final = 16_384
@@ -18,8 +19,6 @@ _BYTES_MAX: Final = 16 << 20  # of requests and answers
 _ADMITTED: Final = 8  # where there is no room: each of so many. Else those of many in turn would throw each other out
 _EACH_BYTES: Final = 512  # that one takes beside its bytes
 _EACH_MAX: Final = 64 * 1024  # of a request, and of an answer
-_TOTAL: Final = b"total;dur="  # of Server-Timing, which is anew for each
-_END: Final = b"\r\n"
 
 
 class Repeat(NamedTuple):
@@ -61,9 +60,9 @@ class Repeats:
         response = exchange.response
         if max(len(body), len(response)) > _EACH_MAX or exchange.status != 200:
             return False
-        at = response.find(_TOTAL) + len(_TOTAL)
-        end = response.find(_END, at)
-        if at < len(_TOTAL) or end < 0:
+        try:
+            before, after = cut_total(response)
+        except ValueError:
             return False
         if told != self._told:
             self.clear(told)
@@ -74,7 +73,7 @@ class Repeats:
                 return False
             self._forget(*next(iter(self._known)))
         self._refused = 0
-        self._known[target, bytes(body)] = repeat = Repeat(response[:at], response[end:], until, hits, hit_s)
+        self._known[target, bytes(body)] = repeat = Repeat(before, after, until, hits, hit_s)
         self._bytes += _size(body, repeat)
         return True
 

@@ -12,6 +12,7 @@ from penstock.gateway.inference import OK
 from penstock.wire.messages import Batch
 
 _TOTAL: Final = b"Server-Timing: total;dur=%.3f\r\n"
+_TOTAL_IS: Final = b"total;dur="
 _PARTS: Final = b"%bServer-Timing: queue;dur=%.3f, batch;dur=%.3f, model;dur=%.3f, total;dur="
 # Of an answer that was kept: no batch at all.
 CACHED: Final = Batch(0, 0, "cached", 0, 0)
@@ -41,6 +42,26 @@ class ServerTiming:
             else:
                 self._parts = _PARTS % (OK, queue_us * 1e-3, batch.compute_us * 1e-3, batch.model_us * 1e-3)
         return b"%b%.3f\r\n" % (self._parts, total_s * 1e3)
+
+
+class Stencil:
+    """An answer to a request that wants binary tensors, but for these and the milliseconds that it took. It does for
+    all of the same ``batch``, ``body`` and ``queue_us``, to requests of the same ``query`` and ``target``."""
+
+    __slots__ = ("after", "batch", "before", "body", "nbytes", "query", "queue_us", "target")
+
+    def __init__(self, answer: Complete, query: object, target: object, response: bytes) -> None:
+        """``response``: all that is before its tensors."""
+        self.before, self.after = cut_total(response)
+        self.body, self.batch, self.queue_us = answer.body, answer.batch, answer.queue_us
+        self.query, self.target = query, target
+        self.nbytes = len(answer.payload)
+
+
+def cut_total(response: bytes) -> tuple[bytes, bytes]:
+    """What is before the milliseconds that an answer took, and behind them. Raises ValueError where it says none."""
+    at = response.index(_TOTAL_IS) + len(_TOTAL_IS)
+    return response[:at], response[response.index(b"\r\n", at) :]
 
 
 def total_line(total_s: float) -> bytes:

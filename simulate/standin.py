@@ -76,6 +76,9 @@ class Memory:
     def view(self, offset: int, nbytes: int) -> memoryview:
         return memoryview(b"")
 
+    def copies(self, offsets: Sequence[int], nbytes: int) -> list[bytes]:
+        return [b""] * len(offsets)
+
 
 def form_of(spec: ModelSpec, version: str, rows: int, nbytes: int, tenant: str, priority: int) -> Form:
     """Of requests with so many rows and bytes. ``version``: as they ask for it. Raises PenstockError when a model does

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +19,9 @@ class Arena(Protocol):
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Raises BadMessage when it does not lie inside."""
+
+    def copies(self, offsets: Sequence[int], nbytes: int) -> list[bytes] | None:
+        """None when not all of them lie inside."""
 
 
 @dataclass(slots=True)

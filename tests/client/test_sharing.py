@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from penstock.client import caller
 from penstock.client.arrays import decode_outcome
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Command, FromWorker, Hear
@@ -47,13 +48,13 @@ class Silent:
 
 def submit(shares: bool, *payloads: object) -> Submit:
     """What a caller says that has these payloads of LARGE bytes to send."""
-    caller = Caller(Identity(b"a caller", "", 1, True, "/run/here"))
-    caller.handle(FromBroker(Welcome(7, "", shares)), 0.0)
+    core = Caller(Identity(b"a caller", "", 1, True, "/run/here"))
+    core.handle(FromBroker(Welcome(7, "", shares)), 0.0)
     form = Form("m", "1", 0, "", 1, LARGE, b"", b"layout")
     for payload in payloads:
-        caller.submit(form, payload, 1.0, Silent(), 0.0)
-    [message] = caller.flush(0.0)
-    caller.validate()
+        core.submit(form, payload, 1.0, Silent(), 0.0)
+    [message] = core.flush(0.0)
+    core.validate()
     return message
 
 
@@ -86,6 +87,11 @@ class Memory:
         if offset + nbytes > len(self.content):
             raise BadMessage("outside")
         return memoryview(self.content)[offset : offset + nbytes]
+
+    def copies(self, offsets: Sequence[int], nbytes: int) -> list[bytes] | None:
+        if max(offsets) + nbytes > len(self.content):
+            return None
+        return [self.content[offset : offset + nbytes] for offset in offsets]
 
 
 MEMORY = Memory(b"".join(b"%4d" % number for number in range(100)))
@@ -133,11 +139,19 @@ def publish(
 
 
 @pytest.fixture
-def sharing(joined: Conversation) -> Conversation:
-    """A conversation with a caller that reads WORKER's arena."""
+def sharing(joined: Conversation, monkeypatch: pytest.MonkeyPatch) -> Conversation:
+    """A conversation with a caller that reads WORKER's arena, to which four bytes are many."""
+    monkeypatch.setattr(caller, "COPIED_MAX_BYTES", 3)
     name_workers(joined, WORKER, sharing=[WORKER])
     give(joined, WORKER)
     return joined
+
+
+@pytest.fixture
+def copying(sharing: Conversation, monkeypatch: pytest.MonkeyPatch) -> Conversation:
+    """One to which they are few."""
+    monkeypatch.setattr(caller, "COPIED_MAX_BYTES", 4)
+    return sharing
 
 
 def test_a_worker_that_shares_is_heard_once_its_arena_is_here(joined: Conversation) -> None:
@@ -208,6 +222,42 @@ def test_a_result_that_lies_outside_its_workers_arena_is_an_error(
     assert (first.error.code, "does not lie where it says" in first.error.message) == (INTERNAL, True)
     assert second.payload == b"   2"
     assert sharing.acknowledged() == [1]
+
+
+def test_small_results_are_copied_and_acknowledged_at_once(copying: Conversation, form: Callable[..., Form]) -> None:
+    first, second = copying.send(form(), 2)
+    publish(copying, 1, 2)
+    assert (first.payload, second.payload) == (b"   1", b"   2")
+    assert [type(end.payload) for end in (first, second)] == [bytes, bytes]
+    assert [end.answers[0].held for end in (first, second)] == [0, 0]
+    assert copying.acknowledged() == [1, 2]
+    publish(copying, 1, 2)
+    assert copying.acknowledged() == [1, 2], "it has not been heard"
+    assert (first.calls, second.calls) == (1, 1)
+
+
+def test_small_results_for_nobody_are_acknowledged(copying: Conversation, form: Callable[..., Form]) -> None:
+    [end] = copying.send(form())
+    publish(copying, 1, 7)
+    assert end.payload == b"   1"
+    assert copying.acknowledged() == [1, 7]
+
+
+def test_of_small_results_one_that_lies_outside_is_an_error(copying: Conversation, form: Callable[..., Form]) -> None:
+    first, second = copying.send(form(), 2)
+    publish(copying, 1, 2, places=[397, 8])
+    assert (first.error.code, "does not lie where it says" in first.error.message) == (INTERNAL, True)
+    assert second.payload == b"   2"
+    copying.caller.release(second.answers[0].held, copying.now)
+    assert copying.acknowledged() == [1, 2]
+
+
+def test_small_results_of_a_worker_whose_arena_is_not_here_are_waited_for(
+    copying: Conversation, form: Callable[..., Form]
+) -> None:
+    [end] = copying.send(form())
+    publish(copying, 1, worker=OTHER)
+    assert (end.calls, copying.acknowledged()) == (0, [])
 
 
 def test_a_result_of_a_worker_whose_arena_is_not_here_is_waited_for(

@@ -10,13 +10,14 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 
+from penstock.client import caller
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Event, Fail, FromWorker
 from penstock.gateway import application
@@ -53,7 +54,7 @@ from penstock.wire.messages import (
     Workers,
 )
 from penstock.wire.metrics import Sample
-from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelSpec, ModelState, Tensor, TensorSpec
+from penstock.wire.models import LOADING, READY, UNAVAILABLE, ModelSpec, ModelState, Route, Tensor, TensorSpec
 from penstock.wire.slots import Slot, Slots
 from tests.gateway.serving import DEADLINE_S, Loop, Serving
 
@@ -185,12 +186,12 @@ class Desk:
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         head = "\r\n".join([f"{method} {url} HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", *lines, "", ""])
         reader, data = self._reader, head.encode("latin-1") + body
-        reader.feed(memoryview(data[:100_000]))
+        reader.feed(memoryview(data[:100_000]), min(len(data), 100_000))
         if reader.direct is not None:
             reader.direct[:] = data[100_000:]
             reader.filled(len(reader.direct))
         elif data[100_000:]:
-            reader.feed(memoryview(data[100_000:]))
+            reader.feed(memoryview(data[100_000:]), len(data) - 100_000)
         [request] = self._reader.requests
         self._reader.requests = []
         return request
@@ -1298,6 +1299,209 @@ def test_tensor_that_is_larger_than_the_arena_is_413(
     slots.close()
 
 
+# --- what comes again ---
+
+
+def binary_request(*values: float, rows: int = 1, identifier: str = "", **parameters: Any) -> tuple[bytes, int]:
+    """A body, and how much of it is JSON."""
+    x = np.array([values], "<f4").repeat(rows, 0)
+    given = {"name": "x", "shape": list(x.shape), "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}
+    request = {"inputs": [given], "parameters": {"binary_data_output": True, **parameters}}
+    text = json.dumps({"id": identifier, **request} if identifier else request).encode()
+    return text + x.tobytes(), len(text)
+
+
+def again(desk: Desk, *values: float, rows: int = 1, headers: dict[str, str] | None = None, **more: Any) -> Exchange:
+    """A request that differs from the last only in its tensor."""
+    body, lead = binary_request(*values, rows=rows, **more)
+    return desk.begin("POST", INFER_URL, body, Inference_Header_Content_Length=str(lead), **(headers or {}))
+
+
+def answers(desk: Desk, *exchanges: Exchange) -> list[list[float]]:
+    """What the worker makes of what has been asked."""
+    sent = desk.sent()
+    inline = 0
+    for group in sent.groups:
+        nbytes = group.form.nbytes
+        for at, number in enumerate(group.ids):
+            if group.places:
+                assert desk.slots is not None
+                x = bytes(desk.slots.arena.view(group.places[at], nbytes))
+            else:
+                x = sent.blob[inline : inline + nbytes]
+                inline += nbytes
+            desk.double(number, x)
+    for exchange in exchanges:
+        desk.budget.release(exchange.request)
+    said_all = [said(exchange) for exchange in exchanges]
+    assert [each.status for each in said_all] == [200] * len(exchanges)
+    return [np.frombuffer(each.body[-8:], "<f4").tolist() for each in said_all]
+
+
+@pytest.mark.parametrize("rows", [1, 2048])
+@pytest.mark.parametrize("shares", [True, False])
+def test_json_that_comes_again_is_not_read_again(loop: Loop, slots: Slots, rows: int, shares: bool) -> None:
+    desk = Desk(loop, slots).join(ready())
+    desk.hear(FromBroker(Welcome(EPOCH, "gateway", shares)))
+    asked = [again(desk, number, -number, rows=rows) for number in range(4)]
+    assert [exchange.request.known is not None for exchange in asked] == [False, True, True, True]
+    assert slots.arena.allocator.slots == (4 if shares and rows > 1 else 0)
+    assert answers(desk, *asked) == [[2.0 * number, -2.0 * number] for number in range(4)]
+    assert (slots.arena.allocator.slots, desk.budget.used) == (0, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 2048])
+def test_json_that_comes_again_for_another_model_is_read_again(loop: Loop, slots: Slots, rows: int) -> None:
+    desk = Desk(loop, slots).join(ready())
+    first = again(desk, 1, 2, rows=rows), again(desk, 3, 4, rows=rows)
+    desk.hear(FromBroker(Models(EPOCH, [ready(), ready("other")])))
+    then = again(desk, 5, 6, rows=rows), again(desk, 7, 8, rows=rows)
+    assert [exchange.request.known is not None for exchange in (*first, *then)] == [False, True, False, True]
+    assert answers(desk, *first, *then) == [[2, 4], [6, 8], [10, 12], [14, 16]]
+    wider = spec()._replace(inputs=(TensorSpec("x", "FP32", (-1, 3)),))
+    desk.hear(FromBroker(Models(EPOCH, [ModelState("double", "1", READY, "", wider)])))
+    refused = again(desk, 1, 2, rows=rows)
+    assert (said(refused).status, "shape" in said(refused).error) == (400, True)
+    desk.hear(FromBroker(Models(EPOCH, [ready("other")])))
+    gone = again(desk, 1, 2, rows=rows)
+    assert said(gone).error == "Request for unknown model: 'double' is not found"
+    for exchange in (refused, gone):
+        desk.budget.release(exchange.request)
+    assert (slots.arena.allocator.slots, desk.budget.used) == (0, 0)
+
+
+def test_a_model_goes_while_a_request_waits_for_its_turn(joined: Desk) -> None:
+    """Its connection has read it, and not begun it."""
+    done = again(joined, 1, 2), again(joined, 3, 4)
+    assert answers(joined, *done) == [[2, 4], [6, 8]]
+    body, lead = binary_request(5, 6)
+    request = joined.read("POST", INFER_URL, body, Inference_Header_Content_Length=str(lead))
+    assert request.known is not None
+    joined.hear(FromBroker(Models(EPOCH, [ready("other")])))
+    late = joined.exchange(request)
+    joined.application.handle(late)
+    assert said(late).status == 404
+
+
+@pytest.mark.parametrize(
+    ("extra", "headers"),
+    [
+        ({"timeout": 10**7}, {}),
+        ({"priority": 3}, {}),
+        ({}, {"Penstock_Tenant": "a"}),
+        ({}, {"Penstock_Timeout": "9"}),
+        ({}, {"Accept_Encoding": "gzip"}),
+        ({"penstock_explain": True}, {}),
+    ],
+)
+def test_terms_come_again_too(joined: Desk, extra: dict[str, Any], headers: dict[str, str]) -> None:
+    first, second = again(joined, 1, 2, headers=headers, **extra), again(joined, 1, 2, headers=headers, **extra)
+    assert second.request.known is not None
+    one, other = joined.caller.calls.values()
+    assert (one.form, one.timeout_s) == (other.form, other.timeout_s)
+    [group] = joined.sent().groups
+    for number in group.ids:
+        joined.double(number, X)
+    assert said(first).headers.keys() == said(second).headers.keys()
+
+
+@pytest.mark.parametrize(
+    ("extra", "headers"),
+    [
+        ({"sequence_id": 9, "sequence_start": True}, {}),
+        ({"identifier": "mine"}, {}),
+        ({}, {"Content_Encoding": "gzip"}),
+    ],
+)
+def test_what_may_mean_something_else_is_read_each_time(
+    joined: Desk, extra: dict[str, Any], headers: dict[str, str]
+) -> None:
+    for _ in range(3):
+        assert again(joined, 1, 2, headers=headers, **extra).request.known is None
+
+
+def test_traffic_that_goes_to_several_versions_is_divided_each_time(desk: Desk) -> None:
+    desk.hear(FromBroker(Welcome(EPOCH, "gateway", False)))
+    route = Route("double", ("1", "2"), (), (("1", 50), ("2", 50)))
+    desk.hear(FromBroker(Models(EPOCH, [ready(), ready(version="2")], [route])))
+    for number in range(4):
+        assert again(desk, number, number).request.known is None
+    assert sorted(call.form.version for call in desk.caller.calls.values()) == ["~1", "~1", "~2", "~2"]
+
+
+def test_too_many_of_what_comes_again_is_503(joined: Desk) -> None:
+    for number in range(4):
+        again(joined, number, number)
+    fifth = again(joined, 5, 5)
+    assert fifth.request.known is not None
+    assert (said(fifth).status, said(fifth).error) == (503, "4 requests of this process are under way")
+    assert joined.meter("penstock_request_failures", "double", "", "overloaded") == 1
+
+
+# --- answers of one batch ---
+
+
+def publish_batch(desk: Desk, sizes: Sequence[int], number: int, queue_us: Sequence[int] = (7, 7, 7)) -> None:
+    """One batch with the answers to requests 1, 2, 3, ... in groups of these sizes; each is its number."""
+    body = pack_outcome(Outcome("double", "1", (Tensor("y", "FP32", (1, 2), 0, 8),)))
+    ids = iter(range(1, number + 1))
+    groups = [
+        Answers(COMPLETE, 8, body, us, tuple(next(ids) for _ in range(size)))
+        for us, size in zip(queue_us, sizes, strict=False)
+    ]
+    blob = b"".join(np.array([at, -at], "<f4").tobytes() for at in range(1, number + 1))
+    back = unpack(pack(Results(EPOCH, groups, b"worker 0", Batch(1, 4, "idle", 10, 5), blob=blob)), [], ON_PUBLICATION)
+    assert isinstance(back, Results)
+    desk.hear(FromWorker(back))
+
+
+def test_answers_of_one_batch_are_each_ones_own(joined: Desk) -> None:
+    exchanges = [
+        again(joined, 1, 2),
+        again(joined, 1, 2),
+        again(joined, 1, 2, headers={"Penstock_Explain": "1"}),
+        again(joined, 1, 2, headers={"Accept_Encoding": "gzip"}),
+    ]
+    joined.sent()
+    publish_batch(joined, [4], 4)
+    one, other, explained, squeezed_one = [said(exchange) for exchange in exchanges]
+    assert [np.frombuffer(each.body[-8:], "<f4").tolist() for each in (one, other, explained)] == [
+        [1, -1],
+        [2, -2],
+        [3, -3],
+    ]
+    assert one.body[:-8] == other.body[:-8]
+    assert one.headers.keys() == other.headers.keys()
+    assert b'"batch_reason":' in explained.body
+    assert b'"batch_reason":' not in other.body
+    assert squeezed_one.headers["Inference-Header-Content-Length"] == one.headers["Inference-Header-Content-Length"]
+    assert joined.meter("penstock_http_responses", "200") == 4
+
+
+def test_answers_of_one_batch_that_waited_differently_say_so(joined: Desk) -> None:
+    exchanges = [again(joined, 1, 2) for _ in range(3)]
+    joined.sent()
+    publish_batch(joined, [2, 1], 3, (7000, 9000))
+    timings = [said(exchange).headers["Server-Timing"].split(",")[0] for exchange in exchanges]
+    assert timings == ["queue;dur=7.000", "queue;dur=7.000", "queue;dur=9.000"]
+
+
+def test_an_answer_like_the_last_says_its_own_time(joined: Desk) -> None:
+    exchanges = [again(joined, 1, 2) for _ in range(2)]
+    exchanges[1].arrived -= 1.0
+    joined.sent()
+    publish_batch(joined, [2], 2)
+    first, second = [float(said(each).headers["Server-Timing"].rpartition("total;dur=")[2]) for each in exchanges]
+    assert 999 < second - first < 1001 + first
+
+
+def test_what_names_its_requests_is_answered_with_their_names(joined: Desk) -> None:
+    exchanges = [again(joined, 1, 2, identifier=name) for name in ("", "", "a", "b")]
+    joined.sent()
+    publish_batch(joined, [4], 4)
+    assert [json.loads(said(each).body[:-8]).get("id") for each in exchanges] == [None, None, "a", "b"]
+
+
 # --- results in a worker's memory ---
 
 
@@ -1308,14 +1512,18 @@ class Memory:
     def view(self, offset: int, nbytes: int) -> memoryview:
         return memoryview(self.content)[offset : offset + nbytes]
 
+    def copies(self, offsets: Sequence[int], nbytes: int) -> list[bytes]:
+        return [self.content[offset : offset + nbytes] for offset in offsets]
+
 
 BINARY = {**INFER, "parameters": {"binary_data_output": True}}
 Y = np.array([[2, 4]], "<f4").tobytes()
 
 
 @pytest.fixture
-def sharing(desk: Desk) -> Desk:
-    """A desk whose one worker has the answer Y in its memory, behind eight bytes."""
+def sharing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """A desk whose one worker has the answer Y in its memory, behind eight bytes; it is a large one."""
+    monkeypatch.setattr(caller, "COPIED_MAX_BYTES", len(Y) - 1)
     desk.join(ready())
     desk.hear(FromBroker(Workers(EPOCH, [WorkerAddress(b"worker 0", "ipc://results", 1)])))
     desk.hear(ArenaCame(b"worker 0", 1, Memory(bytes(8) + Y)))
@@ -1336,10 +1544,7 @@ def acknowledged(desk: Desk) -> list[int]:
 
 
 @pytest.mark.parametrize("identifier", ["", "mine"])
-def test_a_binary_answer_is_sent_from_where_it_lies_and_acknowledged_afterwards(
-    sharing: Desk, identifier: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(application, "_COPIED_MAX_BYTES", len(Y) - 1)
+def test_a_binary_answer_is_sent_from_where_it_lies_and_acknowledged_afterwards(sharing: Desk, identifier: str) -> None:
     exchange = sharing.infer({**BINARY, "id": identifier} if identifier else BINARY)
     assert acknowledged(sharing) == []
     place(sharing, 1)
@@ -1356,7 +1561,7 @@ def test_a_binary_answer_is_sent_from_where_it_lies_and_acknowledged_afterwards(
 def test_a_binary_answer_of_few_bytes_is_copied_and_acknowledged_at_once(
     sharing: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(application, "_COPIED_MAX_BYTES", len(Y))
+    monkeypatch.setattr(caller, "COPIED_MAX_BYTES", len(Y))
     exchange = sharing.infer(BINARY)
     assert acknowledged(sharing) == []
     place(sharing, 1)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.gateway.options import GatewayOptions
-from penstock.gateway.reader import BODY, BROKEN, FULL, HEAD, IDLE, Budget, Head, Reader, Request
+from penstock.gateway.reader import BODY, BROKEN, FULL, HEAD, IDLE, Budget, Head, Known, Reader, Request
 from penstock.wire.slots import Slots
 
 GET = b"GET /v2 HTTP/1.1\r\nHost: here\r\n\r\n"
@@ -44,7 +44,7 @@ class Conversation:
             rest = read
             while rest and reader.error is None:
                 if reader.direct is None:
-                    reader.feed(memoryview(rest))
+                    reader.feed(memoryview(rest), len(rest))
                     rest = b""
                 else:
                     count = min(len(rest), len(reader.direct))
@@ -231,7 +231,7 @@ def test_requests_before_an_error_come_out() -> None:
 def test_nothing_is_read_behind_an_error() -> None:
     said = hear(b"nonsense\r\n\r\n")
     error = said.reader.error
-    said.reader.feed(memoryview(GET))
+    said.reader.feed(memoryview(GET), len(GET))
     assert (said.reader.requests, said.reader.error) == ([], error)
 
 
@@ -887,3 +887,100 @@ def test_while_there_is_no_room_a_body_that_has_come_is_kept(slots: Slots) -> No
     assert said.bodies == [b"a" * 4196, b"b" * 4196, b"c" * 4196]
     for request in said.requests:
         said.budget.release(request)
+
+
+# --- bodies that begin with what is known
+
+
+def test_of_a_body_that_begins_with_what_is_known_only_the_rest_is_given() -> None:
+    raw = head(*PLAIN, b"Content-Length: 8")
+    said = hear(raw + b"same one")
+    known = said.found[0].known = Known(b"same ", "what it means")
+    said.hear(raw + b"same two", raw + b"else six", raw + b"same ten")
+    assert said.bodies == [b"same one", b"two", b"else six", b"ten"]
+    assert [request.known for request in said.requests] == [None, known, None, known]
+    assert said.charged == [8] * 4
+
+
+def test_what_is_known_is_shared_by_connections_and_looked_up_behind_another_head() -> None:
+    heads: dict[bytes, Head] = {}
+    first, raw = Conversation(heads=heads), head(*PLAIN, b"Content-Length: 8")
+    first.hear(raw + b"same one", GET)
+    first.found[0].known = Known(b"same ", "what it means")
+    for _ in range(2):
+        first.hear(raw + b"same two", GET)
+    assert first.bodies == [b"same one", b"", b"two", b"", b"two", b""]
+    assert Conversation(heads=heads).hear(raw + b"same two").bodies == [b"two"]
+
+
+def test_what_lies_in_the_buffer_behind_a_read_is_no_part_of_it() -> None:
+    """The buffer of all connections still holds what came before."""
+    raw = head(*PLAIN, b"Content-Length: 8")
+    said = hear(raw + b"same one")
+    said.found[0].known = Known(b"same ", "what it means")
+    buffer = bytearray(raw + b"same two" + bytes(100))
+    reader = said.reader
+    for size in len(raw) + 8, len(raw) + 3, 5:
+        reader.feed(memoryview(buffer), size)
+        buffer[:5] = raw[:5] if size == len(raw) + 8 else b"e two"
+    assert [bytes(request.body) for request in reader.requests] == [b"two", b"same two"]
+    assert reader.phase is IDLE
+
+
+@pytest.mark.parametrize("lead", [1, 100, 150])
+def test_what_is_known_takes_no_room_where_workers_read(slots: Slots, lead: int) -> None:
+    length = lead + 4096
+    said = Conversation(slots=slots).hear(small(lead, length) + b"a" * length)
+    said.found[0].known = Known(b"j" * lead, "what it means")
+    for letter in b"bc":
+        said.hear(small(lead, length) + b"j" * lead + bytes([letter]) * 4096)
+    assert said.bodies[1:] == [b"b" * 4096, b"c" * 4096]
+    for request in said.requests[1:]:
+        assert request.slot is not None
+        assert (request.slot.place % 64, len(request.slot), request.charged) == (0, 4096, length)
+    assert slots.arena.allocator.used == 2 * 4096
+    for request in said.requests:
+        said.budget.release(request)
+    assert (slots.arena.allocator.slots, said.budget.used) == (0, 0)
+
+
+def test_while_there_is_no_room_all_of_a_body_is_kept(slots: Slots) -> None:
+    said = Conversation(slots=slots).hear(small(100, 4196) + b"a" * 4196)
+    said.found[0].known = Known(b"j" * 100, "what it means")
+    whole = slots.take(slots.arena.size)
+    assert whole is not None
+    said.hear(small(100, 4196) + b"j" * 100 + b"b" * 4096)
+    whole.give_back()
+    assert said.bodies[1] == b"j" * 100 + b"b" * 4096
+    assert (said.requests[1].slot, said.requests[1].known) == (None, None)
+    for request in said.requests:
+        said.budget.release(request)
+
+
+@pytest.mark.parametrize("length", [120, 4196])
+def test_what_is_known_no_more_is_put_before_the_rest_again(slots: Slots, length: int) -> None:
+    said = Conversation(slots=slots).hear(small(100, length) + b"a" * length)
+    said.found[0].known = Known(b"j" * 100, "what it means")
+    body = b"j" * 100 + b"b" * (length - 100)
+    said.hear(small(100, length) + body)
+    request = said.requests[1]
+    assert request.known is not None
+    for _ in range(2):
+        request.restore()
+        assert (request.slot, bytes(request.body)) == (None, body)
+    assert said.requests[1].known is None
+    assert slots.arena.allocator.slots == 0
+    for each in said.requests:
+        said.budget.release(each)
+
+
+@FAST
+@given(st.lists(st.tuples(st.sampled_from([b"same ", b"some ", b"s"]), st.binary(min_size=3, max_size=3)), max_size=8))
+def test_with_or_without_what_is_known_all_bodies_are_the_same(bodies: list[tuple[bytes, bytes]]) -> None:
+    raws = [head(*PLAIN, b"Content-Length: %d" % len(start + rest)) + start + rest for start, rest in bodies]
+    said = Conversation()
+    for raw in raws:
+        said.hear(raw)
+        said.found[-1].known = Known(b"same ", "what it means")
+    whole = [b"" if request.known is None else request.known.start for request in said.requests]
+    assert [a + b for a, b in zip(whole, said.bodies, strict=True)] == [start + rest for start, rest in bodies]

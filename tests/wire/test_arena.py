@@ -556,6 +556,27 @@ def test_a_mapping_takes_the_descriptor(arena: Arena) -> None:
         mapping.view(0, 0)
 
 
+def test_copies_are_what_lay_there(arena: Arena, mapping: Mapping) -> None:
+    arena.view(0, SIZE)[:] = bytes(number % 251 for number in range(SIZE))
+    offsets = [0, 4000, SIZE - 100, 4000]
+    copies = mapping.copies(offsets, 100)
+    assert copies is not None
+    assert copies == [bytes(mapping.view(offset, 100)) for offset in offsets]
+    arena.view(0, SIZE)[:] = bytes(SIZE)
+    assert copies[0] == bytes(range(100))
+
+
+@pytest.mark.parametrize(("offsets", "nbytes"), [([0, SIZE], 1), ([SIZE - 1, 0], 2), ([0], SIZE + 1), ([1 << 63], 0)])
+def test_there_are_no_copies_of_what_lies_outside(mapping: Mapping, offsets: list[int], nbytes: int) -> None:
+    assert mapping.copies(offsets, nbytes) is None
+
+
+def test_there_are_no_copies_of_what_is_closed(arena: Arena) -> None:
+    mapping = Mapping(os.dup(arena.fd))
+    mapping.close()
+    assert mapping.copies([0], 1) is None
+
+
 # --- lying descriptors ---
 
 near = st.sampled_from([0, 1, 63, 64, PAGE, SIZE - 1, SIZE, SIZE + 1, 1 << 31, 1 << 32, 1 << 63, 1 << 64])
