@@ -65,8 +65,7 @@ from penstock.wire.models import SERVED, ModelSpec, ModelState, Route, Unnamed, 
 from penstock.wire.models import UNAVAILABLE as UNAVAILABLE_STATE
 from penstock.wire.slots import PLACED_MIN_BYTES, Placed
 
-# A result of at most so many bytes is copied out of its worker's memory: to give that back costs as much.
-COPIED_MAX_BYTES: Final = 16 * 1024
+_COPIED_BYTES_MAX: Final = 16 * 1024  # to see to a view, and to give it back, costs as much
 _SWEEP_S: Final = 0.1  # how often calls are looked through for those whose time is up
 # The broker and the workers say why time was up: their word is waited for so long past the deadline.
 _LATE_S: Final = 0.2
@@ -78,7 +77,8 @@ _NEVER: Final = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a caller is. ``name``: "" for one that has no metrics. ``address``: the broker's, for what users are told."""
+    """Who a caller is. ``name``: "" for one that has no metrics. ``address``: the broker's, for what users are told.
+    ``copied_bytes_max``: of a result that is copied out of its worker's memory when it comes."""
 
     id: bytes
     name: str
@@ -86,6 +86,7 @@ class Identity:
     local: bool
     address: str
     calls_max: int = 65_536
+    copied_bytes_max: int = _COPIED_BYTES_MAX
 
 
 class Caller:
@@ -373,7 +374,7 @@ class Caller:
             status, size, body, queue_us, ids, places, held_us = group
             copies: Sequence[bytes] | None = None
             if places and status == COMPLETE:
-                arena = self._arenas.get(message.worker) if size <= COPIED_MAX_BYTES else None
+                arena = self._arenas.get(message.worker) if size <= self.identity.copied_bytes_max else None
                 copies = None if arena is None else arena.copies(places, size)
                 if copies is None:
                     self._placed(message, group, acks)

@@ -170,9 +170,17 @@ class Mapping:
             f"a slot of {brief(nbytes)} bytes at offset {brief(offset)} lies outside its arena of {self.size} bytes"
         )
 
+    def views(self, offsets: Sequence[int], nbytes: int) -> list[memoryview]:
+        """As ``view``, of pieces of the same size, with one look at their offsets: whole numbers from 0, as messages
+        have been found to hold them."""
+        if max(offsets) + nbytes > self.size:
+            return [self.view(offset, nbytes) for offset in offsets]  # one of which raises
+        memory = self._memory
+        return [memory[offset : offset + nbytes] for offset in offsets]
+
     def copies(self, offsets: Sequence[int], nbytes: int) -> list[bytes] | None:
-        """Copies of pieces of the same size, for a sixth of what a view of each costs where they are small. Whole
-        numbers from 0 that come from a peer: None where not all of them lie inside, of which ``view`` tells which."""
+        """Copies of pieces of the same size, at less cost than views where they are small; offsets as for ``views``.
+        None where not all of them lie inside: ``view`` tells which."""
         memory = self._map
         if memory is None or max(offsets) + nbytes > self.size:
             return None

@@ -20,6 +20,9 @@ class Arena(Protocol):
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Raises BadMessage when it does not lie inside."""
 
+    def views(self, offsets: Sequence[int], nbytes: int) -> list[memoryview]:
+        """Raises BadMessage when not all of them lie inside."""
+
     def copies(self, offsets: Sequence[int], nbytes: int) -> list[bytes] | None:
         """None when not all of them lie inside."""
 

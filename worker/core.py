@@ -458,7 +458,7 @@ class Core:
         if arena is None:
             raise PenstockError(BAD_INPUT, "the tensors are said to lie in shared memory, and this caller shares none")
         try:
-            return tuple([arena.view(place, group.nbytes) for place in group.places])
+            return tuple(arena.views(group.places, group.nbytes))
         except BadMessage as error:
             raise PenstockError(BAD_INPUT, f"the tensors do not lie where they are said to: {error}") from None
 

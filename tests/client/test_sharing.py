@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from penstock.client import caller
 from penstock.client.arrays import decode_outcome
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Command, FromWorker, Hear
@@ -48,13 +48,13 @@ class Silent:
 
 def submit(shares: bool, *payloads: object) -> Submit:
     """What a caller says that has these payloads of LARGE bytes to send."""
-    core = Caller(Identity(b"a caller", "", 1, True, "/run/here"))
-    core.handle(FromBroker(Welcome(7, "", shares)), 0.0)
+    caller = Caller(Identity(b"a caller", "", 1, True, "/run/here"))
+    caller.handle(FromBroker(Welcome(7, "", shares)), 0.0)
     form = Form("m", "1", 0, "", 1, LARGE, b"", b"layout")
     for payload in payloads:
-        core.submit(form, payload, 1.0, Silent(), 0.0)
-    [message] = core.flush(0.0)
-    core.validate()
+        caller.submit(form, payload, 1.0, Silent(), 0.0)
+    [message] = caller.flush(0.0)
+    caller.validate()
     return message
 
 
@@ -87,6 +87,9 @@ class Memory:
         if offset + nbytes > len(self.content):
             raise BadMessage("outside")
         return memoryview(self.content)[offset : offset + nbytes]
+
+    def views(self, offsets: Sequence[int], nbytes: int) -> list[memoryview]:
+        return [self.view(offset, nbytes) for offset in offsets]
 
     def copies(self, offsets: Sequence[int], nbytes: int) -> list[bytes] | None:
         if max(offsets) + nbytes > len(self.content):
@@ -139,18 +142,18 @@ def publish(
 
 
 @pytest.fixture
-def sharing(joined: Conversation, monkeypatch: pytest.MonkeyPatch) -> Conversation:
-    """A conversation with a caller that reads WORKER's arena, to which four bytes are many."""
-    monkeypatch.setattr(caller, "COPIED_MAX_BYTES", 3)
+def sharing(joined: Conversation) -> Conversation:
+    """A conversation with a caller that reads WORKER's arena, and copies less than four bytes."""
+    joined.caller.identity = replace(joined.caller.identity, copied_bytes_max=3)
     name_workers(joined, WORKER, sharing=[WORKER])
     give(joined, WORKER)
     return joined
 
 
 @pytest.fixture
-def copying(sharing: Conversation, monkeypatch: pytest.MonkeyPatch) -> Conversation:
-    """One to which they are few."""
-    monkeypatch.setattr(caller, "COPIED_MAX_BYTES", 4)
+def copying(sharing: Conversation) -> Conversation:
+    """One that copies as many."""
+    sharing.caller.identity = replace(sharing.caller.identity, copied_bytes_max=4)
     return sharing
 
 

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from penstock.worker.config import ModelConfig
 from penstock.worker.model import Model, load
-from tests.cores.world import LARGE, SMALL, CallerLife, Peer, WorkerLife, World
+from tests.cores.world import LARGE, MIDDLE, SMALL, CallerLife, Peer, WorkerLife, World
 
 SILENCE_S = 7  # after which a process that says nothing is taken for gone
 
@@ -475,7 +475,7 @@ class Interleavings(RuleBasedStateMachine):
         if peer is not None:
             peer.find_arena()
 
-    @rule(at=st.integers(0, 3), width=st.sampled_from([LARGE, LARGE, SMALL]), count=st.integers(1, 4))
+    @rule(at=st.integers(0, 3), width=st.sampled_from([LARGE, MIDDLE, SMALL]), count=st.integers(1, 4))
     def ask(self, at: int, width: int, count: int) -> None:
         caller = self.pick(CallerLife, at)
         for _ in range(count if caller else 0):

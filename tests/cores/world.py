@@ -47,7 +47,8 @@ from penstock.worker.model import Model
 from penstock.worker.serving import Identity as WorkerIdentity
 
 ARENA_BYTES = 1 << 16  # of a caller or a worker: for a dozen of the large tensors
-LARGE, SMALL = 600, 2  # numbers in a row: 2400 bytes lie in an arena, 8 travel
+# Numbers in a row: 2400 bytes lie in an arena, and so do 2200, but callers copy results of that; 8 travel.
+LARGE, MIDDLE, SMALL = 600, 550, 2
 Delivery: TypeAlias = Callable[[], None]
 P = TypeVar("P", bound="Peer")
 
@@ -257,7 +258,7 @@ class Request:
 class CallerLife(Peer):
     def __init__(self, world: World, number: bytes) -> None:
         super().__init__(world, number)
-        self.caller = Caller(Identity(number, "", 1, True, "here"))
+        self.caller = Caller(Identity(number, "", 1, True, "here", copied_bytes_max=4 * MIDDLE))
         self.requests: list[Request] = []
         self.reading: list[Request] = []  # have a result in a worker's memory that they have not let go of
         self.heard: dict[str, WorkerLife] = {}
@@ -298,7 +299,7 @@ class CallerLife(Peer):
         payload = np.full((1, width), value, np.float32).tobytes()
         form = make_form(model.spec, Layout((Tensor("x", "FP32", (1, width), 0, len(payload)),), ()), len(payload))
         shares = self.caller.shares or not self.late
-        slot = self.slots.take(len(payload)) if width == LARGE and shares else None
+        slot = self.slots.take(len(payload)) if width != SMALL and shares else None
         if slot is not None:
             slot.view[:] = payload
         request = Request(self, value, width, slot)

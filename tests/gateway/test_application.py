@@ -11,13 +11,13 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 
-from penstock.client import caller
 from penstock.client.caller import Caller, Identity
 from penstock.client.events import Complete, Event, Fail, FromWorker
 from penstock.gateway import application
@@ -1512,6 +1512,9 @@ class Memory:
     def view(self, offset: int, nbytes: int) -> memoryview:
         return memoryview(self.content)[offset : offset + nbytes]
 
+    def views(self, offsets: Sequence[int], nbytes: int) -> list[memoryview]:
+        return [self.view(offset, nbytes) for offset in offsets]
+
     def copies(self, offsets: Sequence[int], nbytes: int) -> list[bytes]:
         return [self.content[offset : offset + nbytes] for offset in offsets]
 
@@ -1521,9 +1524,9 @@ Y = np.array([[2, 4]], "<f4").tobytes()
 
 
 @pytest.fixture
-def sharing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    """A desk whose one worker has the answer Y in its memory, behind eight bytes; it is a large one."""
-    monkeypatch.setattr(caller, "COPIED_MAX_BYTES", len(Y) - 1)
+def sharing(desk: Desk) -> Desk:
+    """A desk whose one worker has the answer Y in its memory, behind eight bytes, and whose caller copies only less."""
+    desk.caller.identity = replace(desk.caller.identity, copied_bytes_max=len(Y) - 1)
     desk.join(ready())
     desk.hear(FromBroker(Workers(EPOCH, [WorkerAddress(b"worker 0", "ipc://results", 1)])))
     desk.hear(ArenaCame(b"worker 0", 1, Memory(bytes(8) + Y)))
@@ -1558,10 +1561,8 @@ def test_a_binary_answer_is_sent_from_where_it_lies_and_acknowledged_afterwards(
     assert acknowledged(sharing) == [1, 1]
 
 
-def test_a_binary_answer_of_few_bytes_is_copied_and_acknowledged_at_once(
-    sharing: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(caller, "COPIED_MAX_BYTES", len(Y))
+def test_a_binary_answer_of_few_bytes_is_copied_and_acknowledged_at_once(sharing: Desk) -> None:
+    sharing.caller.identity = replace(sharing.caller.identity, copied_bytes_max=len(Y))
     exchange = sharing.infer(BINARY)
     assert acknowledged(sharing) == []
     place(sharing, 1)

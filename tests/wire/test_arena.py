@@ -566,6 +566,25 @@ def test_copies_are_what_lay_there(arena: Arena, mapping: Mapping) -> None:
     assert copies[0] == bytes(range(100))
 
 
+def test_views_are_those_of_each(arena: Arena, mapping: Mapping) -> None:
+    arena.view(0, SIZE)[:] = bytes(number % 251 for number in range(SIZE))
+    offsets = [0, 4000, SIZE - 100, 4000]
+    views = mapping.views(offsets, 100)
+    assert [bytes(view) for view in views] == [bytes(mapping.view(offset, 100)) for offset in offsets]
+    assert all(view.readonly for view in views)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "nbytes", "sentence"),
+    [([0, SIZE], 1, f"1 bytes at offset {SIZE}"), ([0, 1 << 63], 0, "0 bytes at offset 9223372036854775808")],
+)
+def test_of_views_one_that_lies_outside_is_an_error(
+    mapping: Mapping, offsets: list[int], nbytes: int, sentence: str
+) -> None:
+    with pytest.raises(BadMessage, match=f"a slot of {sentence} lies outside"):
+        mapping.views(offsets, nbytes)
+
+
 @pytest.mark.parametrize(("offsets", "nbytes"), [([0, SIZE], 1), ([SIZE - 1, 0], 2), ([0], SIZE + 1), ([1 << 63], 0)])
 def test_there_are_no_copies_of_what_lies_outside(mapping: Mapping, offsets: list[int], nbytes: int) -> None:
     assert mapping.copies(offsets, nbytes) is None
