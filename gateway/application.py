@@ -141,7 +141,7 @@ class Application:
 
     def handle(self, exchange: Exchange) -> None:
         """Answer a request, now or later."""
-        head = exchange.request.head
+        head = exchange.head
         try:
             target = head.target
             if target is None:
@@ -171,10 +171,10 @@ class Application:
         return (self._options, {}) if head.method == b"OPTIONS" else self._routes.find(head.method, head.url)
 
     def _options(self, exchange: Exchange, target: Target) -> None:
-        url = exchange.request.head.url
+        url = exchange.head.url
         allowed = self._routes.methods() if url == b"*" else self._routes.allowed(url)  # RFC 9110, 9.3.7
         self.count(204)
-        exchange.answer(204, extra=_allow(allowed) + self._cors.preflight(exchange.request.head.headers, allowed))
+        exchange.answer(204, extra=_allow(allowed) + self._cors.preflight(exchange.head.headers, allowed))
 
     def crashed(self, exchange: Exchange) -> None:
         """A defect of ours must end one request, not the connections of everybody else."""
@@ -197,13 +197,13 @@ class Application:
     def fail(self, exchange: Exchange, error: PenstockError, identifier: str = "", number: int = 0) -> None:
         """Answer with an error. ``identifier``: the request's own id, ``number``: the broker's for it."""
         status = STATUSES[error.code]
-        given = read_request_id(exchange.request.head.headers)
+        given = read_request_id(exchange.head.headers)
         log.log(
             logging.WARNING if status >= 500 else logging.INFO,
             "request failed",
             extra=fields(
                 request_id=self.name(identifier, number),
-                url=exchange.request.head.url.decode("latin-1"),
+                url=exchange.head.url.decode("latin-1"),
                 status=status,
                 code=error.code,
                 reason=error.message,
@@ -317,13 +317,12 @@ class Application:
 
     def infer(self, exchange: Exchange, target: Target, parse: Parse | None = None) -> None:
         """Answer an inference request in any protocol. ``parse``: its own; else it is that of v2."""
-        request = exchange.request
-        if request.known is not None:
-            query, told = request.known.meaning
+        if exchange.known is not None:
+            query, told = exchange.known.meaning
             if told == self.caller.told:
-                self._ask(exchange, target, query, request.body if request.slot is None else request.slot)
+                self._ask(exchange, target, query, exchange.body if exchange.slot is None else exchange.slot)
                 return
-            request.restore()
+            exchange.restore()
         parse = parse or self.parse
         if target.defer is not None:
             target.defer(exchange, target, parse)
@@ -331,18 +330,18 @@ class Application:
         if target.encoding:
             self.expand(exchange, target, partial(self._submit, parse))
         else:
-            self._submit(parse, exchange, target, exchange.request.body)
+            self._submit(parse, exchange, target, exchange.body)
 
     def read_body(self, exchange: Exchange, target: Target, then: Callable[[Exchange, Target, Buffer], None]) -> None:
         """Do something with a body, compressed or not."""
         if target.encoding:
             self.expand(exchange, target, then)
         else:
-            then(exchange, target, exchange.request.body)
+            then(exchange, target, exchange.body)
 
     def expand(self, exchange: Exchange, target: Target, then: Callable[[Exchange, Target, Buffer], None]) -> None:
         """Do something with a body as it was before it was compressed."""
-        body = exchange.request.body
+        body = exchange.body
         bytes_max = self.options.body_bytes_max
 
         def expanded(whole: Buffer) -> None:
@@ -375,7 +374,7 @@ class Application:
             if query.spec.build and self.cache is not None and self.cache.take(exchange, target, query, payload, body):
                 return
             if query.reusable and parse is self.parse:
-                self._remember(exchange.request.head, query, body)
+                self._remember(exchange.head, query, body)
             there = exchange.place(payload) if placed else payload
             if there is None:
                 self._wait_for_room(exchange, target, query, payload)
@@ -422,7 +421,7 @@ class Application:
         """Answer an inference request with its result, which was back ``total_s`` seconds after all of it had come.
         ``asked``: when it was on its way to the broker, in seconds of the monotonic clock. ``lines``: more header
         lines."""
-        target: Target = exchange.request.head.target
+        target: Target = exchange.head.target
         like, payload = self._stencil, answer.payload
         if (
             like is not None
@@ -491,7 +490,7 @@ class Application:
         def say(done: asyncio.Future[tuple[bytes, Payload, Style]]) -> None:
             try:
                 body, payload, style = done.result()
-                encoding = exchange.request.head.target.accepts
+                encoding = exchange.head.target.accepts
                 if encoding:
                     json, binary = render_body(body, payload, style, query.id, parameters)
                     self._send_compressed(exchange, json, binary, encoding, begin)
@@ -563,7 +562,7 @@ class Application:
         except RouteError as error:
             self._refuse(exchange, error)
         except Exception:
-            log.exception("request handler failed", extra=fields(url=repr(exchange.request.head.url)))
+            log.exception("request handler failed", extra=fields(url=repr(exchange.head.url)))
             self.crashed(exchange)
 
     def count_failure(self, target: Target, code: str) -> None:
@@ -580,14 +579,14 @@ class Application:
         exchange.answer(200, self._page.body, b"text/html; charset=utf-8", self._page.headers)
 
     def _events(self, exchange: Exchange, target: Target) -> None:
-        if exchange.request.head.method == b"HEAD":
+        if exchange.head.method == b"HEAD":
             exchange.send(200, FEED_HEAD)
         else:
             self._feed.join(exchange)
         self.count(200)
 
     def _metrics(self, exchange: Exchange, target: Target) -> None:
-        form = form_for(exchange.request.head.headers.get("accept", b""))
+        form = form_for(exchange.head.headers.get("accept", b""))
 
         def report(text: bytes) -> None:
             self.count(200)

@@ -346,7 +346,7 @@ class _Asker:
     def lead(self, trip: _Trip, kept_as: bytes, payload: Buffer) -> None:
         self._trip = trip
         trip.kept_as, trip.payload = kept_as, payload
-        trip.hold(self.exchange.request.slot)
+        trip.hold(self.exchange.slot)
         self.exchange.gone = self
 
     def start(self, trip: _Trip) -> bool:
@@ -384,7 +384,7 @@ class _Asker:
 
     def _placed(self, trip: _Trip, payload: Payload) -> None:
         trip.payload = payload
-        trip.hold(self.exchange.request.slot)
+        trip.hold(self.exchange.slot)
         self._submit(trip)
 
     def _submit(self, trip: _Trip) -> None:
@@ -396,5 +396,5 @@ class _Asker:
     def _refuse(self, error: PenstockError) -> None:
         """Answer with an error of this gateway's."""
         application = self.cache.application
-        application.count_failure(self.exchange.request.head.target, error.code)
+        application.count_failure(self.exchange.head.target, error.code)
         application.fail(self.exchange, error, self.query.id)

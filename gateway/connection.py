@@ -18,7 +18,7 @@ import orjson
 
 from penstock.gateway.hangups import Hangups
 from penstock.gateway.options import GatewayOptions
-from penstock.gateway.reader import BODY, FULL, HEAD, IDLE, Budget, Head, HttpError, Reader, Request
+from penstock.gateway.reader import BODY, FULL, HEAD, IDLE, Budget, Head, HttpError, Known, Reader, Request
 from penstock.gateway.waits import BoundedWait, too_large
 from penstock.wire.errors import DRAINING, OVERLOADED, TOO_LARGE, PenstockError
 from penstock.wire.messages import Payload
@@ -82,28 +82,33 @@ class Line(Protocol):
     @property
     def ends(self) -> tuple[tuple[str, int], tuple[str, int]] | None: ...
     def slots(self) -> Slots | None: ...
-    def answered(self, exchange: Exchange, /) -> None: ...
+    def answered(self) -> None: ...
     def begin(self, exchange: Exchange, content_type: bytes, extra: bytes, /) -> Stream: ...
     def wait(
         self, nbytes: int, lead: int, then: Callable[[Slot], None], late: Callable[[str], None], /
     ) -> BoundedWait: ...
 
 
-class Exchange:
+class Exchange(Request):
     """A request and its one answer. ``gone`` is called when the client leaves before it has been answered, and when a
     gateway that drains ends an answer that goes on. ``began``, ``arrived``: when all of the request's head, and all of
     the request, had come, in seconds of the monotonic clock."""
 
-    __slots__ = ("_connection", "_response", "_sent", "_tail", "arrived", "began", "gone", "request", "status")
+    __slots__ = ("_connection", "_response", "_sent", "_tail", "arrived", "began", "gone", "status")
 
-    def __init__(self, connection: Line, request: Request, began: float = 0.0) -> None:
-        """``began``: 0 where the body came with its head."""
-        self.arrived = time.monotonic()
-        self.began = began or self.arrived
-        self.request = request
+    def __init__(
+        self, head: Head, body: Buffer, charged: int, slot: Slot | None = None, known: Known | None = None
+    ) -> None:
+        """Belongs to no connection yet."""
+        self.head = head  # rather than by way of super(), which takes as long again
+        self.body = body
+        self.charged = charged
+        self.slot = slot
+        self.known = known
+        self.arrived = self.began = time.monotonic()
         self.status = 0
         self.gone: Callable[[], None] | None = None
-        self._connection: Line | None = connection
+        self._connection: Line | None = None
         self._response: bytes | None = None
         self._tail: Buffer = b""
         self._sent: Callable[[], None] | None = None
@@ -128,7 +133,7 @@ class Exchange:
         self._response = response
         self._tail = tail
         self._sent = sent
-        connection.answered(self)
+        connection.answered()
 
     def answer(
         self, status: int, body: bytes = b"", content_type: bytes = b"application/json", extra: bytes = b""
@@ -166,14 +171,13 @@ class Exchange:
         """A large payload of this request where workers can read it: already there when it is the end of a body that
         was received there, or copied; as it is while they read nothing of this gateway's. None while there is no room:
         then ``wait``. Raises PenstockError when there never will be."""
-        request = self.request
-        if request.slot is not None:
+        if self.slot is not None:
             if isinstance(payload, memoryview):
-                request.slot.cut(len(payload))
-                return request.slot
-            request.slot.give_back()  # some of its tensors were JSON, and now they lie together elsewhere
-            request.slot = None
-        request.body = b""
+                self.slot.cut(len(payload))
+                return self.slot
+            self.slot.give_back()  # some of its tensors were JSON, and now they lie together elsewhere
+            self.slot = None
+        self.body = b""
         slots = self.slots
         if slots is None:
             return payload
@@ -188,7 +192,7 @@ class Exchange:
     def put(self, payload: Buffer, slot: Slot) -> Slot:
         """Copy a payload of this request into a slot, which is given back with the request."""
         slot.view[:] = payload
-        self.request.slot = slot
+        self.slot = slot
         return slot
 
     def wait(self, nbytes: int, then: Callable[[Slot], None], late: Callable[[str], None]) -> None:
@@ -200,18 +204,17 @@ class Exchange:
     def let_go(self) -> None:
         """Nobody needs its body any more, though it is not answered yet."""
         if self._connection is not None:
-            self._connection.budget.release(self.request)
+            self._connection.budget.release(self)
 
     def expanded(self, body: Buffer, more: int = 0) -> bool:
         """The body was compressed, and is this, or so many bytes ``more`` belong to it. False when there is no room for
         it."""
-        request = self.request
         if self._connection is None:
             return True
         if not self._connection.budget.take(len(body) + more):
             return False
-        request.charged += len(body) + more
-        request.body = body
+        self.charged += len(body) + more
+        self.body = body
         return True
 
 
@@ -232,7 +235,7 @@ class Stream:
     def __init__(self, connection: Connection, exchange: Exchange, content_type: bytes, extra: bytes) -> None:
         self._connection = connection
         self._exchange = exchange
-        self._chunked = not exchange.request.head.http10  # which reads until the connection is closed
+        self._chunked = not exchange.head.http10  # which reads until the connection is closed
         coding = b"Transfer-Encoding: chunked\r\n" if self._chunked else b""
         self._head = b"%bContent-Type: %b\r\n%b%b\r\n" % (_STATUS_LINES[200], content_type, extra, coding)
 
@@ -252,7 +255,7 @@ class Stream:
         if transport is None:
             return False
         if self._head:
-            lines = self._exchange.request.head.lines
+            lines = self._exchange.head.lines
             data = _with_connection(_with_lines(self._head, lines), b"close") + data
             self._head = b""
         if data:
@@ -307,7 +310,7 @@ class Connection(asyncio.BufferedProtocol):
         self.deadline = float("inf")
         self._http = http
         self.slots = http.slots
-        self._reader = Reader(http.options, http.budget, http.heads, http.slots)
+        self._reader = Reader(http.options, http.budget, http.heads, http.slots, Exchange)
         self._exchanges: deque[Exchange] = deque()  # in the order of their requests; the first is answered first
         self._unsent: list[Callable[[], None]] = []  # to be called when all that was written has left
         self._encrypts = False
@@ -318,7 +321,7 @@ class Connection(asyncio.BufferedProtocol):
         self._full = False  # the transport takes no more at present
         self._writing_paused = False  # the client has to read before it is answered further
         self._rest: memoryview | None = None  # what is still to be written of a large answer, the first exchange's
-        self._held: list[Request] = []  # that have come, and are not begun while the client reads no answers
+        self._held: list[Exchange] = []  # that have come, and are not begun while the client reads no answers
         self._phase = IDLE  # the one that the deadline is for
         self._began = 0.0  # when the head came whose body is still to come, on the monotonic clock
         self._wait: BoundedWait | None = None  # for room for the body that has begun
@@ -364,8 +367,8 @@ class Connection(asyncio.BufferedProtocol):
         self._wait_no_longer()
         self._forget_hangup()
         self._reader.close()
-        for request in self._held:
-            self._http.budget.release(request)
+        for exchange in self._held:
+            self._http.budget.release(exchange)
         self._held.clear()
         for exchange in self._exchanges:
             self._drop(exchange)
@@ -443,23 +446,23 @@ class Connection(asyncio.BufferedProtocol):
 
     def _take_requests(self) -> None:
         http, reader = self._http, self._reader
-        requests, reader.requests = reader.requests, []
+        exchanges, reader.requests = reader.requests, []
         if self._held:
-            requests, self._held = self._held + requests, []
-        for at, request in enumerate(requests):
+            exchanges, self._held = self._held + exchanges, []
+        for exchange in exchanges:
             if self._last:
-                http.budget.release(request)
-                continue
-            if self._writing_paused:
+                http.budget.release(exchange)
+            elif self._writing_paused:
                 # One read may bring thousands, and each answer may be a thousand times as large.
-                self._held = requests[at:]
-                break
-            exchange = Exchange(self, request, self._began)
-            self._began = 0.0
-            self._exchanges.append(exchange)
-            if not request.head.keep_alive or http.draining:
-                self._last = True
-            http.application.handle(exchange)
+                self._held.append(exchange)
+            else:
+                exchange._connection = self
+                if self._began:
+                    exchange.began, self._began = self._began, 0.0
+                self._exchanges.append(exchange)
+                if not exchange.head.keep_alive or http.draining:
+                    self._last = True
+                http.application.handle(exchange)
         self._phase = IDLE
         if self._exchanges:
             if not self._writing_paused:  # which has a deadline of its own
@@ -557,25 +560,24 @@ class Connection(asyncio.BufferedProtocol):
         self._phase = IDLE
         head = Head(b"", b"", {}, 0, False, False)  # it could not be read, or not all of what is behind it
         head.lines = self._http.application.refused(error.status, error.sentence, self._reader.headers)
-        exchange = Exchange(self, Request(head, b"", 0))
+        exchange = Exchange(head, b"", 0)
+        exchange._connection = self
         self._exchanges.append(exchange)
         extra = b"Retry-After: 1\r\n" if error.status == 503 else b""
         exchange.answer_error(error.status, error.sentence, extra)
 
     # --- answers ---
 
-    def answered(self, exchange: Exchange) -> None:
-        """An exchange has its answer: write it, and those behind it that waited for it."""
-        if self._exchanges[0] is exchange and self._transport is not None:
-            self._answer(self._transport)
-
-    def _answer(self, transport: asyncio.Transport) -> None:
+    def answered(self) -> None:
         """Write what answers there are, in their order, up to one that is large."""
+        transport = self._transport
+        if transport is None or self._rest is not None:
+            return
         exchanges, budget = self._exchanges, self._http.budget
         while exchanges and (response := exchanges[0]._response) is not None:
             first = exchanges[0]
-            budget.release(first.request)
-            head, tail = first.request.head, first._tail
+            budget.release(first)
+            head, tail = first.head, first._tail
             last = self._last and len(exchanges) == 1
             if head.lines:
                 response = _with_lines(response, head.lines)
@@ -636,7 +638,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._last and not self._exchanges:
             self._finish()
             return
-        self._answer(transport)
+        self.answered()
         if not self._writing_paused:  # by what was behind it
             self._go_on()
 
@@ -659,7 +661,7 @@ class Connection(asyncio.BufferedProtocol):
             if behind._sent is not None:
                 behind._sent()
         exchange.status = 200
-        self._http.budget.release(exchange.request)
+        self._http.budget.release(exchange)
         self._stream = Stream(self, exchange, content_type, extra)
         self._stream.start()
         return self._stream
@@ -696,7 +698,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _drop(self, exchange: Exchange) -> None:
         """The exchange has nothing to do with this connection any more."""
-        self._http.budget.release(exchange.request)
+        self._http.budget.release(exchange)
         exchange._connection = None
 
     def _finish(self) -> None:

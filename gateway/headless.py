@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from penstock.gateway.connection import Exchange, Http, Stream
-from penstock.gateway.reader import Budget, Head, Request
+from penstock.gateway.reader import Budget, Head
 from penstock.gateway.waits import BoundedWait
 from penstock.wire.errors import UNSUPPORTED, PenstockError
 from penstock.wire.slots import Slot, Slots
@@ -58,7 +58,7 @@ class NoLine:
     def begin(self, exchange: Exchange, content_type: bytes, extra: bytes) -> Stream:
         raise PenstockError(UNSUPPORTED, "an answer that goes on cannot be stored")
 
-    def answered(self, exchange: Exchange) -> None:
+    def answered(self) -> None:
         raise AssertionError("the exchange takes its answer itself")
 
 
@@ -77,7 +77,8 @@ class Headless(Exchange):
         done: Callable[[Answer], None],
     ) -> None:
         head = Head(method, url, dict(headers), len(body), True, False)
-        super().__init__(NoLine(http), Request(head, body, 0))
+        super().__init__(head, body, 0)
+        self._connection = NoLine(http)
         self._budget = http.budget
         self._done = done
 
@@ -101,5 +102,5 @@ class Headless(Exchange):
                 gone()
 
     def _end(self) -> None:
-        self._budget.release(self.request)
+        self._budget.release(self)
         self._connection = self.gone = None

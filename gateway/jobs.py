@@ -153,17 +153,17 @@ class Jobs:
 
     def _take(self, exchange: Exchange, target: Target, parse: Parse) -> None:
         """A request that could be answered now becomes a job; what is wrong with it is said at once."""
-        kept = _kept(exchange.request)
+        kept = _kept(exchange)
         if target.encoding:
             self._application.expand(exchange, target, partial(self._check, parse, kept))
         else:
-            self._check(parse, kept, exchange, target, exchange.request.body)
+            self._check(parse, kept, exchange, target, exchange.body)
 
     def _check(self, parse: Parse, kept: Buffer, exchange: Exchange, target: Target, body: Buffer) -> None:
         self._application.large.check(exchange, target, parse, body, partial(self._checked, kept, exchange, target))
 
     def _checked(self, kept: Buffer, exchange: Exchange, target: Target, check: Callable[[], Query]) -> None:
-        head = exchange.request.head
+        head = exchange.head
         url, callback_url = split_callback(head.url)
         try:
             if check().fleeting:
@@ -245,7 +245,7 @@ class Jobs:
     ) -> None:
         """Look for a job, and once more when it has ended or the time to wait for that is up. ``make``: on the thread,
         what is to be told."""
-        ident, wait_s = target.job, read_wait(exchange.request.head.url)
+        ident, wait_s = target.job, read_wait(exchange.head.url)
 
         def look() -> tuple[Job, T]:
             jobs = self._store.get([ident], time.time())
@@ -266,7 +266,7 @@ class Jobs:
         exchange.gone = self._waits.wait(ids, seconds, later)
 
     def _list(self, exchange: Exchange, target: Target) -> None:
-        url = exchange.request.head.url
+        url = exchange.head.url
         ids = read_ids(url)
         if ids:
             self._list_ended(exchange, ids, read_wait(url))

@@ -151,12 +151,12 @@ class LargeJson:
         self._start(exchange, target, query, unread)
 
     def _start(self, exchange: Exchange, target: Target, query: Query, sheet: Sheet | Unread) -> None:
-        application, request = self._application, exchange.request
+        application = self._application
         inference = application.inference(application, exchange, query)
-        request.body = b""
-        if request.slot is not None:  # the body lay there, for its binary tensors
-            request.slot.give_back()
-            request.slot = None
+        exchange.body = b""
+        if exchange.slot is not None:  # the body lay there, for its binary tensors
+            exchange.slot.give_back()
+            exchange.slot = None
         slots = exchange.slots
         if slots is None or sheet.nbytes < PLACED_MIN_BYTES:
             payload = sheet.view()
@@ -173,7 +173,7 @@ class LargeJson:
                 raise error
             if error is not None:
                 raise PenstockError(OVERLOADED, "the tensors of a large JSON could not be copied", 1.0)
-            request.slot = slot
+            exchange.slot = slot
             inference.start(slot)
             application.flush()
 
@@ -213,7 +213,7 @@ class LargeJson:
     def write(self, exchange: Exchange, query: Query, answer: Complete, begin: bytes, parameters: bytes) -> None:
         """``begin``, ``parameters``: as for ``render``."""
         application = self._application
-        encoding = exchange.request.head.target.accepts
+        encoding = exchange.head.target.accepts
         binary = query.write is None and query.style.binary
 
         def release() -> None:

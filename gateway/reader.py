@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import httptools
 
@@ -157,6 +157,9 @@ class Request:
                 self.slot = None
 
 
+R = TypeVar("R", bound=Request)
+
+
 class Budget:
     """Bytes that all request bodies together may take."""
 
@@ -184,7 +187,7 @@ class Budget:
             request.slot = None
 
 
-class Reader:
+class Reader(Generic[R]):
     """One connection's input. After ``feed`` or ``filled``: take ``requests``, then look at ``error``.
 
     ``direct``: where the rest of a large body goes, instead of through ``feed``. ``expects_large``: the last one went
@@ -206,6 +209,7 @@ class Reader:
         "_heads",
         "_hidden_bytes",
         "_last",
+        "_make",
         "_options",
         "_parser",
         "_slot",
@@ -229,16 +233,18 @@ class Reader:
         budget: Budget,
         heads: dict[bytes, Head],
         slots: Callable[[], Slots | None] = lambda: None,
+        make: Callable[[Head, Buffer, int, Slot | None, Known | None], R] = Request,  # type: ignore[assignment]
     ) -> None:
         """``heads``: what is remembered, shared by all readers with the same options. ``slots``: where workers read
-        tensors at present, if anywhere."""
+        tensors at present, if anywhere. ``make``: a kind of Request."""
+        self._make = make
         self._options = options
         self._budget = budget
         self._heads = heads
         self._slots = slots
         self._slot: Slot | None = None
         self._last: Head | None = None  # that was remembered, and came last
-        self.requests: list[Request] = []
+        self.requests: list[R] = []
         self.error: HttpError | None = None
         self.phase = IDLE
         self.body_left = 0  # bytes of the body that are still to come, as far as known
@@ -296,7 +302,7 @@ class Reader:
             body = slot.view
         else:  # no room at present, for which the request will wait
             known, body = None, bytes(data[len(head.key) : size])
-        self.requests.append(Request(head, body, head.length, slot, known))
+        self.requests.append(self._make(head, body, head.length, slot, known))
 
     def _remember(self, key: bytes, rest: int) -> None:
         """After a read that began with ``key``, with so many bytes behind it: only where that was one request, whole or
@@ -534,7 +540,7 @@ class Reader:
         self.headers = {}
         self.wants_continue = self.expects_large = False
         charged, self._charged = self._charged, 0
-        self.requests.append(Request(self._head, body, charged, slot))
+        self.requests.append(self._make(self._head, body, charged, slot, None))
 
 
 def _buffer(size: int) -> memoryview:

@@ -98,7 +98,7 @@ class Repository:
         if target.encoding:
             self._application.expand(exchange, target, then)
         else:
-            then(exchange, target, exchange.request.body)
+            then(exchange, target, exchange.body)
 
     def _index(self, exchange: Exchange, target: Target, body: Buffer) -> None:
         request = _object(body)

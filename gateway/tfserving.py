@@ -102,7 +102,7 @@ class TensorFlowServing:
         return Parse(partial(self._find, by), partial(read_question, read))
 
     def _malformed(self, exchange: Exchange, target: Target) -> None:
-        url = exchange.request.head.url.decode("latin-1")
+        url = exchange.head.url.decode("latin-1")
         known = ", ".join(f":{verb}" for verb in _VERBS)
         raise RouteError(400, f"Malformed request: POST {url}; a model is asked by {known} at the end")
 

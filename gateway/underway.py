@@ -39,7 +39,7 @@ class Inference:
         expanding it and waiting for room. The time of those that name none begins when all of them is there.
         """
         exchange, timeout_s = self._exchange, self._query.timeout_s
-        header_s: float = exchange.request.head.target.timeout_s
+        header_s: float = exchange.head.target.timeout_s
         if header_s and not 0 < timeout_s <= header_s:
             timeout_s = header_s
         if timeout_s:
@@ -113,4 +113,4 @@ class TracedInference(Inference):
         query = self._query
         model = query.form.model, query.form.version.removeprefix(UNNAMED)
         seconds = time.monotonic() - self._exchange.arrived
-        self._tracing.ended(self._exchange.request.head, model, seconds, status, query.id, answer, error)
+        self._tracing.ended(self._exchange.head, model, seconds, status, query.id, answer, error)

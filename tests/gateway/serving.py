@@ -159,14 +159,14 @@ class Echo:
 
     def handle(self, exchange: Exchange) -> None:
         self.exchanges.append(exchange)
-        url = exchange.request.head.url
+        url = exchange.head.url
         exchange.gone = lambda: self.gone.append(url)
         if not self.hold:
             self.tell(exchange)
 
     def tell(self, exchange: Exchange) -> None:
         """Answer with what was asked; ``/large/N`` with N bytes behind the head."""
-        head, body = exchange.request.head, exchange.request.body
+        head, body = exchange.head, exchange.body
         if head.url.startswith(b"/large/"):
             count = int(head.url.rpartition(b"/")[2])
             exchange.send(200, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % count, pattern(count))

@@ -25,7 +25,7 @@ from penstock.gateway.application import Application
 from penstock.gateway.compression import decompress
 from penstock.gateway.connection import Connection, Exchange
 from penstock.gateway.options import GatewayOptions
-from penstock.gateway.reader import Budget, Head, Reader, Request
+from penstock.gateway.reader import Budget, Head, Reader
 from penstock.gateway.reports import Reports
 from penstock.gateway.statuses import STATUSES
 from penstock.gateway.waits import BoundedWait
@@ -104,8 +104,7 @@ class Line:
         assert desk.slots is not None
         return BoundedWait(desk.loop.loop, desk.slots, nbytes, lead, desk.options.arena_wait_s, then, late)
 
-    def answered(self, exchange: Exchange) -> None:
-        assert exchange._response is not None
+    def answered(self) -> None: ...
 
 
 class Desk:
@@ -121,7 +120,7 @@ class Desk:
         self.flushes = 0
         self.application = Application(loop.loop, self.caller, self.options, self.reports, self._flush)
         self.budget = Budget(self.options.bodies_bytes_max)
-        self._reader = Reader(self.options, self.budget, {}, self.slots_now)
+        self._reader = Reader(self.options, self.budget, {}, self.slots_now, Exchange)
 
     def slots_now(self) -> Slots | None:
         return self.slots if self.caller.shares else None
@@ -178,11 +177,13 @@ class Desk:
         self.application.handle(exchange)
         return exchange
 
-    def exchange(self, request: Request, began_s: float = 0.0) -> Exchange:
-        """``began_s``: when its head came, from now, if that was before its body."""
-        return Exchange(cast(Connection, Line(self)), request, time.monotonic() + began_s if began_s else 0.0)
+    def exchange(self, exchange: Exchange, began_s: float = 0.0) -> Exchange:
+        """On this desk. ``began_s``: when its head came, from now, if that was before its body."""
+        exchange._connection = cast(Connection, Line(self))
+        exchange.began += began_s
+        return exchange
 
-    def read(self, method: str, url: str, body: bytes = b"", **headers: str) -> Request:
+    def read(self, method: str, url: str, body: bytes = b"", **headers: str) -> Exchange:
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         head = "\r\n".join([f"{method} {url} HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", *lines, "", ""])
         reader, data = self._reader, head.encode("latin-1") + body
@@ -192,9 +193,9 @@ class Desk:
             reader.filled(len(reader.direct))
         elif data[100_000:]:
             reader.feed(memoryview(data[100_000:]), len(data) - 100_000)
-        [request] = self._reader.requests
+        [exchange] = self._reader.requests
         self._reader.requests = []
-        return request
+        return exchange
 
     def ask(self, method: str, url: str, body: bytes = b"", **headers: str) -> Said:
         return said(self.begin(method, url, body, **headers))
@@ -939,7 +940,7 @@ def test_many_large_bodies_are_expanded_two_at_a_time_while_others_are_answered(
 
     monkeypatch.setattr(application, "decompress", slow)
     large = [squeezed(joined, 40_000) for _ in range(4)]
-    bodies = [weakref.ref(exchange.request.body) for exchange in large]
+    bodies = [weakref.ref(exchange.body) for exchange in large]
     joined.loop.until(lambda: running == 2)
     assert joined.ask("GET", "/v2").status == 200
     small = gzip.compress(json.dumps(INFER).encode())
@@ -947,7 +948,7 @@ def test_many_large_bodies_are_expanded_two_at_a_time_while_others_are_answered(
     assert len(joined.caller.calls) == 1, "a small one waits for nobody"
     for exchange in large[2:]:
         leave(exchange)
-        joined.budget.release(exchange.request)
+        joined.budget.release(exchange)
     assert [body() is None for body in bodies] == [False, False, True, True], "who leaves the line leaves nothing there"
     gate.set()
     joined.loop.until(lambda: len(joined.caller.calls) == 3)
@@ -1064,7 +1065,7 @@ def test_defect_in_a_handler_is_500_and_in_the_log(joined: Desk, caplog: pytest.
         raise ZeroDivisionError("a defect")
 
     head = Head(b"GET", b"/v2", {}, 0, True, False)
-    exchange = Exchange(cast(Connection, Line(joined)), Request(head, b"", 0))
+    exchange = joined.exchange(Exchange(head, b"", 0))
     head.target = type("Target", (), {"handler": staticmethod(broken)})()
     with caplog.at_level(logging.ERROR, "penstock.gateway"):
         joined.application.handle(exchange)
@@ -1145,8 +1146,8 @@ def test_large_tensor_that_must_be_unpacked_is_put_where_workers_read(
     [place] = group.places
     assert bytes(slots.arena.view(place, len(x))) == x
     assert slots.arena.allocator.slots == 1
-    assert bytes(exchange.request.body) == b"", "the body has gone"
-    desk.budget.release(exchange.request)
+    assert bytes(exchange.body) == b"", "the body has gone"
+    desk.budget.release(exchange)
     assert slots.arena.allocator.used == 0
 
 
@@ -1163,7 +1164,7 @@ def test_tensors_of_which_some_are_json_are_put_together(loop: Loop, slots: Slot
     [place] = group.places
     assert bytes(slots.arena.view(place, 2 * len(x))) == x + np.ones(80_000, "<f4").tobytes()
     assert slots.arena.allocator.slots == 1, "where the body was received is free again"
-    desk.budget.release(exchange.request)
+    desk.budget.release(exchange)
     assert slots.arena.allocator.used == 0
 
 
@@ -1209,7 +1210,7 @@ def test_without_room_a_tensor_waits(loop: Loop, slots: Slots, send: Callable[[D
     assert bytes(slots.arena.view(group.places[0], len(x))) == x
     desk.double(2, x)
     assert said(exchange).status == 200
-    desk.budget.release(exchange.request)
+    desk.budget.release(exchange)
     assert slots.arena.allocator.used == 0
 
 
@@ -1237,7 +1238,7 @@ def test_client_that_leaves_does_not_wait_for_room(loop: Loop, slots: Slots) -> 
     assert whole is not None
     first, second = as_json(desk, 40_000), as_json(desk, 40_000)
     for exchange in (first, second):
-        desk.budget.release(exchange.request)  # as a connection does when it ends
+        desk.budget.release(exchange)  # as a connection does when it ends
         exchange._connection = None
         assert exchange.gone is not None
         if exchange is second:
@@ -1260,7 +1261,7 @@ def test_tensor_that_waited_and_cannot_be_submitted_is_an_error(loop: Loop, slot
     loop.until(lambda: not waits(exchange))
     assert (said(exchange).status, said(exchange).error) == (503, "4 requests of this process are under way")
     assert desk.meter("penstock_request_failures", "double", "", "overloaded") == 1
-    desk.budget.release(exchange.request)
+    desk.budget.release(exchange)
     assert slots.arena.allocator.used == 0
 
 
@@ -1275,7 +1276,7 @@ def test_time_that_a_tensor_waits_is_the_requests_own(loop: Loop, slots: Slots) 
     loop.until(lambda: not waits(exchange))
     assert (said(exchange).status, desk.caller.calls) == (504, {})
     assert "time was up before the request was queued" in said(exchange).error
-    desk.budget.release(exchange.request)
+    desk.budget.release(exchange)
     assert slots.arena.allocator.used == 0
 
 
@@ -1332,7 +1333,7 @@ def answers(desk: Desk, *exchanges: Exchange) -> list[list[float]]:
                 inline += nbytes
             desk.double(number, x)
     for exchange in exchanges:
-        desk.budget.release(exchange.request)
+        desk.budget.release(exchange)
     said_all = [said(exchange) for exchange in exchanges]
     assert [each.status for each in said_all] == [200] * len(exchanges)
     return [np.frombuffer(each.body[-8:], "<f4").tolist() for each in said_all]
@@ -1344,7 +1345,7 @@ def test_json_that_comes_again_is_not_read_again(loop: Loop, slots: Slots, rows:
     desk = Desk(loop, slots).join(ready())
     desk.hear(FromBroker(Welcome(EPOCH, "gateway", shares)))
     asked = [again(desk, number, -number, rows=rows) for number in range(4)]
-    assert [exchange.request.known is not None for exchange in asked] == [False, True, True, True]
+    assert [exchange.known is not None for exchange in asked] == [False, True, True, True]
     assert slots.arena.allocator.slots == (4 if shares and rows > 1 else 0)
     assert answers(desk, *asked) == [[2.0 * number, -2.0 * number] for number in range(4)]
     assert (slots.arena.allocator.slots, desk.budget.used) == (0, 0)
@@ -1356,7 +1357,7 @@ def test_json_that_comes_again_for_another_model_is_read_again(loop: Loop, slots
     first = again(desk, 1, 2, rows=rows), again(desk, 3, 4, rows=rows)
     desk.hear(FromBroker(Models(EPOCH, [ready(), ready("other")])))
     then = again(desk, 5, 6, rows=rows), again(desk, 7, 8, rows=rows)
-    assert [exchange.request.known is not None for exchange in (*first, *then)] == [False, True, False, True]
+    assert [exchange.known is not None for exchange in (*first, *then)] == [False, True, False, True]
     assert answers(desk, *first, *then) == [[2, 4], [6, 8], [10, 12], [14, 16]]
     wider = spec()._replace(inputs=(TensorSpec("x", "FP32", (-1, 3)),))
     desk.hear(FromBroker(Models(EPOCH, [ModelState("double", "1", READY, "", wider)])))
@@ -1366,7 +1367,7 @@ def test_json_that_comes_again_for_another_model_is_read_again(loop: Loop, slots
     gone = again(desk, 1, 2, rows=rows)
     assert said(gone).error == "Request for unknown model: 'double' is not found"
     for exchange in (refused, gone):
-        desk.budget.release(exchange.request)
+        desk.budget.release(exchange)
     assert (slots.arena.allocator.slots, desk.budget.used) == (0, 0)
 
 
@@ -1396,7 +1397,7 @@ def test_a_model_goes_while_a_request_waits_for_its_turn(joined: Desk) -> None:
 )
 def test_terms_come_again_too(joined: Desk, extra: dict[str, Any], headers: dict[str, str]) -> None:
     first, second = again(joined, 1, 2, headers=headers, **extra), again(joined, 1, 2, headers=headers, **extra)
-    assert second.request.known is not None
+    assert second.known is not None
     one, other = joined.caller.calls.values()
     assert (one.form, one.timeout_s) == (other.form, other.timeout_s)
     [group] = joined.sent().groups
@@ -1417,7 +1418,7 @@ def test_what_may_mean_something_else_is_read_each_time(
     joined: Desk, extra: dict[str, Any], headers: dict[str, str]
 ) -> None:
     for _ in range(3):
-        assert again(joined, 1, 2, headers=headers, **extra).request.known is None
+        assert again(joined, 1, 2, headers=headers, **extra).known is None
 
 
 def test_traffic_that_goes_to_several_versions_is_divided_each_time(desk: Desk) -> None:
@@ -1425,7 +1426,7 @@ def test_traffic_that_goes_to_several_versions_is_divided_each_time(desk: Desk) 
     route = Route("double", ("1", "2"), (), (("1", 50), ("2", 50)))
     desk.hear(FromBroker(Models(EPOCH, [ready(), ready(version="2")], [route])))
     for number in range(4):
-        assert again(desk, number, number).request.known is None
+        assert again(desk, number, number).known is None
     assert sorted(call.form.version for call in desk.caller.calls.values()) == ["~1", "~1", "~2", "~2"]
 
 
@@ -1433,7 +1434,7 @@ def test_too_many_of_what_comes_again_is_503(joined: Desk) -> None:
     for number in range(4):
         again(joined, number, number)
     fifth = again(joined, 5, 5)
-    assert fifth.request.known is not None
+    assert fifth.known is not None
     assert (said(fifth).status, said(fifth).error) == (503, "4 requests of this process are under way")
     assert joined.meter("penstock_request_failures", "double", "", "overloaded") == 1
 

@@ -88,7 +88,7 @@ class Cached(Desk):
 
     def leave(self, exchange: Exchange) -> None:
         """Its client hangs up."""
-        self.budget.release(exchange.request)
+        self.budget.release(exchange)
         exchange._connection = None
         assert exchange.gone is not None
         exchange.gone()
@@ -458,7 +458,7 @@ def test_those_that_wait_take_no_shared_memory(shared: Cached, slots: Slots) -> 
     result(shared, number)
     for exchange in exchanges:
         assert data_of(exchange) == (LARGE * 2).ravel().tolist()
-        shared.budget.release(exchange.request)
+        shared.budget.release(exchange)
 
 
 def test_what_others_wait_for_stays_in_its_place_when_its_client_leaves(shared: Cached, slots: Slots) -> None:
@@ -474,7 +474,7 @@ def test_what_others_wait_for_stays_in_its_place_when_its_client_leaves(shared: 
     assert list(message.groups[0].places) == [place]
     result(shared, message.groups[0].ids[0])
     assert data_of(other) == (LARGE * 2).ravel().tolist()
-    shared.budget.release(other.request)
+    shared.budget.release(other)
 
 
 def test_one_that_leaves_while_it_waits_for_room_leaves_it_to_another(shared: Cached, slots: Slots, loop: Loop) -> None:
@@ -488,7 +488,7 @@ def test_one_that_leaves_while_it_waits_for_room_leaves_it_to_another(shared: Ca
     [number] = shared.numbers()
     result(shared, number)
     assert how(said(other)) == MISS
-    shared.budget.release(other.request)
+    shared.budget.release(other)
 
 
 def test_no_room_is_told_to_each_in_its_turn(make: Callable[..., Cached], slots: Slots, loop: Loop) -> None:

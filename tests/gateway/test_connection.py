@@ -568,9 +568,9 @@ def test_request_and_its_budget_are_let_go_with_the_answer(echo: Echo, serve: Se
     peer.send(ask("/a", method="POST", body=b"hello"))
     serving.loop.until(lambda: echo.exchanges)
     [exchange] = echo.exchanges
-    assert (serving.http.budget.used, exchange.request.body, exchange.abandoned) == (5, b"hello", False)
+    assert (serving.http.budget.used, exchange.body, exchange.abandoned) == (5, b"hello", False)
     echo.tell(exchange)
-    assert (serving.http.budget.used, exchange.request.body, exchange.status) == (0, b"", 200)
+    assert (serving.http.budget.used, exchange.body, exchange.status) == (0, b"", 200)
 
 
 # --- what the kernel has taken ---
@@ -585,7 +585,7 @@ class Lender(Echo):
         self.settled = 0
 
     def tell(self, exchange: Exchange) -> None:
-        url = exchange.request.head.url
+        url = exchange.head.url
         count = int(url.rpartition(b"/")[2])
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % count
         exchange.send(200, head, memoryview(pattern(count)), lambda: self.returned.append(url))
@@ -812,7 +812,7 @@ class Source(Echo):
         self.streams: list[Stream] = []
 
     def tell(self, exchange: Exchange) -> None:
-        if not exchange.request.head.url.startswith(b"/go"):
+        if not exchange.head.url.startswith(b"/go"):
             super().tell(exchange)
             return
         try:
@@ -1155,7 +1155,7 @@ def test_large_body_is_received_in_a_slot(echo: Echo, serve: Serve, slots: Slots
     peer = serving.connect()
     peer.send(large("/a"))
     serving.loop.until(lambda: echo.exchanges)
-    slot = echo.exchanges[0].request.slot
+    slot = echo.exchanges[0].slot
     assert slot is not None
     assert bytes(slot.view) == BODY
     echo.tell(echo.exchanges[0])

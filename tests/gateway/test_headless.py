@@ -28,7 +28,7 @@ def test_it_is_answered_once(loop: Loop) -> None:
     answers: list[Answer] = []
     sent: list[int] = []
     exchange = make(loop, answers)
-    assert exchange.request.head.url == b"/a"
+    assert exchange.head.url == b"/a"
     exchange.send(200, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", b"ok", lambda: sent.append(1))
     exchange.answer_error(500, "twice")
     assert [(each.status, each.body) for each in answers] == [(200, b"ok")]
@@ -71,7 +71,7 @@ def test_an_answer_that_goes_on_cannot_be_stored(loop: Loop) -> None:
 def test_large_tensors_lie_in_shared_memory_until_it_is_answered(loop: Loop, slots: Slots) -> None:
     for end in (Headless.leave, lambda exchange: exchange.answer(200)):
         exchange: Exchange = make(loop, [], slots, bytes(PLACED_MIN_BYTES))
-        assert exchange.place(exchange.request.body) is not None
+        assert exchange.place(exchange.body) is not None
         assert slots.arena.allocator.used > 0
         end(exchange)  # type: ignore[arg-type]
         assert slots.arena.allocator.used == 0

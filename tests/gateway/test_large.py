@@ -128,10 +128,10 @@ def test_tensors_lie_where_workers_read_them(desks: Callable[..., Desk], slots: 
     desk.loop.until(lambda: desk.caller.wants_flush(0))
     [group] = desk.sent().groups
     assert bytes(slots.arena.view(group.places[0], ARRAY.nbytes)) == ARRAY.tobytes()
-    assert exchange.request.body == b"", "nobody needs it any more"
+    assert exchange.body == b"", "nobody needs it any more"
     desk.double(1, ARRAY.tobytes())
     assert answered(desk, exchange).status == 200
-    desk.budget.release(exchange.request)
+    desk.budget.release(exchange)
 
 
 def test_tensors_wait_for_room(desks: Callable[..., Desk], slots: Slots) -> None:
@@ -142,7 +142,7 @@ def test_tensors_wait_for_room(desks: Callable[..., Desk], slots: Slots) -> None
     desk.loop.until(lambda: slots.waiting)
     whole.give_back()
     desk.loop.until(lambda: desk.caller.calls)
-    desk.budget.release(exchange.request)
+    desk.budget.release(exchange)
 
 
 def test_tensors_for_which_there_is_no_room_in_time(desks: Callable[..., Desk], slots: Slots) -> None:
@@ -221,7 +221,7 @@ def test_large_json_may_be_compressed_both_ways(desks: Callable[..., Desk]) -> N
     assert answer.headers["Content-Encoding"] == "gzip"
     [y] = json.loads(gzip.decompress(answer.body))["outputs"]
     assert np.array_equal(np.array(y["data"], np.float32), (ARRAY * 2).ravel())
-    desk.budget.release(exchange.request)
+    desk.budget.release(exchange)
 
 
 def test_mixed_answers(desks: Callable[..., Desk]) -> None:
@@ -244,7 +244,7 @@ def test_who_hangs_up_is_not_asked_for(desks: Callable[..., Desk], slots: Slots)
     first._connection = None
     desk.loop.until(lambda: desk.caller.calls)
     assert len(desk.caller.calls) == 1
-    desk.budget.release(second.request)
+    desk.budget.release(second)
     assert waits(first)
 
 

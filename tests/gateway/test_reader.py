@@ -32,7 +32,7 @@ class Conversation:
     ) -> None:
         self.budget = budget or Budget(1 << 30)
         self.heads = {} if heads is None else heads
-        self.reader = Reader(options or GatewayOptions(), self.budget, self.heads, lambda: slots)
+        self.reader: Reader[Request] = Reader(options or GatewayOptions(), self.budget, self.heads, lambda: slots)
         self.requests: list[Request] = []
         self.found: list[Head] = []
         self.bodies: list[bytes] = []
@@ -250,7 +250,7 @@ def test_white_space_behind_a_value_is_no_part_of_it() -> None:
 # --- Expect and Upgrade ---
 
 
-def expecting(version: bytes, length: bytes) -> Reader:
+def expecting(version: bytes, length: bytes) -> Reader[Request]:
     return hear(head(b"POST / HTTP/" + version, HOST, b"Expect: 100-Continue", length)).reader
 
 

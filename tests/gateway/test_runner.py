@@ -103,9 +103,8 @@ def desk(open_desk: Callable[..., Desk]) -> Desk:
 def test_a_job_is_asked_as_it_came_and_its_answer_kept(desk: Desk) -> None:
     ident = desk.submit()
     [exchange] = desk.asked()
-    request = exchange.request
-    assert (request.head.method, request.head.url, request.body) == (b"POST", b"/v2/models/m/infer", b"body")
-    assert request.head.headers == {"x-request-id": b"7"}
+    assert (exchange.head.method, exchange.head.url, exchange.body) == (b"POST", b"/v2/models/m/infer", b"body")
+    assert exchange.head.headers == {"x-request-id": b"7"}
     assert desk.job(ident).status == RUNNING
     exchange.answer(200, b"{}", extra=b"Inference-Header-Content-Length: 2\r\nServer-Timing: a\r\n")
     assert desk.until(ident, SUCCEEDED).http_status == 200
@@ -149,7 +148,7 @@ def test_a_lease_that_ran_out_while_nobody_looked_is_renewed(open_desk: Callable
         desk.asked(len(desk.application.exchanges) + 1)[-1].answer(200, b"")
     exchange.answer(200, b"{}")
     assert desk.until(ident, SUCCEEDED).attempts == 1
-    assert [each.request.head.url for each in desk.application.exchanges].count(b"/v2/models/m/infer") == 1
+    assert [each.head.url for each in desk.application.exchanges].count(b"/v2/models/m/infer") == 1
 
 
 def test_so_many_run_at_a_time_in_their_order(open_desk: Callable[..., Desk]) -> None:
@@ -157,10 +156,10 @@ def test_so_many_run_at_a_time_in_their_order(open_desk: Callable[..., Desk]) ->
     idents = [desk.submit(StoredRequest(b"POST", b"/%d" % number, {}, b"")) for number in range(4)]
     desk.asked(2)
     desk.loop.settle()
-    by_url = {each.request.head.url: each for each in desk.application.exchanges}  # each read by a thread of its own
+    by_url = {each.head.url: each for each in desk.application.exchanges}  # each read by a thread of its own
     assert sorted(by_url) == [b"/0", b"/1"]
     by_url[b"/1"].answer(200, b"")
-    assert desk.asked(3)[2].request.head.url == b"/2"
+    assert desk.asked(3)[2].head.url == b"/2"
     assert [desk.job(ident).status for ident in idents] == [RUNNING, SUCCEEDED, RUNNING, QUEUED]
 
 

@@ -444,7 +444,7 @@ def test_large_tensors_are_placed(loop: Loop, slots: Slots) -> None:
     assert len(group.places) == 1
     desk.reply(group.ids[0], y=("FP32", [[1, 2]]))
     assert said(exchange).status == 200
-    desk.budget.release(exchange.request)
+    desk.budget.release(exchange)
     assert slots.arena.allocator.used == 0
 
 
