@@ -297,6 +297,10 @@ class HttpTarget(Target):
     # --- what clients say ---
 
     def make(self, random: Random) -> tuple[bool, list[bytes]]:
+        if random.random() < 0.2:  # the same again and again, one read each, of which little is looked at anew
+            asked = _request(random)
+            times = range(random.choice((2, 3, 6)))
+            return False, [asked if random.random() < 0.7 else changed_bytes(random, asked, asked) for _ in times]
         stream = b"".join(_request(random) for _ in range(random.choice((1, 1, 1, 2, 20))))
         if random.random() < 0.4:
             stream = changed_bytes(random, stream, _request(random))

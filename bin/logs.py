@@ -16,6 +16,8 @@ from collections.abc import Callable
 from threading import Timer
 from typing import Any, Final, TextIO, TypeAlias
 
+from penstock.wire import process
+
 FORMATS: Final = ("text", "json")
 _REPEATS_MAX: Final = 10  # lines of a kind in one interval; the rest are counted
 _INTERVAL_S: Final = 10.0  # after it, too, it is told how many those are
@@ -35,8 +37,10 @@ def set_up(role: str, form: str, level: str) -> None:
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
-    root.handlers[:] = [_Handler(_JsonFormatter(role) if form == "json" else _TextFormatter(role))]
+    handler = _Handler(_JsonFormatter(role) if form == "json" else _TextFormatter(role))
+    root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    process.holds_back = handler.holds_back
 
 
 class Unbroken(io.RawIOBase):
@@ -145,15 +149,23 @@ class Repeats:
     def passes(self, record: logging.LogRecord) -> bool:
         said = getattr(record, "fields", {})
         kind = (record.name, str(record.msg), record.levelno, said.get("code"))
-        since, lines = self._seen.get(kind, (record.created, 0))
-        if not 0 <= record.created - since < self._interval_s:  # nor is a clock that was set back waited for
-            since, lines = record.created, 0
-        if lines >= self._repeats_max:
-            self._held_back[kind] = self._held_back.get(kind, 0) + said.get("count", 1)
+        if self.holds_back(kind, record.created, said.get("count", 1)):
             return False
+        since, lines = self._seen.get(kind, (record.created, 0))
         if len(self._seen) >= _KINDS_MAX:
             self._seen.clear()
         self._seen[kind] = since, lines + 1
+        return True
+
+    def holds_back(self, kind: _Kind, now: float, count: int = 1) -> bool:
+        """Whether enough has been said of a kind, and if so, count what is not said. ``now``: Unix time."""
+        since, lines = self._seen.get(kind, (now, 0))
+        if not 0 <= now - since < self._interval_s:  # nor is a clock that was set back waited for
+            self._seen.pop(kind, None)
+            return False
+        if lines < self._repeats_max:
+            return False
+        self._held_back[kind] = self._held_back.get(kind, 0) + count
         return True
 
     def take(self) -> list[logging.LogRecord]:
@@ -188,6 +200,17 @@ class _Handler(logging.StreamHandler[TextIO]):
         finally:
             self.release()
         return passes
+
+    def holds_back(self, name: str, event: str, level: int, code: object) -> bool:
+        """See ``process.holds_back``."""
+        self.acquire()
+        try:
+            held_back = self._repeats.holds_back((name, event, level, code), time.time())
+            if held_back and self._timer is None:
+                self._set_timer()
+        finally:
+            self.release()
+        return held_back
 
     def emit(self, record: logging.LogRecord) -> None:
         raw = getattr(self.stream, "buffer", None)

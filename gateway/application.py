@@ -43,7 +43,7 @@ from penstock.gateway.target import Defer, Handler, Target
 from penstock.gateway.timing import ServerTiming, Stencil, explanation, total_line
 from penstock.gateway.tracing import Tracing
 from penstock.gateway.underway import Inference, TracedInference
-from penstock.wire import errors
+from penstock.wire import errors, process
 from penstock.wire.errors import OVERLOADED, BadMessage, PenstockError
 from penstock.wire.messages import Payload
 from penstock.wire.metrics import Meters, Value
@@ -59,6 +59,7 @@ log = logging.getLogger("penstock.gateway")
 
 # Of these routes; other files bring theirs.
 _EXTENSIONS: Final = ("classification", "sequence", "binary_tensor_data", "parameters", "schedule_policy")
+_FAILED: Final = "request failed"
 _REFUSALS: Final = (503, 504)  # whose time is counted: what the server cannot do, or not in time
 _REASONS_MAX: Final = 3  # why models are not ready, in one answer
 _ACCEPT_ENCODING: Final = f"Accept-Encoding: {', '.join(ENCODINGS)}\r\n".encode()
@@ -197,19 +198,21 @@ class Application:
     def fail(self, exchange: Exchange, error: PenstockError, identifier: str = "", number: int = 0) -> None:
         """Answer with an error. ``identifier``: the request's own id, ``number``: the broker's for it."""
         status = STATUSES[error.code]
-        given = read_request_id(exchange.head.headers)
-        log.log(
-            logging.WARNING if status >= 500 else logging.INFO,
-            "request failed",
-            extra=fields(
-                request_id=self.name(identifier, number),
-                url=exchange.head.url.decode("latin-1"),
-                status=status,
-                code=error.code,
-                reason=error.message,
-                **({"x_request_id": given} if given else {}),
-            ),
-        )
+        level = logging.WARNING if status >= 500 else logging.INFO
+        if log.isEnabledFor(level) and not process.holds_back(log.name, _FAILED, level, error.code):
+            given = read_request_id(exchange.head.headers)
+            log.log(
+                level,
+                _FAILED,
+                extra=fields(
+                    request_id=self.name(identifier, number),
+                    url=exchange.head.url.decode("latin-1"),
+                    status=status,
+                    code=error.code,
+                    reason=error.message,
+                    **({"x_request_id": given} if given else {}),
+                ),
+            )
         seconds = time.monotonic() - exchange.arrived
         if status in _REFUSALS:
             self._refusals.observe(seconds)

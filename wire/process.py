@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Final, Literal, TypeAlias
@@ -175,6 +176,16 @@ def descriptors() -> Descriptors:
 def fields(**values: object) -> dict[str, object]:
     """For a log call's ``extra``: what the line says beside its event, each under its own name."""
     return {"fields": values}
+
+
+def _says_all(name: str, event: str, level: int, code: object) -> bool:
+    return False
+
+
+# Whether a log line of this kind would be held back, since there have been so many; if so, it counts as if it had been
+# made. To be asked before one that may come a thousand times a second, which costs as much to make as an answer. By
+# logger, event, level and the field ``code``. Whoever sets up logging replaces it (bin/logs.py).
+holds_back: Callable[[str, str, int, object], bool] = _says_all
 
 
 def measure(meters: Meters) -> None:

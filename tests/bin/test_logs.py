@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.bin import logs
+from penstock.wire import process
 from penstock.wire.process import fields
 
 log = logging.getLogger("penstock.test")
@@ -39,7 +40,7 @@ keys = st.text(min_size=1).filter(lambda key: not key.startswith("about_") and k
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, holds_back = root.handlers[:], root.level, process.holds_back
     costly = {each: getattr(logging, each) for each in COSTLY}
     yield
     for handler in root.handlers:
@@ -47,6 +48,7 @@ def logging_as_before() -> Iterator[None]:
             handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
+    process.holds_back = holds_back
     for each, value in costly.items():
         setattr(logging, each, value)
 
@@ -267,6 +269,24 @@ def test_kinds_without_end_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatc
     assert told(repeats) == []
 
 
+def test_who_asks_first_is_told_what_holds_for_lines() -> None:
+    repeats, kind = logs.Repeats(repeats_max=2, interval_s=10.0), ("penstock.test", "flood", 30, None)
+    for at in 100.0, 100.0:
+        assert not repeats.holds_back(kind, at)
+        assert passed(repeats, at) == 1
+    assert repeats.holds_back(kind, 101.0)
+    assert repeats.holds_back(kind, 109.0, 3)
+    assert passed(repeats, 109.5) == 0
+    assert not repeats.holds_back((*kind[:3], "deadline"), 109.0)
+    assert not repeats.holds_back(kind, 110.0)
+    assert passed(repeats, 110.0, 110.0, 110.0) == 2
+    assert told(repeats) == [("flood", 30, {"held_back": 6})]
+
+
+def test_nothing_is_held_back_where_no_log_is_set_up() -> None:
+    assert flood(50, asks=True) == 50
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.lists(st.tuples(st.floats(0, 4), st.integers(1, 9), st.booleans()), max_size=60))
 def test_no_interval_has_more_lines_of_a_kind_than_allowed_and_none_is_forgotten(
@@ -285,17 +305,23 @@ def test_no_interval_has_more_lines_of_a_kind_than_allowed_and_none_is_forgotten
     assert lines <= repeats_max * ((at - 1000.0) // 10.0 + 1)
 
 
-def flood(lines: int) -> None:
+def flood(lines: int, asks: bool = False) -> int:
+    """How many lines were made. ``asks``: whether they would be held back, before they are."""
+    made = 0
     for number in range(lines):
-        log.warning("bad request", extra=fields(number=number, code="bad_input"))
+        if not asks or not process.holds_back(log.name, "bad request", logging.WARNING, "bad_input"):
+            log.warning("bad request", extra=fields(number=number, code="bad_input"))
+            made += 1
+    return made
 
 
+@pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("form", logs.FORMATS)
 def test_a_flood_is_cut_off_in_a_log_that_is_set_up_and_told_of_at_the_end(
-    form: str, capsys: pytest.CaptureFixture[str]
+    form: str, asks: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs.set_up("gateway", form, "info")
-    flood(50)
+    assert flood(50, asks) == (10 if asks else 50)
     assert len(capsys.readouterr().err.splitlines()) == 10
     [handler] = logging.getLogger().handlers
     handler.close()
@@ -307,14 +333,15 @@ def test_a_flood_is_cut_off_in_a_log_that_is_set_up_and_told_of_at_the_end(
         assert line.endswith(" W gateway: bad request held_back=40 code=bad_input")
 
 
+@pytest.mark.parametrize("asks", [False, True])
 def test_a_flood_that_is_over_is_told_of_while_the_process_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    asks: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "_INTERVAL_S", 0.0)  # of the timer alone
     logs.set_up("gateway", "json", "info")
-    flood(10)
+    flood(10, asks)
     assert not timers(), "a timer runs, and there is nothing to tell"
-    flood(30)
+    flood(30, asks)
     while running := timers():
         running[0].join()
     lines = [strict(line) for line in capsys.readouterr().err.splitlines()]

@@ -29,7 +29,7 @@ from penstock.gateway.reader import Budget, Head, Reader
 from penstock.gateway.reports import Reports
 from penstock.gateway.statuses import STATUSES
 from penstock.gateway.waits import BoundedWait
-from penstock.wire import errors
+from penstock.wire import errors, process
 from penstock.wire.arena import Arena
 from penstock.wire.codec import pack, pack_failure, pack_outcome, unpack, unpack_layout
 from penstock.wire.events import ArenaCame, BrokerLost, FromBroker, Tick
@@ -1099,6 +1099,24 @@ def test_failure_is_logged_with_its_request(joined: Desk, caplog: pytest.LogCapt
     assert record.levelno == logging.INFO
     said_fields = record.__dict__["fields"]
     assert (said_fields["url"], said_fields["status"], said_fields["code"]) == ("/v2/models/nope", 404, "not_found")
+
+
+def test_lines_that_would_be_held_back_are_not_made(
+    joined: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, int, object]] = []
+
+    def holds_back(*kind: Any) -> bool:
+        asked.append(kind)
+        return len(asked) > 1
+
+    monkeypatch.setattr(process, "holds_back", holds_back)
+    with caplog.at_level(logging.INFO, "penstock.gateway"):
+        answers = [joined.ask("GET", "/v2/models/nope") for _ in range(3)]
+    assert [answer.status for answer in answers] == [404] * 3
+    assert len(caplog.records) == 1
+    assert asked == [("penstock.gateway", "request failed", logging.INFO, "not_found")] * 3
+    assert joined.meter("penstock_http_responses", "404") == 3
 
 
 # --- shared memory ---
