@@ -309,6 +309,11 @@ class Caller:
         sweep = self._sweep_at if self.calls or self._left else float("inf")
         return min(self.membership.due(), self._acknowledge_at, sweep, self._remember_until)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether ``flush`` has anything to say, however little that may hurry."""
+        return bool(self._waiting or self._acks or self._cancels)
+
     def wants_flush(self, now: float) -> bool:
         wants = bool(self._waiting or self._cancels) or now >= self._acknowledge_at
         return wants and self.membership.joined

@@ -93,6 +93,7 @@ class Link:
         self._filenos: dict[int, Connection] = {}  # those of workers
         self._retry_at = 0.0  # when the next connection is to be made (again)
         self.short: Short | None = None  # the way of plain answers, for who expects them
+        self.later = False  # to be set by an owner that is about to ``flush``, after more has been submitted
         self._heard = False  # since ``take`` began, the core has been told of something
         self._full = False  # the broker takes nothing; it has been logged
         self._control: sockets.socket | None = None
@@ -154,7 +155,7 @@ class Link:
             self._look_for_arena(now)
         if now >= self.caller.due():
             self._hear(Tick())
-        if self.caller.wants_flush(now):
+        if not self.later and self.caller.wants_flush(now):
             self.flush()
 
     def pump(self) -> None:
@@ -170,6 +171,8 @@ class Link:
                 log.warning("the broker takes no messages; requests wait")
             return
         self._full = False
+        if not self.caller.has_news:
+            return
         for message in self.caller.flush(time.monotonic()):
             if not self.broker.send((pack(message), *message.frames)):
                 self.broke()

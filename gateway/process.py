@@ -233,7 +233,6 @@ class Coupling:
         self.http = Http(loop, settings.options, self.application, self._link.slots)
         if self._jobs is not None:
             self._jobs.draining = lambda: self.http.draining
-        self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
         self._watchdog = Watchdog()
@@ -262,12 +261,13 @@ class Coupling:
         self._set_timer()
 
     def _flush_soon(self) -> None:
-        if not self._flushing:
-            self._flushing = True
+        """Once for all that this turn of the loop brings."""
+        if not self._link.later:
+            self._link.later = True
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._flushing = False
+        self._link.later = False
         try:
             self._link.flush()
             self._set_timer()

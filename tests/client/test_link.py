@@ -281,6 +281,37 @@ def test_what_the_broker_does_not_read_waits_in_the_core(
     assert [group.ids for group in submit.groups] == [(1,), (2,)]
 
 
+def test_all_that_an_owner_flushes_later_leaves_in_one_message(
+    peer: Peer, form: Callable[..., Form], end: Callable[[], End]
+) -> None:
+    peer.welcome()
+    link = peer.link
+    for ask_more in (True, False):
+        link.caller.submit(form(), b"x" * 8, 60.0, end(), time.monotonic())
+        link.later = ask_more
+        link.pump()  # in the turn in which it was submitted
+    message = peer.hear(Submit)
+    assert isinstance(message, Submit)
+    assert [group.ids for group in message.groups] == [(1,), (2,)]
+    assert not link.caller.has_news
+
+
+def test_nothing_is_no_message(peer: Peer, form: Callable[..., Form], end: Callable[[], End]) -> None:
+    peer.welcome()
+    link = peer.link
+    link.flush()
+    link.caller.submit(form(), b"x" * 8, 60.0, end(), time.monotonic())
+    link.flush()
+    link.flush()
+    link.caller.cancel(1)
+    link.flush()
+    first, second = peer.hear(Submit), peer.hear(Submit)
+    assert isinstance(first, Submit)
+    assert isinstance(second, Submit)
+    assert [group.ids for group in first.groups] == [(1,)]
+    assert (list(second.groups), list(second.cancels)) == ([], [1])
+
+
 def test_closed_link_leaves_no_descriptor(server: Server, serving: Any) -> None:
     before = os.listdir("/proc/self/fd")
     link = Link(parse_broker(server.runtime), "", lambda metrics: None)
