@@ -6,6 +6,7 @@ docs/protocol.md says, or raises BadMessage. Fuzzed by tests/wire/test_codec.py.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -33,6 +34,17 @@ from penstock.wire.models import Layout
 
 _NOT_PACKED: Final = ("frames", "starts", "blob")
 _getters: dict[type[Message], attrgetter[tuple[Any, ...]]] = {}
+_KEPT_BYTES_MAX: Final = 1 << 18  # of memory that a packer has come to use
+
+
+class _Thread(threading.local):
+    """A thread's own packer: to make one takes longer than to pack a small message with it."""
+
+    def __init__(self) -> None:
+        self.packer = msgpack.Packer()
+
+
+_thread = _Thread()
 
 
 def pack(message: Message) -> bytes:
@@ -41,7 +53,9 @@ def pack(message: Message) -> bytes:
     getter = _getters.get(kind)
     if getter is None:
         getter = _getters[kind] = _getter(kind)
-    packed: bytes = msgpack.packb((VERSION, *getter(message)))
+    packed: bytes = _thread.packer.pack((VERSION, *getter(message)))
+    if len(packed) > _KEPT_BYTES_MAX:
+        _thread.packer = msgpack.Packer()
     return packed
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgpack
@@ -42,6 +44,7 @@ from penstock.wire.messages import (
     Requests,
     Submit,
     Tasks,
+    Welcome,
 )
 from tests.wire.strategies import KINDS, MESSAGES, failures, layouts, messages, outcomes
 
@@ -110,6 +113,31 @@ def test_every_kind_of_message_survives_the_wire(kind: type[Message]) -> None:
         assert unpack(pack(message), frames_of(message), KINDS) == message
 
     survives()
+
+
+def test_what_cannot_be_packed_leaves_nothing_to_the_next() -> None:
+    whole = pack(Welcome(5, "caller"))
+    for unfit in (object(), 1 << 70):
+        with pytest.raises((TypeError, OverflowError)):
+            pack(Welcome(unfit, "caller"))  # type: ignore[arg-type]
+        assert pack(Welcome(5, "caller")) == whole
+
+
+def test_the_memory_of_a_large_message_is_given_back() -> None:
+    large = Submit(5, [], (), (), blob=bytes(20 << 20))
+    tracemalloc.start()
+    try:
+        assert len(pack(large)) > 20 << 20
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_threads_pack_at_the_same_time() -> None:
+    messages = [Welcome(number, "x" * number) for number in range(200)]
+    expected = [pack(message) for message in messages]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(pack, messages * 20)) == expected * 20
 
 
 def test_strategies_leave_out_no_kind_of_message() -> None:
