@@ -151,7 +151,10 @@ class Application:
                 target = Target(handler, arguments, head.headers)
                 target.defer = self.deferral(head)
                 head.target = target
-            target.handler(exchange, target)
+            if exchange.known is None:
+                target.handler(exchange, target)
+            else:
+                self._infer_again(exchange, target, exchange.known)
         except PenstockError as error:
             self.fail(exchange, error)
         except RouteError as error:
@@ -320,12 +323,6 @@ class Application:
 
     def infer(self, exchange: Exchange, target: Target, parse: Parse | None = None) -> None:
         """Answer an inference request in any protocol. ``parse``: its own; else it is that of v2."""
-        if exchange.known is not None:
-            query, told = exchange.known.meaning
-            if told == self.caller.told:
-                self._ask(exchange, target, query, exchange.body if exchange.slot is None else exchange.slot)
-                return
-            exchange.restore()
         parse = parse or self.parse
         if target.defer is not None:
             target.defer(exchange, target, parse)
@@ -397,6 +394,15 @@ class Application:
         if query.spec.build and self.cache is not None:
             return
         head.known = Known(bytes(body[:header_length]), (query, self.caller.told))
+
+    def _infer_again(self, exchange: Exchange, target: Target, known: Known) -> None:
+        """Answer a request whose JSON has come before: see ``_remember``."""
+        query, told = known.meaning
+        if told == self.caller.told:
+            self._ask(exchange, target, query, exchange.body if exchange.slot is None else exchange.slot)
+        else:
+            exchange.restore()
+            target.handler(exchange, target)
 
     def _ask(self, exchange: Exchange, target: Target, query: Query, payload: Payload) -> None:
         try:
