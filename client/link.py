@@ -93,7 +93,7 @@ class Link:
         self._filenos: dict[int, Connection] = {}  # those of workers
         self._retry_at = 0.0  # when the next connection is to be made (again)
         self.short: Short | None = None  # the way of plain answers, for who expects them
-        self.later = False  # to be set by an owner that is about to ``flush``, after more has been submitted
+        self.will_flush = False  # its owner says so, that what it submits until then goes with the rest
         self._heard = False  # since ``take`` began, the core has been told of something
         self._full = False  # the broker takes nothing; it has been logged
         self._control: sockets.socket | None = None
@@ -155,7 +155,7 @@ class Link:
             self._look_for_arena(now)
         if now >= self.caller.due():
             self._hear(Tick())
-        if not self.later and self.caller.wants_flush(now):
+        if not self.will_flush and self.caller.wants_flush(now):
             self.flush()
 
     def pump(self) -> None:

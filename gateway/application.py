@@ -373,7 +373,7 @@ class Application:
                 return
             if query.spec.build and self.cache is not None and self.cache.take(exchange, target, query, payload, body):
                 return
-            if query.reusable and parse is self.parse:
+            if query.reusable and parse is self.parse and exchange.head.comes_at_once:
                 self._remember(exchange.head, query, body)
             there = exchange.place(payload) if placed else payload
             if there is None:

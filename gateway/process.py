@@ -262,12 +262,12 @@ class Coupling:
 
     def _flush_soon(self) -> None:
         """Once for all that this turn of the loop brings."""
-        if not self._link.later:
-            self._link.later = True
+        if not self._link.will_flush:
+            self._link.will_flush = True
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._link.later = False
+        self._link.will_flush = False
         try:
             self._link.flush()
             self._set_timer()

@@ -131,6 +131,11 @@ class Head:
         self.target: Any = None
         self.lines = b""
 
+    @property
+    def comes_at_once(self) -> bool:
+        """Whether the next request with this head may come in one read, and be found by ``known``."""
+        return 0 < self.size <= _KNOWN_READ_BYTES_MAX
+
 
 class Request:
     """A complete request. ``charged``: bytes of the budget that it has taken. ``slot``: where in shared memory its body

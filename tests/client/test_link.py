@@ -288,7 +288,7 @@ def test_all_that_an_owner_flushes_later_leaves_in_one_message(
     link = peer.link
     for ask_more in (True, False):
         link.caller.submit(form(), b"x" * 8, 60.0, end(), time.monotonic())
-        link.later = ask_more
+        link.will_flush = ask_more
         link.pump()  # in the turn in which it was submitted
     message = peer.hear(Submit)
     assert isinstance(message, Submit)

@@ -1439,6 +1439,11 @@ def test_what_may_mean_something_else_is_read_each_time(
         assert again(joined, 1, 2, headers=headers, **extra).known is None
 
 
+def test_json_behind_a_head_that_is_not_remembered_is_not_kept(joined: Desk) -> None:
+    exchange = again(joined, 1, 2, headers={"Connection": "close"})
+    assert (exchange.head.key, exchange.head.known) == (b"", None)
+
+
 def test_traffic_that_goes_to_several_versions_is_divided_each_time(desk: Desk) -> None:
     desk.hear(FromBroker(Welcome(EPOCH, "gateway", False)))
     route = Route("double", ("1", "2"), (), (("1", 50), ("2", 50)))

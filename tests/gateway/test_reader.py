@@ -927,6 +927,13 @@ def test_what_lies_in_the_buffer_behind_a_read_is_no_part_of_it() -> None:
     assert reader.phase is IDLE
 
 
+def test_what_comes_at_once_is_what_one_read_may_bring() -> None:
+    few, chunked, large = hear(POST, POST), hear(CHUNKED + b"0\r\n\r\n"), hear(LARGE_HEAD, b"a" * 100_000)
+    assert [each.comes_at_once for each in few.found] == [True, True]
+    assert [each.comes_at_once for each in chunked.found] == [False], "its head is not remembered"
+    assert [(each.key, each.comes_at_once) for each in large.found] == [(LARGE_HEAD, False)]
+
+
 @pytest.mark.parametrize("lead", [1, 100, 150])
 def test_what_is_known_takes_no_room_where_workers_read(slots: Slots, lead: int) -> None:
     length = lead + 4096
